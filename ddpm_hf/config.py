@@ -1,0 +1,257 @@
+"""TrainConfig: every option of a run, once, with its help, unit, default and check.
+
+Names are those of diffusers' unconditional training example where it has them.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers.optimization import SchedulerType
+
+from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_ALIASES, PREDICTION_TYPES
+from ddpm_hf.unet import NORMS, TIME_EMBEDDINGS
+
+DATASETS = ("digits", "ecg")
+CONSTANT_LR = ("constant", "constant_with_warmup")
+# What a resumed run may change: nothing here alters the weights that the steps done so far have led to.
+CHANGEABLE = {
+    "output_dir", "max_train_steps", "dataloader_num_workers", "on_bad_image", "logger", "logging_steps",
+    "save_samples_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size", "checkpointing_steps",
+    "checkpoints_total_limit", "dry_run",
+}  # fmt: skip
+
+
+def _option(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """Options of `ddpm_hf.train` and of training/train.py; checked when made.
+
+    Raises:
+        ValueError: naming the option, its rule and the value.
+    """
+
+    # Data: exactly one source, unless a dataset is given from Python
+    dataset_name: str | None = _option(None, "Bundled data: 'digits' (8x8 images) or 'ecg' (windows of a recording).")
+    train_data_dir: str | None = _option(None, "Folder of images, searched with its subfolders; any format of Pillow.")
+    train_data_file: str | None = _option(
+        None, "Array file .npy or .npz: sequences (N, channels, length), or (N, length) for one channel."
+    )
+    resolution: list[int] | None = _option(
+        None, "Height and width in pixels (one number: square): the shorter side is resized, the rest is cropped. "
+        "Default: 64 for a folder, 8 for digits."
+    )  # fmt: skip
+    image_channels: int | None = _option(
+        None, "1 (grey), 3 (RGB) or 4 (RGBA); transparency is laid on white for 1 and 3. Default: 3; 1 for digits."
+    )
+    center_crop: bool = _option(True, "Crop from the centre; else at a random place.")
+    random_flip: bool = _option(False, "Mirror half of the images left to right.")
+    sequence_length: int | None = _option(
+        None, "Length of the sequences in samples: shortens longer ones to their start; windows of ecg. "
+        "Default: the data's; 256 for ecg."
+    )  # fmt: skip
+    on_bad_image: str = _option("stop", "A picture that cannot be read: 'stop' with its name, or 'skip' and count it.")
+    dataloader_num_workers: int = _option(0, "Processes that load data, per training process; 0: in the main one.")
+
+    # Run folder
+    output_dir: str = _option("runs/run", "Run folder; running the same command again resumes it.")
+    seed: int = _option(0, "Of weights, data order, noise and samples.")
+    dry_run: bool = _option(False, "Print the resolved options, the model's size and the data found, and stop.")
+
+    # Model (see UNet2D and UNet1D)
+    dim: int = _option(64, "Width of the U-Net that dim_mults multiply.")
+    init_dim: int | None = _option(None, "Width after the first convolution. Default: dim.")
+    dim_mults: list[int] = _option(
+        [1, 2, 4, 8], "Width of each stage over dim; every stage but the last halves the size."
+    )
+    self_condition: bool = _option(False, "Condition on the previous x0 estimate (in half of the training steps).")
+    norm: str = _option("rms", "Norm of the residual blocks: 'rms' or 'group'.")
+    norm_groups: int = _option(8, "Groups of norm 'group'.")
+    dropout: float = _option(0.0, "Dropout probability in the residual blocks.")
+    attn_heads: list[int] = _option([4], "Attention heads: one number, or one per stage.")
+    attn_dim_head: list[int] = _option([32], "Size of an attention head: one number, or one per stage.")
+    full_attn: list[str] | None = _option(
+        None, "Full attention, true or false: one, or one per stage. Default: images, the last stage; sequences, none."
+    )
+    num_mem_kv: int | None = _option(
+        None, "Memory key-values in each attention. Default: 4 for images, 0 for sequences."
+    )
+    time_embedding: str = _option("sinusoidal", "'sinusoidal', 'learned_fourier' or 'random_fourier'.")
+    fourier_dim: int = _option(16, "Features of a Fourier time embedding.")
+    theta: float = _option(10000.0, "Longest period of the sinusoidal time embedding, over 2 pi.")
+    gradient_checkpointing: bool = _option(False, "Save memory by recomputing activations in the backward pass.")
+
+    # Diffusion (see GaussianScheduler)
+    ddpm_num_steps: int = _option(1000, "Training timesteps T.")
+    ddpm_beta_schedule: str = _option("sigmoid", "'sigmoid', 'cosine' or 'linear'.")
+    prediction_type: str = _option(
+        "v_prediction", "What the model predicts: 'epsilon', 'sample' (x0) or 'v_prediction'."
+    )
+    min_snr_gamma: float | None = _option(None, "Min-SNR loss weighting with this gamma (5 is usual). Default: off.")
+    noise_offset: float = _option(0.0, "Strength of offset noise (0.1 is usual).")
+    immiscible: bool = _option(False, "Re-assign noise to the nearest data within the batch.")
+    rescale_betas_zero_snr: bool = _option(False, "Rescale the schedule to end in pure noise (not with epsilon).")
+
+    # Optimization
+    max_train_steps: int = _option(100_000, "Optimizer steps in all.")
+    train_batch_size: int = _option(16, "Samples per process and forward pass.")
+    gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer step.")
+    learning_rate: float = _option(1e-4, "Peak learning rate of AdamW.")
+    lr_scheduler: str = _option(
+        "cosine", "A schedule of diffusers.optimization: constant, constant_with_warmup, cosine, ..."
+    )
+    lr_warmup_steps: int = _option(500, "Optimizer steps of warm-up.")
+    adam_beta1: float = _option(0.9, "AdamW's beta1.")
+    adam_beta2: float = _option(0.99, "AdamW's beta2.")
+    adam_weight_decay: float = _option(0.0, "AdamW's weight decay.")
+    adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = _option(1.0, "Clip the gradient's norm to this.")
+    mixed_precision: str | None = _option(None, "'no', 'bf16' or 'fp16'. Default: what accelerate is configured for.")
+    use_ema: bool = _option(True, "Sample from and publish an exponential moving average of the weights.")
+    ema_max_decay: float = _option(0.9999, "Largest decay of the average.")
+    ema_inv_gamma: float = _option(1.0, "Warm-up of the decay: 1 - (1 + step / inv_gamma) ** -power.")
+    ema_power: float = _option(0.75, "Power of that warm-up.")
+    ema_update_after_step: int = _option(0, "Steps after which averaging starts; the weights are copied before.")
+    ema_update_every: int = _option(1, "Steps between updates of the average.")
+
+    # Looking and saving
+    logging_steps: int = _option(
+        50, "Steps between lines of metrics.jsonl and tracker points (means over the interval)."
+    )
+    logger: str = _option("tensorboard", "Tracker: 'tensorboard' or 'none'; metrics.jsonl is always written.")
+    save_samples_steps: int = _option(
+        1000, "Steps between sample pictures; the last step always has one. 0: only the last."
+    )
+    num_samples: int = _option(25, "Samples in a picture.")
+    ddpm_num_inference_steps: int = _option(50, "Sampling steps, of the pictures and as the saved pipeline's default.")
+    eval_batch_size: int = _option(64, "Samples generated at once, per process.")
+    checkpointing_steps: int = _option(1000, "Steps between checkpoints; the last step always has one.")
+    checkpoints_total_limit: int | None = _option(2, "Newest checkpoints to keep. None: all.")
+
+    def __post_init__(self):
+        self.prediction_type = PREDICTION_ALIASES.get(self.prediction_type, self.prediction_type)
+        for name in ("attn_heads", "attn_dim_head", "dim_mults", "resolution", "full_attn"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (list, tuple)):
+                value = [value]
+            setattr(self, name, None if value is None else list(value))
+        if self.full_attn is not None:
+            words = {"true": True, "false": False}
+            parsed = [words.get(str(item).lower()) for item in self.full_attn]
+            if None in parsed:
+                raise ValueError(f"full_attn must hold true or false, got {self.full_attn}")
+            self.full_attn = parsed
+        self._check()
+
+    def _check(self) -> None:
+        def rule(holds: bool, name: str, text: str) -> None:
+            if not holds:
+                raise ValueError(f"{name} must be {text}, got {getattr(self, name)!r}")
+
+        def is_int(value) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        sources = [name for name in ("dataset_name", "train_data_dir", "train_data_file") if getattr(self, name)]
+        if len(sources) > 1:
+            raise ValueError(f"give one source of data, got {' and '.join(sources)}")
+        if self.dataset_name is not None:
+            rule(self.dataset_name in DATASETS, "dataset_name", f"one of {', '.join(DATASETS)}")
+        if self.resolution is not None:
+            good = len(self.resolution) in (1, 2) and all(is_int(n) and n >= 1 for n in self.resolution)
+            rule(good, "resolution", "one or two whole numbers of pixels, at least 1")
+        rule(self.image_channels in (None, 1, 3, 4), "image_channels", "1, 3 or 4")
+        rule(self.on_bad_image in ("stop", "skip"), "on_bad_image", "'stop' or 'skip'")
+        rule(self.norm in NORMS, "norm", f"one of {', '.join(NORMS)}")
+        rule(self.time_embedding in TIME_EMBEDDINGS, "time_embedding", f"one of {', '.join(TIME_EMBEDDINGS)}")
+        rule(self.ddpm_beta_schedule in BETA_SCHEDULES, "ddpm_beta_schedule", f"one of {', '.join(BETA_SCHEDULES)}")
+        rule(self.prediction_type in PREDICTION_TYPES, "prediction_type", f"one of {', '.join(PREDICTION_TYPES)}")
+        rule(self.mixed_precision in (None, "no", "bf16", "fp16"), "mixed_precision", "'no', 'bf16' or 'fp16'")
+        rule(self.logger in ("tensorboard", "none"), "logger", "'tensorboard' or 'none'")
+        schedules = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
+        rule(self.lr_scheduler in schedules, "lr_scheduler", f"one of {', '.join(schedules)}")
+        for name in ("dim", "ddpm_num_steps", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+                     "ema_update_every", "logging_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size",
+                     "checkpointing_steps", "norm_groups"):  # fmt: skip
+            rule(is_int(getattr(self, name)) and getattr(self, name) >= 1, name, "a whole number of at least 1")
+        for name in ("init_dim", "sequence_length", "checkpoints_total_limit"):
+            value = getattr(self, name)
+            rule(value is None or (is_int(value) and value >= 1), name, "a whole number of at least 1")
+        for name in (
+            "dataloader_num_workers",
+            "seed",
+            "lr_warmup_steps",
+            "ema_update_after_step",
+            "save_samples_steps",
+        ):
+            rule(is_int(getattr(self, name)) and getattr(self, name) >= 0, name, "a whole number of at least 0")
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power", "theta"):
+            rule(getattr(self, name) > 0, name, "greater than 0")
+        for name in ("adam_beta1", "adam_beta2", "dropout"):
+            rule(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        rule(0 <= self.ema_max_decay <= 1, "ema_max_decay", "in [0, 1]")
+        rule(self.min_snr_gamma is None or self.min_snr_gamma > 0, "min_snr_gamma", "greater than 0")
+        rule(self.noise_offset >= 0, "noise_offset", "at least 0")
+        rule(self.adam_weight_decay >= 0, "adam_weight_decay", "at least 0")
+        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
+            raise ValueError(
+                "ddpm_num_inference_steps must be at most ddpm_num_steps, got "
+                f"{self.ddpm_num_inference_steps} and {self.ddpm_num_steps}"
+            )
+
+    def model_options(self) -> dict:
+        """The options that the U-Net takes, None left out."""
+
+        def one_or_all(values):
+            return values[0] if values is not None and len(values) == 1 else values
+
+        names = ("dim", "init_dim", "dim_mults", "self_condition", "norm", "norm_groups", "dropout", "attn_heads",
+                 "attn_dim_head", "full_attn", "num_mem_kv", "time_embedding", "fourier_dim", "theta")  # fmt: skip
+        options = {name: getattr(self, name) for name in names}
+        for name in ("attn_heads", "attn_dim_head", "full_attn"):
+            options[name] = one_or_all(options[name])
+        return {name: value for name, value in options.items() if value is not None}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+    def differences(self, earlier: dict) -> list:
+        """Lines "option: earlier -> now" for what another run's options say differently and a resumed run must keep."""
+        lines = []
+        for name, now in dataclasses.asdict(self).items():
+            changed = name in earlier and earlier[name] != now
+            if name == "max_train_steps" and changed and self.lr_scheduler not in CONSTANT_LR:
+                lines.append(
+                    f"max_train_steps: {earlier[name]} -> {now} (the '{self.lr_scheduler}' learning rate follows it)"
+                )
+            elif changed and name not in CHANGEABLE:
+                lines.append(f"{name}: {earlier[name]} -> {now}")
+        return lines
+
+
+def read_yaml(path: str) -> dict:
+    """Options from a YAML file.
+
+    Raises:
+        ValueError: not a mapping, or an unknown option (the closest name is given).
+    """
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: cannot be read as YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--config {path}: must hold options as 'name: value' lines")
+    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--config {path}: unknown option {name!r}{hint}")
+    return options

@@ -1,0 +1,44 @@
+"""Pictures of samples: grids of images, plots of sequences beside real ones."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from diffusers.utils import make_image_grid
+from PIL import Image
+
+
+def save_image_grid(images: list[Image.Image], path: Path, columns: int | None = None) -> None:
+    """A grid as square as it can be, PNG; small images are enlarged (whole multiples, no smoothing) to be seen."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    zoom = max(1, math.ceil(64 / max(images[0].size)))
+    width, height = images[0].width * zoom, images[0].height * zoom
+    cells = []
+    for image in images:
+        # a border, so that neighbours are told apart
+        cell = Image.new(image.mode, (width + 2, height + 2), "white")
+        cell.paste(image.resize((width, height), Image.Resampling.NEAREST), (1, 1))
+        cells.append(cell)
+    cells += [Image.new(images[0].mode, cells[0].size, "white")] * (rows * columns - len(cells))
+    grid = make_image_grid(
+        [cell.convert("RGBA" if cell.mode in ("LA", "RGBA") else "RGB") for cell in cells], rows, columns
+    )
+    grid.save(path)
+
+
+def save_sequence_plot(generated: np.ndarray, real: np.ndarray, path: Path, rows: int = 6) -> None:
+    """Generated sequences (N, C, length) in the left column, real ones in the right, on one scale a channel."""
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+    rows = min(rows, len(generated), len(real))
+    figure = Figure(figsize=(11, 1.35 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
+    for row in range(rows):
+        for column, sequences in enumerate((generated, real)):
+            for channel in sequences[row]:
+                axes[row, column].plot(channel, linewidth=0.9)
+            axes[row, column].grid(alpha=0.25)
+    axes[0, 0].set_title("generated")
+    axes[0, 1].set_title("real")
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,90 @@
+"""The training objective: draws, targets, weights; one loss a sample.
+
+Ho et al. (arXiv:2006.11239), equation 14; the weights of denoising-diffusion-pytorch and min-SNR (Hang et al.,
+arXiv:2303.09556); offset noise; immiscible diffusion (Li et al., arXiv:2406.12303); self-conditioning (Chen et al.,
+arXiv:2208.04202).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+@dataclass
+class DiffusionLoss:
+    """`loss`: (B,), weighted squared error, mean over channels and positions; `timesteps`: (B,)."""
+
+    loss: Tensor
+    timesteps: Tensor
+
+
+def training_draws(scheduler, x0: Tensor, seeds: Sequence[int], offset_strength: float = 0.0) -> tuple:
+    """Timesteps (B,), uniform over [0, T), and noise shaped as x0, each sample's from its own seed."""
+    if len(seeds) != len(x0):
+        raise ValueError(f"there must be one seed per sample: {len(x0)} samples, {len(seeds)} seeds")
+    generators = [torch.Generator(x0.device).manual_seed(seed) for seed in seeds]
+    steps = scheduler.config.num_train_timesteps
+    timesteps = torch.cat([torch.randint(steps, (1,), generator=g, device=x0.device) for g in generators])
+    return timesteps, scheduler.sample_noise(x0, offset_strength, generators)
+
+
+def immiscible_assignment(x0: Tensor, noise: Tensor) -> Tensor:
+    """(B,) indices i of the noise for each x0, so that noise[i] is nearest in total (Li et al., algorithm 1)."""
+    distance = torch.cdist(x0.flatten(1).float(), noise.flatten(1).float())
+    _, columns = linear_sum_assignment(distance.cpu().numpy())
+    return torch.from_numpy(columns).to(noise.device)
+
+
+def diffusion_loss(
+    model,
+    scheduler,
+    x0: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+    *,
+    min_snr_gamma: float | None = None,
+    immiscible: bool = False,
+    self_condition: bool = False,
+) -> DiffusionLoss:
+    """The loss of each sample; none of the given tensors is changed.
+
+    Args:
+        model: called as model(x_t, t) (and x_self_cond), gives `.sample`.
+        scheduler: `GaussianScheduler`; its `prediction_type` is the target.
+        x0: data in [-1, 1], `(B, C, *spatial)`.
+        timesteps: (B,) integers in [0, T).
+        noise: standard normal, shaped as x0.
+        min_snr_gamma: clip the weight's SNR at gamma; None: not.
+        immiscible: re-assign the noise within the batch; x_t and the target both use the assigned one.
+        self_condition: let the model see its own estimate of x0 in this step (half of the steps, by the paper).
+
+    Raises:
+        ValueError: shapes that do not fit, or a model output that is not shaped as the target.
+    """
+    if noise.shape != x0.shape or timesteps.shape != x0.shape[:1]:
+        raise ValueError(
+            f"noise must be shaped as x0, {tuple(x0.shape)}, and timesteps ({len(x0)},); "
+            f"got {tuple(noise.shape)} and {tuple(timesteps.shape)}"
+        )
+    if immiscible:
+        noise = noise[immiscible_assignment(x0, noise)]
+    x_t = scheduler.add_noise(x0, noise, timesteps)
+    target = scheduler.target(x0, noise, timesteps)
+
+    extra = {}
+    if self_condition:
+        with torch.no_grad():
+            estimate = model(x_t, timesteps).sample
+            extra["x_self_cond"] = scheduler.predict_x0(estimate.to(x_t.dtype), timesteps, x_t)
+    prediction = model(x_t, timesteps, **extra).sample
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"the model must predict the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)} "
+            "(a model with learned variance cannot be trained with this loss)"
+        )
+    wide = torch.promote_types(target.dtype, torch.float32)
+    loss = (prediction.to(wide) - target.to(wide)).square().flatten(1).mean(dim=1)
+    return DiffusionLoss(loss=loss * scheduler.loss_weights(timesteps, min_snr_gamma).to(loss), timesteps=timesteps)

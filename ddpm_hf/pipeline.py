@@ -1,0 +1,446 @@
+"""Sampling pipelines: `DDPMPipeline` (images) and `DDPMPipeline1D` (sequences).
+
+The loop is algorithm 2 of Ho et al. (arXiv:2006.11239) with any diffusers scheduler in the place of its update;
+self-conditioning as in Chen et al. (arXiv:2208.04202).
+This file imports nothing of ddpm_hf: it ships inside saved pipelines.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class ImageOutput(BaseOutput):
+    """`images`: a list of PIL images, an array `(B, H, W, C)` or a tensor `(B, C, H, W)`, both float in [0, 1].
+
+    `trajectory`: with `return_all_timesteps`, x_T first and x_0 last: a list of PIL images a sample, or
+    `(B, steps + 1, H, W, C)` / `(B, steps + 1, C, H, W)`.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    trajectory: list[list[Image.Image]] | np.ndarray | Tensor | None = None
+
+
+@dataclass
+class SequenceOutput(BaseOutput):
+    """`sequences`: array or tensor `(B, C, length)`, in the data's units; `trajectory`: `(B, steps + 1, C, length)`."""
+
+    sequences: np.ndarray | Tensor
+    trajectory: np.ndarray | Tensor | None = None
+
+
+class _SamplingPipeline(DiffusionPipeline):
+    """The sampling loop; what the data is (images, sequences) is in `_encode`, `_decode`, `_size` and `_output`."""
+
+    _output_types: tuple
+    _callback_tensor_inputs = ["latents"]
+
+    def _check_default_steps(self, num_inference_steps: int | None) -> None:
+        if num_inference_steps is not None and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
+            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_inference_steps!r}")
+
+    # -- what differs by data ------------------------------------------------------------------
+
+    def _size(self) -> tuple:
+        raise AssertionError("a pipeline of images or of sequences says its size")
+
+    def _channels(self) -> int:
+        return self.unet.config.in_channels
+
+    # -- pieces of the loop --------------------------------------------------------------------
+
+    def _check(self, batch_size, generator, output_type, latents=None) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        if output_type not in self._output_types:
+            raise ValueError(f"output_type must be one of {', '.join(self._output_types)}; got {output_type!r}")
+        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+            raise ValueError(
+                f"generator must be one, or one per sample: batch_size is {batch_size}, got {len(generator)} generators"
+            )
+        if latents is not None:
+            shape = (batch_size, self._channels(), *self._size())
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+
+    def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> None:
+        device = self._execution_device
+        if timesteps is not None:
+            if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(
+                    f"{type(self.scheduler).__name__} takes no explicit timesteps; give num_inference_steps"
+                )
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+            return
+        total = self.scheduler.config.num_train_timesteps
+        steps = num_inference_steps if num_inference_steps is not None else self.config.num_inference_steps or total
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= total:
+            raise ValueError(f"num_inference_steps must be a whole number from 1 to {total}; got {steps!r}")
+        self.scheduler.set_timesteps(steps, device=device)
+
+    def _step_options(self, generator: Generators, eta: float | None) -> dict:
+        """Those of `generator` and `eta` that the scheduler's step takes."""
+        parameters = inspect.signature(self.scheduler.step).parameters
+        options = {}
+        if "generator" in parameters:
+            options["generator"] = generator
+        if eta is not None:
+            if "eta" not in parameters:
+                raise ValueError(f"eta was given, but {type(self.scheduler).__name__} has no eta")
+            if eta < 0:
+                raise ValueError(f"eta must be at least 0, got {eta}")
+            options["eta"] = eta
+        return options
+
+    def _estimate_x0(self, prediction: Tensor, model_input: Tensor, t) -> Tensor:
+        """x0 by the prediction at x_t, clipped as configured: for self-conditioning under stock schedulers."""
+        config = self.scheduler.config
+        prediction = prediction[:, : model_input.shape[1]]
+        if config.prediction_type == "sample":
+            x0 = prediction
+        else:
+            # Between whole timesteps (Euler, Heun) the noise level sqrt((1 - abar) / abar) is interpolated linearly.
+            abar = self.scheduler.alphas_cumprod.double().cpu()
+            sigmas = ((1 - abar) / abar).sqrt()
+            t = float(t)
+            low = min(max(int(t), 0), len(sigmas) - 1)
+            high = min(low + 1, len(sigmas) - 1)
+            sigma = torch.lerp(sigmas[low], sigmas[high], t - low).item()
+            root, root_noise = (1 / (1 + sigma**2)) ** 0.5, (sigma**2 / (1 + sigma**2)) ** 0.5
+            if config.prediction_type == "epsilon":
+                x0 = (model_input - root_noise * prediction) / root
+            else:
+                x0 = root * model_input - root_noise * prediction
+        if config.get("clip_sample") or config.get("thresholding"):
+            limit = config.get("clip_sample_range", 1.0)
+            x0 = x0.clamp(-limit, limit)
+        return x0
+
+    @torch.no_grad()
+    def _denoise(
+        self, x: Tensor, timesteps, options: dict, trajectory: list | None, callback, callback_inputs
+    ) -> Tensor:
+        """x_T -> x_0 along `timesteps`; appends each x to `trajectory`."""
+        self_condition = self.unet.config.get("self_condition", False)
+        x0 = None
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            model_input = self.scheduler.scale_model_input(x, t)
+            extra = {"x_self_cond": x0} if self_condition else {}
+            prediction = self.unet(model_input, t, **extra).sample
+            result = self.scheduler.step(prediction, t, x, **options)
+            x = result.prev_sample
+            if self_condition:
+                x0 = getattr(result, "pred_original_sample", None)
+                if x0 is None:
+                    x0 = self._estimate_x0(prediction, model_input, t)
+            if callback is not None:
+                # The contract of diffusers: callback(pipeline, step, timestep, tensors) -> tensors to go on with.
+                tensors = {name: {"latents": x}[name] for name in callback_inputs}
+                x = (callback(self, i, t, tensors) or {}).get("latents", x)
+            if trajectory is not None:
+                trajectory.append(x)
+        return x
+
+    def _generate(
+        self, batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict,
+        callback_on_step_end, callback_inputs, return_all_timesteps, timesteps,
+    ):  # fmt: skip
+        self._check(batch_size, generator, output_type, latents)
+        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be of {self._callback_tensor_inputs}, got {sorted(unknown)}"
+            )
+        self._set_timesteps(num_inference_steps, timesteps)
+        options = self._step_options(generator, eta)
+        device, dtype = self._execution_device, self.unet.dtype
+        if latents is None:
+            shape = (batch_size, self._channels(), *self._size())
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        x = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        trajectory = [x] if return_all_timesteps else None
+        x = self._denoise(x, self.scheduler.timesteps, options, trajectory, callback_on_step_end, callback_inputs)
+        self.maybe_free_model_hooks()
+        samples = self._decode(x, output_type)
+        whole = None
+        if trajectory is not None:
+            flat = self._decode(torch.stack(trajectory, dim=1).flatten(0, 1), output_type)
+            n = len(trajectory)
+            whole = (
+                [flat[i * n : (i + 1) * n] for i in range(batch_size)]
+                if isinstance(flat, list)
+                else flat.reshape(batch_size, n, *flat.shape[1:])
+            )
+        return self._output(samples, whole, return_dict)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        x1: Any,
+        x2: Any,
+        strength: float = 0.5,
+        num_inference_steps: int | None = None,
+        weights: float | Sequence[float] = 0.5,
+        generator: Generators = None,
+        eta: float | None = None,
+        output_type: str | None = None,
+        return_dict: bool = True,
+    ):
+        """Noise two pieces of data, mix them, and denoise the mix (DDPM, section 4.3).
+
+        Both ends are noised with the same noise, so that the mix has the noise level of its timestep.
+
+        Args:
+            x1, x2: the ends, in the data's natural range: what the pipeline gives (images: PIL, arrays
+                `(B, H, W, C)` or tensors `(B, C, H, W)` in [0, 1]; sequences `(B, C, length)` in their own units).
+            strength: share of the chain to go back, in (0, 1]; 1 starts from the last timestep, close to pure noise.
+            num_inference_steps: of the whole chain; `strength` of them are run.
+            weights: of x2, in [0, 1]; several give that many samples a pair, one after the other.
+            generator: of all noise; one, or one per pair.
+            eta, output_type, return_dict: as in the call.
+
+        Returns:
+            As the call: len(x1) * len(weights) samples.
+
+        Raises:
+            ValueError: ends of different or unfitting shapes, or a value outside its range.
+        """
+        output_type = output_type or self._output_types[0]
+        weights = [weights] if isinstance(weights, (int, float)) else [float(w) for w in weights]
+        if not weights or not all(0 <= w <= 1 for w in weights):
+            raise ValueError(f"weights must lie in [0, 1], got {weights}")
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength must lie in (0, 1], got {strength}")
+        x1, x2 = self._encode(x1, "x1"), self._encode(x2, "x2")
+        if x1.shape != x2.shape:
+            raise ValueError(f"x1 and x2 must have the same shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
+        self._check(len(x1), generator, output_type)
+        self._set_timesteps(num_inference_steps, None)
+        chain = self.scheduler.timesteps
+        start = len(chain) - max(1, round(len(chain) * strength))
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(start)
+
+        noise = randn_tensor(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
+        t = chain[start : start + 1].expand(len(x1))
+        noised1, noised2 = (self.scheduler.add_noise(x, noise, t) for x in (x1, x2))
+        mixed = torch.stack([torch.lerp(noised1, noised2, w) for w in weights], dim=1).flatten(0, 1)
+        if isinstance(generator, (list, tuple)):
+            generator = [g for g in generator for _ in weights]
+        x = self._denoise(mixed, chain[start:], self._step_options(generator, eta), None, None, [])
+        self.maybe_free_model_hooks()
+        return self._output(self._decode(x, output_type), None, return_dict)
+
+
+class DDPMPipeline(_SamplingPipeline):
+    """Unconditional image generation.
+
+    Args:
+        unet: `UNet2D`, or a stock `UNet2DModel`.
+        scheduler: `GaussianScheduler`, or a stock scheduler.
+        num_inference_steps: steps where a call gives none; None: every training step.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _output_types = ("pil", "np", "pt")
+
+    def __init__(self, unet, scheduler, num_inference_steps: int | None = None):
+        super().__init__()
+        self._check_default_steps(num_inference_steps)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(num_inference_steps=num_inference_steps)
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        eta: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_all_timesteps: bool = False,
+        timesteps: Sequence[int] | None = None,
+    ) -> ImageOutput | tuple:
+        """Sample images.
+
+        Args:
+            batch_size: how many.
+            num_inference_steps: 1 to T; None: the pipeline's default.
+            generator: one, or one per sample (a sample then does not depend on the others).
+            latents: x_T, standard normal, `(B, C, H, W)`; None: drawn.
+            eta: DDIM's noise, 0 to 1; None: the scheduler's own.
+            output_type: "pil" (8-bit grey, RGB or RGBA by channels), "np" or "pt" ([0, 1]).
+            return_dict: an `ImageOutput` if true, else the tuple `(images,)`, with the trajectory if asked for.
+            callback_on_step_end: called as (pipeline, step index, timestep, {"latents": x}); may return new latents.
+            return_all_timesteps: give the trajectory x_T ... x_0 too.
+            timesteps: explicit timesteps instead of a number, where the scheduler takes them.
+
+        Raises:
+            ValueError: a value outside its range, a wrong shape, a number of channels that no PIL mode has.
+        """
+        return self._generate(
+            batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback_on_step_end,
+            callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps,
+        )  # fmt: skip
+
+    def _check(self, batch_size, generator, output_type, latents=None) -> None:
+        super()._check(batch_size, generator, output_type, latents)
+        if output_type == "pil" and self._channels() not in IMAGE_MODES:
+            raise ValueError(
+                f"output_type 'pil' needs 1, 2, 3 or 4 channels, the model has {self._channels()}: use 'np' or 'pt'"
+            )
+
+    def _size(self) -> tuple:
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError(
+                "the model's configuration has no sample_size: give latents, or set it when building the model"
+            )
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def _encode(self, images, name: str) -> Tensor:
+        """PIL image(s), arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] -> (B, C, H, W) in [-1, 1]."""
+        if isinstance(images, Image.Image):
+            images = [images]
+        if isinstance(images, (list, tuple)) and images and isinstance(images[0], Image.Image):
+            mode = IMAGE_MODES.get(self._channels())
+            arrays = [np.asarray(image.convert(mode) if mode else image) / 255.0 for image in images]
+            images = np.stack([array if array.ndim == 3 else array[..., None] for array in arrays])
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, 1) if images.ndim == 4 else images
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != self._channels():
+            got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
+            raise ValueError(f"{name} must be PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) with "
+                             f"{self._channels()} channels; got {got}")  # fmt: skip
+        if images.min() < 0 or images.max() > 1:
+            raise ValueError(f"{name} must lie in [0, 1]; got {images.min():.4g} to {images.max():.4g}")
+        return images.to(self._execution_device, self.unet.dtype) * 2 - 1
+
+    def _decode(self, x: Tensor, output_type: str):
+        """(B, C, H, W) in [-1, 1] -> images as `output_type` says."""
+        x = (x.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return x
+        array = x.movedim(1, -1).cpu().numpy()
+        if output_type == "np":
+            return array
+        eight_bit = (array * 255).round().astype(np.uint8)
+        mode = IMAGE_MODES[array.shape[-1]]
+        return [Image.fromarray(image[..., 0] if mode == "L" else image) for image in eight_bit]
+
+    def _output(self, samples, trajectory, return_dict: bool):
+        if not return_dict:
+            return (samples,) if trajectory is None else (samples, trajectory)
+        return ImageOutput(images=samples, trajectory=trajectory)
+
+
+class DDPMPipeline1D(_SamplingPipeline):
+    """Unconditional generation of sequences, in the units of the data that the model was trained on.
+
+    Args:
+        unet: `UNet1D`.
+        scheduler: `GaussianScheduler`, or a stock scheduler.
+        num_inference_steps: steps where a call gives none; None: every training step.
+        data_shift, data_scale: per channel, data = x * scale + shift for the model's x in [-1, 1]; None: x itself.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _output_types = ("np", "pt")
+
+    def __init__(
+        self,
+        unet,
+        scheduler,
+        num_inference_steps: int | None = None,
+        data_shift: Sequence[float] | None = None,
+        data_scale: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self._check_default_steps(num_inference_steps)
+        channels = unet.config.in_channels
+        for name, values in (("data_shift", data_shift), ("data_scale", data_scale)):
+            if values is not None and (len(values) != channels or not np.isfinite(values).all()):
+                raise ValueError(f"{name} must be one finite number per channel ({channels}), got {values}")
+        if data_scale is not None and not all(scale > 0 for scale in data_scale):
+            raise ValueError(f"data_scale must be greater than 0, got {data_scale}")
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(
+            num_inference_steps=num_inference_steps,
+            data_shift=None if data_shift is None else [float(v) for v in data_shift],
+            data_scale=None if data_scale is None else [float(v) for v in data_scale],
+        )
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        eta: float | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_all_timesteps: bool = False,
+        timesteps: Sequence[int] | None = None,
+    ) -> SequenceOutput | tuple:
+        """Sample sequences; the arguments are those of `DDPMPipeline`, with `latents` `(B, C, length)` and
+        `output_type` "np" or "pt".
+
+        Raises:
+            ValueError: a value outside its range, or a wrong shape.
+        """
+        return self._generate(
+            batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback_on_step_end,
+            callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps,
+        )  # fmt: skip
+
+    def _size(self) -> tuple:
+        if self.unet.config.sample_size is None:
+            raise ValueError(
+                "the model's configuration has no sample_size: give latents, or set it when building the model"
+            )
+        return (self.unet.config.sample_size,)
+
+    def _affine(self, like: Tensor) -> tuple:
+        """(scale, shift) of data = x * scale + shift, (1, C, 1)."""
+        ones = [1.0] * self._channels()
+        scale, shift = self.config.data_scale or ones, self.config.data_shift or [0.0] * self._channels()
+        return tuple(torch.tensor(v, dtype=like.dtype, device=like.device)[None, :, None] for v in (scale, shift))
+
+    def _encode(self, sequences, name: str) -> Tensor:
+        """Arrays or tensors (B, C, length) in the data's units -> the same in the model's."""
+        x = torch.as_tensor(sequences)
+        if x.ndim != 3 or x.shape[1] != self._channels() or not torch.isfinite(x).all():
+            raise ValueError(f"{name} must be finite, (B, {self._channels()}, length); got the shape {tuple(x.shape)}")
+        x = x.to(self._execution_device, torch.float32)
+        scale, shift = self._affine(x)
+        return ((x - shift) / scale).to(self.unet.dtype)
+
+    def _decode(self, x: Tensor, output_type: str):
+        """(B, C, length) of the model -> in the data's units."""
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        scale, shift = self._affine(x)
+        x = x * scale + shift
+        return x if output_type == "pt" else x.cpu().numpy()
+
+    def _output(self, samples, trajectory, return_dict: bool):
+        if not return_dict:
+            return (samples,) if trajectory is None else (samples, trajectory)
+        return SequenceOutput(sequences=samples, trajectory=trajectory)

@@ -1,0 +1,473 @@
+"""The training loop: build, resume, step, average, sample, save.
+
+Progress is counted in optimizer steps. Noise, timesteps and data order follow from (seed, step, place in the global
+batch), so a resumed run goes on as if it had not been stopped.
+"""
+
+import contextlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, gather_object
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ddpm_hf import checkpoint
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.data import Batch, StreamSampler, TrainingView, build_dataset, collate
+from ddpm_hf.figures import save_image_grid, save_sequence_plot
+from ddpm_hf.losses import diffusion_loss, training_draws
+from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
+from ddpm_hf.scheduler import GaussianScheduler
+from ddpm_hf.seeding import Stream, derive_seed
+from ddpm_hf.unet import UNet1D, UNet2D
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what was left whole."""
+
+
+@dataclass
+class TrainResult:
+    """`pipeline_dir`: the saved pipeline; `steps`: optimizer steps done; `already_complete`: nothing was left to do."""
+
+    pipeline_dir: Path
+    steps: int
+    already_complete: bool = False
+
+
+def train(config: TrainConfig, dataset=None, model=None) -> TrainResult | None:
+    """Train as `config` says; the command-line program is this and a parser.
+
+    Args:
+        config: the options.
+        dataset: any map-style data set of float tensors (C, H, W) or (C, length) in [-1, 1], PIL images, or
+            `ImageDataset` / `SequenceDataset`; None: the one that `config` names.
+        model: a model to train instead of a new U-Net: called as model(x_t, t), giving `.sample`, with a diffusers
+            configuration; None: `UNet2D` or `UNet1D` by the data.
+
+    Returns:
+        None after a dry run.
+
+    Raises:
+        ValueError: options or data that do not fit, before anything is written.
+        TrainingError: a loss that is not finite, or data that cannot be read, in the middle.
+    """
+    return Trainer(config, dataset, model).run()
+
+
+class Trainer:
+    """One run. `run()` does all; the parts are methods in the order in which they happen."""
+
+    def __init__(self, config: TrainConfig, dataset=None, model=None):
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self.dataset = build_dataset(config) if dataset is None else dataset
+        self.shape = self._probe_data()
+        torch.manual_seed(derive_seed(config.seed, Stream.WEIGHTS))
+        self.scheduler = GaussianScheduler(
+            num_train_timesteps=config.ddpm_num_steps,
+            beta_schedule=config.ddpm_beta_schedule,
+            prediction_type=config.prediction_type,
+            rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        )
+        self.model = self._build_model() if model is None else model
+        self._check_model()
+
+    # -- before anything is written ------------------------------------------------------------
+
+    def _probe_data(self) -> tuple:
+        """The shape of one item, (C, *spatial)."""
+        if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
+            raise ValueError(f"dataset must be map-style (len and indexing), got {type(self.dataset).__name__}")
+        if len(self.dataset) == 0:
+            raise ValueError("the data is empty: at least one item is needed")
+        first = collate([TrainingView(self.dataset, self.config.seed, self.config.on_bad_image)[0, 0]])
+        if first.error:
+            raise ValueError(first.error)
+        return tuple(first.x0.shape[1:])
+
+    def _build_model(self):
+        size = self.shape[1:]
+        if len(size) == 1:
+            return UNet1D(sample_size=size[0], in_channels=self.shape[0], **self.config.model_options())
+        sample_size = size[0] if size[0] == size[1] else size
+        return UNet2D(sample_size=sample_size, in_channels=self.shape[0], **self.config.model_options())
+
+    def _check_model(self) -> None:
+        model_config = self.model.config
+        if model_config.in_channels != self.shape[0]:
+            raise ValueError(f"the model takes {model_config.in_channels} channels, the data has {self.shape[0]}")
+        if len(self.shape) == 3 and self.shape[0] not in IMAGE_MODES:
+            raise ValueError(f"images must have 1, 2, 3 or 4 channels, the data has {self.shape[0]}")
+        size, own = model_config.sample_size, self.shape[1:]
+        expected = tuple(size) if isinstance(size, (tuple, list)) else (size,) * len(own)
+        if expected != own:
+            raise ValueError(f"the model's sample_size must be the data's {own}, got {size}")
+
+    def _global_batch(self, processes: int) -> int:
+        c = self.config
+        total = c.train_batch_size * c.gradient_accumulation_steps * processes
+        if total > len(self.dataset):
+            raise ValueError(
+                f"a batch must not be larger than the data: train_batch_size {c.train_batch_size} x "
+                f"gradient_accumulation_steps {c.gradient_accumulation_steps} x {processes} processes = {total}, "
+                f"the data has {len(self.dataset)} items"
+            )
+        return total
+
+    def describe(self) -> str:
+        """The resolved options, the model's size and the data found."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"{self.config.to_yaml()}"
+            f"model: {type(self.model).__name__}, {parameters:,} parameters\n"
+            f"data: {len(self.dataset):,} items of shape {self.shape}"
+        )
+
+    def _check_folder(self) -> bool:
+        """Whether the folder holds this run already; it is made if not.
+
+        Raises:
+            ValueError: it holds something else, or cannot be written.
+        """
+        config_file = self.folder / "config.yaml"
+        if config_file.exists():
+            try:
+                earlier = yaml.safe_load(config_file.read_text())
+                if not isinstance(earlier, dict):
+                    raise ValueError("not a mapping of options")
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise ValueError(f"{config_file} cannot be read: {error}") from error
+            differences = self.config.differences(earlier)
+            if differences:
+                listed = "\n  ".join(differences)
+                raise ValueError(
+                    f"output_dir {self.folder} holds a run with other options; choose another output_dir, or the same "
+                    f"options to resume it. They differ in:\n  {listed}"
+                )
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ValueError(
+                f"output_dir must be a new or empty folder, or the folder of this run: {self.folder} holds other files"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".write{checkpoint.ASIDE}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"output_dir must be a folder that can be written: {error}") from error
+        return config_file.exists()
+
+    # -- the run -------------------------------------------------------------------------------
+
+    def run(self) -> TrainResult | None:
+        c = self.config
+        if c.dry_run:
+            self._global_batch(1)
+            print(self.describe())
+            return None
+        self.accelerator = Accelerator(
+            mixed_precision=c.mixed_precision,
+            # the number of batches is not the loader's to say: its stream has no end
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=c.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            log_with=None if c.logger == "none" else c.logger,
+            project_dir=self.folder,
+        )
+        acc = self.accelerator
+        global_batch = self._global_batch(acc.num_processes)
+        with acc.main_process_first():
+            resumable = self._check_folder()
+        acc.wait_for_everyone()
+        if acc.is_main_process:
+            checkpoint.write_text(self.folder / "config.yaml", c.to_yaml())
+
+        self._prepare()
+        if resumable:
+            self._resume()
+        pipeline_dir = self.folder / "pipeline"
+        if self.step >= c.max_train_steps:
+            if self.step > c.max_train_steps or not pipeline_dir.exists():
+                self._save_pipeline()
+            acc.print(f"{self.folder}: the run is complete ({self.step} steps); nothing left to do")
+            return TrainResult(pipeline_dir, self.step, already_complete=True)
+
+        if acc.is_main_process:
+            self.metrics.rewind(self.step)
+        self._start_trackers()
+        acc.print(self.describe() if self.step == 0 else f"resuming {self.folder} after step {self.step}")
+        batches = iter(self._loader(start=self.step * global_batch))
+        bar = tqdm(
+            initial=self.step, total=c.max_train_steps, disable=not acc.is_main_process, desc="training", unit="step"
+        )
+        with bar:
+            while self.step < c.max_train_steps:
+                loss, grad_norm = self._train_step(batches)
+                self.step += 1
+                self._pending.append(torch.stack((loss, grad_norm)))
+                bar.update(1)
+                self._after_step(bar, global_batch)
+        acc.end_training()
+        return TrainResult(pipeline_dir, self.step)
+
+    def _prepare(self) -> None:
+        c, acc = self.config, self.accelerator
+        if c.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        if len(self.shape) == 3:
+            self.model.to(memory_format=torch.channels_last)
+        self.model.to(acc.device)
+        self.ema = None
+        if c.use_ema:
+            self.ema = EMAModel(
+                self.model.parameters(), decay=c.ema_max_decay, use_ema_warmup=True, inv_gamma=c.ema_inv_gamma,
+                power=c.ema_power, update_after_step=c.ema_update_after_step, foreach=True,
+            )  # fmt: skip
+        optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad], lr=c.learning_rate, eps=c.adam_epsilon,
+            betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay, fused=True,
+        )  # fmt: skip
+        self.lr_scheduler = get_scheduler(
+            c.lr_scheduler, optimizer, num_warmup_steps=c.lr_warmup_steps, num_training_steps=c.max_train_steps
+        )
+        acc.register_for_checkpointing(self.lr_scheduler)
+        self.model, self.optimizer = acc.prepare(self.model, optimizer)
+        self.step = 0
+        self.skipped = 0
+        self._skipped_names = set()
+        self._pending: list[torch.Tensor] = []  # (loss, gradient norm) of the steps not yet looked at
+        self._interval: list[list[float]] = []  # those of the logging interval
+        self.metrics = checkpoint.MetricsFile(self.folder / "metrics.jsonl")
+
+    def _start_trackers(self) -> None:
+        if self.config.logger == "none":
+            return
+        # A resumed run takes the place of what was logged after its checkpoint.
+        purge = {"purge_step": self.step + 1} if self.step else {}
+        self.accelerator.init_trackers("logs", init_kwargs={"tensorboard": purge})
+
+    def _loader(self, start: int) -> DataLoader:
+        c, acc = self.config, self.accelerator
+        sampler = StreamSampler(
+            len(self.dataset), c.train_batch_size, c.seed, start, acc.process_index, acc.num_processes
+        )
+        return DataLoader(
+            TrainingView(self.dataset, c.seed, c.on_bad_image),
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=c.dataloader_num_workers,
+            pin_memory=acc.device.type == "cuda",
+            # its own, so that workers take nothing from the global generator
+            generator=torch.Generator(),
+        )
+
+    def _next_batch(self, batches) -> torch.Tensor:
+        batch: Batch = next(batches)
+        for message in batch.skipped:
+            self.skipped += 1
+            if message not in self._skipped_names:
+                self._skipped_names.add(message)
+                tqdm.write(f"left out: {message}")
+        if batch.error:
+            raise TrainingError(f"step {self.step + 1}: {batch.error}")
+        return batch.x0.to(self.accelerator.device, non_blocking=True)
+
+    def _train_step(self, batches) -> tuple:
+        """One optimizer step -> (mean loss of this process, gradient norm), not synchronised with the host."""
+        c, acc = self.config, self.accelerator
+        self.model.train()
+        torch.manual_seed(derive_seed(c.seed, Stream.DROPOUT, self.step, acc.process_index))
+        total = torch.zeros((), device=acc.device)
+        for part in range(c.gradient_accumulation_steps):
+            x0 = self._next_batch(batches)
+            first = (part * acc.num_processes + acc.process_index) * c.train_batch_size
+            seeds = [derive_seed(c.seed, Stream.NOISE, self.step, first + i) for i in range(len(x0))]
+            timesteps, noise = training_draws(self.scheduler, x0, seeds, c.noise_offset)
+            coin = derive_seed(c.seed, Stream.SELF_CONDITION, self.step, part) % 2
+            with acc.accumulate(self.model):
+                with acc.autocast():
+                    losses = diffusion_loss(
+                        self.model, self.scheduler, x0, timesteps, noise, min_snr_gamma=c.min_snr_gamma,
+                        immiscible=c.immiscible, self_condition=c.self_condition and coin == 0,
+                    ).loss  # fmt: skip
+                loss = losses.mean()
+                acc.backward(loss)
+                total += loss.detach() / c.gradient_accumulation_steps
+                if acc.sync_gradients:
+                    grad_norm = acc.clip_grad_norm_(self.model.parameters(), c.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        self._update_ema()
+        return total, torch.as_tensor(grad_norm, device=acc.device).detach().float()
+
+    def _update_ema(self) -> None:
+        # As ema-pytorch counts: the first update is step 1, and every `ema_update_every`-th from there.
+        if self.ema is not None and self.step % self.config.ema_update_every == 0:
+            self.ema.optimization_step = self.step
+            self.ema.step(self.model.parameters())
+
+    def _after_step(self, bar, global_batch: int) -> None:
+        c, acc = self.config, self.accelerator
+        last = self.step == c.max_train_steps
+        log = last or self.step % c.logging_steps == 0
+        save = last or self.step % c.checkpointing_steps == 0
+        sample = last or (c.save_samples_steps and self.step % c.save_samples_steps == 0)
+        if log or save or sample or acc.device.type == "cpu":
+            self._look_at_losses()
+        if log:
+            loss, grad_norm = np.mean(self._interval, axis=0).tolist()
+            record = {
+                "step": self.step, "loss": loss, "grad_norm": grad_norm, "lr": self.lr_scheduler.get_last_lr()[0],
+                "epoch": self.step * global_batch / len(self.dataset),
+            }  # fmt: skip
+            if self.skipped:
+                record["skipped_images"] = self.skipped
+            self._interval = []
+            bar.set_postfix_str(f"loss {loss:.4f}, lr {record['lr']:.2e}")
+            if acc.is_main_process:
+                self.metrics.append(record)
+            rate = bar.format_dict["rate"]
+            timing = {"samples_per_second": rate * global_batch} if rate else {}
+            acc.log({name: value for name, value in {**record, **timing}.items() if name != "step"}, step=self.step)
+        if sample:
+            self._save_samples()
+        if save:
+            self._save_checkpoint()
+            self._save_pipeline()
+
+    def _look_at_losses(self) -> None:
+        """Bring the pending losses to the host, as means over the processes; stop at one that is not finite."""
+        if not self._pending:
+            return
+        values = self.accelerator.reduce(torch.stack(self._pending), "mean").tolist()
+        first_step = self.step - len(values) + 1
+        self._pending = []
+        for offset, (loss, grad_norm) in enumerate(values):
+            # fp16 gradients overflow now and then: the loss scaler skips those steps.
+            finite = math.isfinite(loss) and (math.isfinite(grad_norm) or self.accelerator.mixed_precision == "fp16")
+            if not finite:
+                newest = checkpoint.latest(self.folder / "checkpoints")
+                raise TrainingError(
+                    f"step {first_step + offset}: the loss is {loss} and the gradient's norm {grad_norm}; stopped. "
+                    f"The last good checkpoint is {newest or 'none'}. A lower learning_rate, longer lr_warmup_steps or "
+                    "another mixed_precision may help"
+                )
+        self._interval += values
+
+    # -- looking -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _averaged_weights(self):
+        """The model, without wrappers, in eval mode and with the EMA weights (if there are any) for the time being."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        if self.ema is not None:
+            self.ema.store(model.parameters())
+            self.ema.copy_to(model.parameters())
+        try:
+            yield model
+        finally:
+            if self.ema is not None:
+                self.ema.restore(model.parameters())
+            model.train()
+
+    def _pipeline(self, model):
+        steps = self.config.ddpm_num_inference_steps
+        scheduler = GaussianScheduler.from_config(self.scheduler.config)
+        if len(self.shape) == 3:
+            pipeline = DDPMPipeline(model, scheduler, num_inference_steps=steps)
+        else:
+            pipeline = DDPMPipeline1D(
+                model, scheduler, num_inference_steps=steps,
+                data_shift=getattr(self.dataset, "data_shift", None),
+                data_scale=getattr(self.dataset, "data_scale", None),
+            )  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _save_samples(self) -> None:
+        """Samples from the EMA weights, the same x_T every time, made by all processes."""
+        c, acc = self.config, self.accelerator
+        samples = []
+        with self._averaged_weights() as model, acc.split_between_processes(list(range(c.num_samples))) as indices:
+            pipeline = self._pipeline(model)
+            for start in range(0, len(indices), c.eval_batch_size):
+                part = indices[start : start + c.eval_batch_size]
+                generators = [torch.Generator().manual_seed(derive_seed(c.seed, Stream.SAMPLES, i)) for i in part]
+                samples += list(pipeline(batch_size=len(part), generator=generators, return_dict=False)[0])
+        samples = gather_object(samples)
+        if not acc.is_main_process:
+            return
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{self.step:06d}.png"
+        if len(self.shape) == 3:
+            save_image_grid(samples, path)
+        else:
+            rng = np.random.default_rng(c.seed)
+            real = [
+                self.dataset[int(i)] for i in rng.choice(len(self.dataset), min(6, len(self.dataset)), replace=False)
+            ]
+            pipeline_units = self._pipeline(self.accelerator.unwrap_model(self.model))
+            save_sequence_plot(np.stack(samples), pipeline_units._decode(torch.stack(real), "np"), path)
+            np.save(path.with_suffix(".npy"), np.stack(samples))
+
+    # -- saving and resuming -------------------------------------------------------------------
+
+    def _save_pipeline(self) -> None:
+        acc = self.accelerator
+        if acc.is_main_process:
+            aside = self.folder / f"pipeline{checkpoint.ASIDE}"
+            with self._averaged_weights() as model:
+                self._pipeline(model).save_pretrained(aside)
+            checkpoint.replace_folder(aside, self.folder / "pipeline")
+        acc.wait_for_everyone()
+
+    def _save_checkpoint(self) -> None:
+        c, acc = self.config, self.accelerator
+        folder = self.folder / "checkpoints"
+        if acc.is_main_process:
+            checkpoint.begin(folder, self.step)
+        acc.wait_for_everyone()
+        aside = folder / f"step-{self.step:06d}{checkpoint.ASIDE}"
+        acc.save_state(aside)
+        if acc.is_main_process:
+            if self.ema is not None:
+                save_file(
+                    {f"{i:05d}": p.contiguous() for i, p in enumerate(self.ema.shadow_params)},
+                    aside / "ema.safetensors",
+                )
+            progress = {"step": self.step, "skipped_images": self.skipped, "interval": self._interval}
+            (aside / "progress.json").write_text(json.dumps(progress))
+        acc.wait_for_everyone()
+        if acc.is_main_process:
+            checkpoint.finish(aside, c.checkpoints_total_limit)
+        acc.wait_for_everyone()
+
+    def _resume(self) -> None:
+        newest = checkpoint.latest(self.folder / "checkpoints")
+        if newest is None:
+            return
+        try:
+            self.accelerator.load_state(newest)
+            progress = json.loads((newest / "progress.json").read_text())
+            if self.ema is not None:
+                shadow = load_file(newest / "ema.safetensors", device=str(self.accelerator.device))
+                for i, p in enumerate(self.ema.shadow_params):
+                    p.copy_(shadow[f"{i:05d}"])
+        except Exception as error:
+            raise ValueError(f"the checkpoint {newest} cannot be loaded: {error}") from error
+        self.step, self.skipped = progress["step"], progress["skipped_images"]
+        self._interval = progress["interval"]

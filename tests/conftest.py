@@ -1,0 +1,43 @@
+"""What tests share: small models, the closed-form denoiser of Gaussian data, and runs of programs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def double():
+    """Float64 as the default type during a test."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def optimal_prediction(scheduler, x_t, t, mean, std):
+    """The best prediction at x_t where x0 ~ N(mean, std^2), as epsilon, x0 or v: all are linear in x_t."""
+    abar = scheduler.alphas_cumprod[t].item()
+    total = std**2 * abar + 1 - abar  # variance of x_t
+    residual = x_t - abar**0.5 * mean
+    x0 = mean + std**2 * abar**0.5 / total * residual
+    epsilon = (1 - abar) ** 0.5 / total * residual
+    kind = scheduler.config.prediction_type
+    return {"sample": x0, "epsilon": epsilon, "v_prediction": abar**0.5 * epsilon - (1 - abar) ** 0.5 * x0}[kind]
+
+
+def run_program(*arguments, cwd, **environment):
+    """A Python program in a fresh process; two threads, this repository's package."""
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )

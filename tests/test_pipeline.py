@@ -1,0 +1,246 @@
+"""The pipelines: sampling from a known distribution, forms of output, interpolation, self-conditioning, errors."""
+
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import optimal_prediction
+from PIL import Image
+
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
+
+SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4}
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(n) for n in numbers]
+
+
+def images(channels=3, size=8, steps=4, **options):
+    unet = UNet2D(sample_size=size, in_channels=channels, **SMALL, **options)
+    pipe = DDPMPipeline(unet, GaussianScheduler(), num_inference_steps=steps)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sequences(**options):
+    unet = UNet1D(sample_size=16, in_channels=2, **SMALL, **options.pop("unet", {}))
+    pipe = DDPMPipeline1D(unet, GaussianScheduler(), num_inference_steps=4, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class GaussianModel(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """The optimal model of N(mean, std^2) data, as a U-Net would be called."""
+
+    config_name = "config.json"
+
+    @diffusers.configuration_utils.register_to_config
+    def __init__(self, sample_size=4, in_channels=1, mean=0.2, std=0.3):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.scheduler = None
+
+    def forward(self, x, t):
+        return SimpleNamespace(sample=optimal_prediction(self.scheduler, x, int(t), self.config.mean, self.config.std))
+
+
+def test_samples_of_a_known_distribution():
+    """20,000 values: mean and deviation of N(0.2, 0.3^2), within five standard errors and DDIM's own error."""
+    model, scheduler = GaussianModel(), GaussianScheduler(clip_sample=False)
+    model.scheduler = scheduler
+    pipe = DDPMPipeline1D(model, scheduler, num_inference_steps=100)
+    pipe.set_progress_bar_config(disable=True)
+    x = pipe(batch_size=5000, generator=torch.Generator().manual_seed(0)).sequences
+    assert x.shape == (5000, 1, 4)
+    n = x.size
+    assert abs(x.mean() - 0.2) < 5 * 0.3 / n**0.5 + 0.002
+    assert abs(x.std() / 0.3 - 1) < 5 / (2 * n) ** 0.5 + 0.02  # 0.02: sum of squared turns / 2 at 100 steps
+
+
+@pytest.mark.parametrize("channels,mode", [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
+def test_pil_images_by_channels(channels, mode):
+    pipe = images(channels, size=(8, 12))
+    got = pipe(batch_size=2).images
+    assert [image.mode for image in got] == [mode] * 2 and got[0].size == (12, 8)
+
+
+def test_forms_of_output_agree():
+    pipe = images()
+    kinds = {kind: pipe(2, generator=seeds(1, 2), output_type=kind).images for kind in ("pil", "np", "pt")}
+    assert kinds["np"].shape == (2, 8, 8, 3) and kinds["pt"].shape == (2, 3, 8, 8)
+    assert kinds["np"].min() >= 0 and kinds["np"].max() <= 1
+    np.testing.assert_array_equal(kinds["pt"].movedim(1, -1).numpy(), kinds["np"])
+    np.testing.assert_array_equal(np.stack(kinds["pil"]), (kinds["np"] * 255).round().astype(np.uint8))
+    assert np.array_equal(pipe(2, generator=seeds(1, 2), output_type="np", return_dict=False)[0], kinds["np"])
+
+
+@pytest.mark.parametrize("steps", [4, 1000])
+def test_one_generator_a_sample_frees_it_from_its_batch(steps):
+    """DDIM and DDPM; with 1000 steps T is shortened to keep the test quick."""
+    pipe = images()
+    pipe.unet.double()
+    if steps == 1000:
+        pipe.scheduler = GaussianScheduler(20)
+        steps = 20
+    together = pipe(3, steps, generator=seeds(5, 6, 7), output_type="pt", eta=0.5).images
+    alone = pipe(1, steps, generator=seeds(6), output_type="pt", eta=0.5).images
+    # the same numbers in float64; only the order of sums within the batch's convolutions may differ
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_latents_and_seeds():
+    pipe = images()
+    x_T = torch.randn(2, 3, 8, 8)
+    kept = x_T.clone()
+    a, b = (pipe(2, latents=x_T, output_type="pt").images for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(x_T, kept)
+    c, d = (pipe(2, generator=torch.Generator().manual_seed(s), output_type="pt").images for s in (0, 1))
+    assert not torch.equal(c, d)
+
+
+def test_trajectory():
+    pipe = images()
+    x_T = torch.randn(2, 3, 8, 8).clamp(-1, 1)
+    out = pipe(2, latents=x_T, output_type="pt", return_all_timesteps=True)
+    assert out.trajectory.shape == (2, 5, 3, 8, 8)
+    torch.testing.assert_close(out.trajectory[:, 0], (x_T + 1) / 2)
+    assert torch.equal(out.trajectory[:, -1], out.images)
+    pil = pipe(2, latents=x_T, return_all_timesteps=True).trajectory
+    assert len(pil) == 2 and len(pil[0]) == 5
+    assert sequences()(2, return_all_timesteps=True).trajectory.shape == (2, 5, 2, 16)
+
+
+def test_callback_sees_and_replaces_latents():
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}
+
+    out = images()(1, callback_on_step_end=callback, output_type="pt").images
+    assert seen == [(0, 999), (1, 749), (2, 499), (3, 249)]
+    assert torch.equal(out, torch.full_like(out, 0.5))
+
+
+def test_progress_bar_can_be_silenced(capfd):
+    pipe = images()
+    pipe()
+    assert capfd.readouterr().err == ""
+    pipe.set_progress_bar_config(disable=False)
+    pipe()
+    assert "4/4" in capfd.readouterr().err
+
+
+def test_sequences_come_in_the_units_of_the_data(tmp_path):
+    pipe = sequences(data_shift=[10.0, -3.0], data_scale=[2.0, 0.5])
+    plain = sequences()
+    plain.unet.load_state_dict(pipe.unet.state_dict())
+    a = pipe(3, generator=seeds(1, 2, 3)).sequences
+    b = plain(3, generator=seeds(1, 2, 3)).sequences
+    np.testing.assert_allclose(a, b * np.array([2, 0.5])[:, None] + np.array([10, -3])[:, None], rtol=1e-6)
+    pipe.save_pretrained(tmp_path)
+    again = DDPMPipeline1D.from_pretrained(tmp_path)
+    assert np.array_equal(again(3, generator=seeds(1, 2, 3)).sequences, a)
+
+
+def test_interpolation_starts_from_the_mix_at_its_timestep():
+    """One step of strength 1/4: the model is asked at the last timestep, at sqrt(abar) mix + sqrt(1 - abar) noise."""
+    pipe = images(1)
+    asked = []
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda x, t, *a, **k: (asked.append((x.clone(), int(t))), forward(x, t, *a, **k))[1]
+    x1, x2 = torch.rand(2, 2, 1, 8, 8)
+    kept = x1.clone()
+    out = pipe.interpolate(x1, x2, 0.25, weights=[0.0, 0.3, 1.0], generator=torch.Generator().manual_seed(3),
+                           output_type="pt")  # fmt: skip
+    assert out.images.shape == (6, 1, 8, 8) and torch.equal(x1, kept)
+    ((x, t),) = asked
+    assert t == 249
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    for row, weight in enumerate((0.0, 0.3, 1.0)):
+        mix = (1 - weight) * (2 * x1 - 1) + weight * (2 * x2 - 1)
+        expected = pipe.scheduler.add_noise(mix, noise, t)
+        torch.testing.assert_close(x[row::3], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_interpolation_gives_what_it_takes():
+    pil = images()
+    ends = pil(2).images
+    assert isinstance(pil.interpolate(ends[0], ends[1]).images[0], Image.Image)
+    one_d = sequences(data_shift=[100.0, 0.0], data_scale=[5.0, 1.0])
+    x = one_d(2).sequences
+    out = one_d.interpolate(x[:1], x[1:], weights=[0, 0.5, 1]).sequences
+    assert out.shape == (3, 2, 16) and (abs(out[:, 0] - 100) <= 5.001).all()
+    for wrong in ({"weights": 1.5}, {"strength": 0.0}, {"x2": ends[:1]}, {"x2": torch.full((2, 3, 8, 8), 2.0)}):
+        with pytest.raises(ValueError):
+            pil.interpolate(**{"x1": ends, "x2": ends, **wrong})
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"]
+)
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
+def test_self_conditioning_under_stock_schedulers(name, target):
+    """Each call sees the x0 estimate of the call before, computed here from the model's input and output."""
+    pipe = images(self_condition=True, steps=5)
+    own = GaussianScheduler(prediction_type=target)
+    pipe.scheduler = getattr(diffusers, name).from_config(own.config)
+    calls = []
+    forward = pipe.unet.forward
+
+    def spy(x, t, x_self_cond=None):
+        out = forward(x, t, x_self_cond)
+        calls.append((x, t, x_self_cond, out.sample))
+        return out
+
+    pipe.unet.forward = spy
+    pipe(2, generator=seeds(1, 2))
+    assert calls[0][2] is None and len(calls) >= 5
+    for (x, t, _, out), (_, _, given, _) in zip(calls, calls[1:]):
+        if float(t) == int(t):
+            expected = own.predict_x0(out, int(t), x).clamp(-1, 1)
+            given = given.clamp(-1, 1)  # Euler's estimate is not clipped
+            torch.testing.assert_close(given, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_stock_pipelines_take_our_parts():
+    pipe = images()
+    for kind in (diffusers.DDPMPipeline, diffusers.DDIMPipeline):
+        stock = kind(unet=pipe.unet, scheduler=pipe.scheduler)
+        stock.set_progress_bar_config(disable=True)
+        assert stock(batch_size=2, num_inference_steps=3).images[0].size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"batch_size": 0}, "batch_size"), ({"num_inference_steps": 0}, "from 1 to 1000"),
+        ({"num_inference_steps": 1001}, "1001"), ({"output_type": "latent"}, "'latent'"), ({"eta": -0.1}, "eta"),
+        ({"generator": seeds(1)}, "got 1 generators"), ({"latents": torch.zeros(2, 3, 8, 9)}, r"\(2, 3, 8, 8\)"),
+        ({"callback_on_step_end_tensor_inputs": ["x"]}, "latents"), ({"timesteps": [3, 5]}, "descending"),
+    ],
+)  # fmt: skip
+def test_bad_calls(options, message):
+    with pytest.raises(ValueError, match=message):
+        images()(**{"batch_size": 2, **options})
+
+
+def test_bad_parts():
+    with pytest.raises(ValueError, match="5: use 'np' or 'pt'"):
+        images(5)(1)
+    assert images(5)(1, output_type="np").images.shape == (1, 8, 8, 5)
+    with pytest.raises(ValueError, match="data_scale"):
+        sequences(data_scale=[1.0, 0.0])
+    with pytest.raises(ValueError, match="data_shift"):
+        sequences(data_shift=[1.0])
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        DDPMPipeline(UNet2D(**SMALL), GaussianScheduler(), 0)
+    with pytest.raises(ValueError, match="sample_size"):
+        DDPMPipeline(UNet2D(**SMALL), GaussianScheduler())(1)
+    pipe = images()
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler has no eta"):
+        pipe(1, eta=0.5)

@@ -1,0 +1,208 @@
+"""The U-Net: shapes, options, equivalent formulas, and what diffusers' ModelMixin promises."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddpm_hf.unet import FullAttention, LinearAttention, RMSNorm, TimeEmbedding, UNet1D, UNet2D
+
+SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4}
+
+
+def small(ndim=2, **options):
+    return (UNet2D if ndim == 2 else UNet1D)(**{**SMALL, **options})
+
+
+def test_rms_norm_is_unit_length_times_root_channels():
+    norm = RMSNorm(6).double()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    expected = F.normalize(x, dim=1) * 6**0.5 * norm.weight[:, None, None]
+    torch.testing.assert_close(norm(x), expected, rtol=1e-12, atol=0)
+    assert torch.equal(norm(torch.zeros_like(x)), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("memory", [0, 3])
+def test_full_attention_formula(memory):
+    """out = softmax(q k^T / sqrt(d)) v over positions and memories, one query at a time."""
+    layer = FullAttention(5, heads=2, dim_head=4, num_mem_kv=memory).double()
+    x = torch.randn(1, 5, 2, 3, dtype=torch.float64)
+    tokens = layer.norm(x).flatten(2)[0].T
+    q, k, v = layer.to_qkv(tokens).reshape(6, 3, 2, 4).unbind(1)
+    out = torch.zeros(6, 2, 4, dtype=torch.float64)
+    for head in range(2):
+        keys, values = k[:, head], v[:, head]
+        if memory:
+            keys = torch.cat((layer.mem_kv[0, head], keys))
+            values = torch.cat((layer.mem_kv[1, head], values))
+        for i in range(6):
+            weights = torch.exp(keys @ q[i, head] / 2)
+            out[i, head] = (weights / weights.sum()) @ values
+    expected = x + layer.to_out(out.reshape(6, 8)).T.reshape(1, 5, 2, 3)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", [0, 3])
+def test_linear_attention_formula(memory):
+    """out_i = sum_j (softmax_features(q_i) . softmax_positions(k)_j) v_j / sqrt(d): quadratic, written out."""
+    layer = LinearAttention(5, heads=2, dim_head=4, num_mem_kv=memory).double()
+    x = torch.randn(1, 5, 2, 3, dtype=torch.float64)
+    tokens = layer.norm(x).flatten(2)[0].T
+    q, k, v = layer.to_qkv(tokens).reshape(6, 3, 2, 4).unbind(1)
+    out = torch.zeros(6, 2, 4, dtype=torch.float64)
+    for head in range(2):
+        keys, values = k[:, head], v[:, head]
+        if memory:
+            keys = torch.cat((layer.mem_kv[0, head].T, keys))
+            values = torch.cat((layer.mem_kv[1, head].T, values))
+        similarity = q[:, head].softmax(1) @ keys.softmax(0).T / math.sqrt(4)
+        out[:, head] = similarity @ values
+    projected = layer.to_out(out.reshape(6, 8)).T.reshape(1, 5, 2, 3)
+    torch.testing.assert_close(layer(x), x + layer.norm_out(projected), rtol=1e-10, atol=1e-12)
+
+
+def test_sinusoidal_features():
+    embed = TimeEmbedding(8, "sinusoidal", 16, theta=10000).double()
+    captured = {}
+    embed.linear_1.register_forward_pre_hook(lambda module, args: captured.update(features=args[0]))
+    embed(torch.tensor([0, 3]))
+    frequencies = [10000 ** (-i / 3) for i in range(4)]
+    expected = [[math.sin(t * f) for f in frequencies] + [math.cos(t * f) for f in frequencies] for t in (0, 3)]
+    torch.testing.assert_close(
+        captured["features"], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"in_channels": 1, "init_dim": 12, "norm": "group", "norm_groups": 4, "num_mem_kv": 0},
+        {"self_condition": True, "learned_variance": True, "dim_mults": (1, 2, 3), "full_attn": (False, True, False)},
+        {"time_embedding": "learned_fourier", "full_attn": True, "attn_dim_head": (4, 6), "attn_heads": (1, 2)},
+        {"time_embedding": "random_fourier", "out_channels": 5, "full_attn": False, "mid_attn_heads": 3, "dropout": 0.1},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_options_give_the_right_shapes_and_survive_saving(options, ndim, tmp_path):
+    model = small(ndim, **options).eval()
+    channels = model.config.in_channels
+    x = torch.randn(3, channels, *(8, 12)[:ndim])
+    self_cond = {"x_self_cond": torch.randn_like(x)} if model.config.self_condition else {}
+    with torch.no_grad():
+        out = model(x, torch.tensor([0, 5, 999]), **self_cond).sample
+        assert out.shape == (
+            3,
+            options.get("out_channels") or channels * (1 + model.config.learned_variance),
+            *x.shape[2:],
+        )
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        assert torch.equal(again(x, torch.tensor([0, 5, 999]), **self_cond, return_dict=False)[0], out)
+
+
+def test_forms_of_timesteps_agree():
+    model = small().eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        outputs = [model(x, t).sample for t in (7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor([7.0, 7.0]))]
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    model = small().double().eval()
+    x, t = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([3, 400, 900])
+    with torch.no_grad():
+        together = model(x, t).sample
+        alone = torch.cat([model(x[i : i + 1], t[i]).sample for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_gradient_checkpointing_keeps_the_gradients(ndim):
+    model = small(ndim, dropout=0.2).double()
+    x = torch.randn(2, 3, *(8, 8)[:ndim], dtype=torch.float64)
+    gradients = []
+    for enable in (False, True):
+        if enable:
+            model.enable_gradient_checkpointing()
+            assert model.is_gradient_checkpointing
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(x, 5).sample.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_bfloat16_loading_keeps_the_time_embedding(tmp_path):
+    model = small(time_embedding="random_fourier").eval()
+    model.save_pretrained(tmp_path)
+    half = UNet2D.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half.time_embed.frequencies, model.time_embed.frequencies)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        exact, out = model(x, 500).sample, half(x.bfloat16(), 500).sample
+        cast = model.to(torch.bfloat16)(x.bfloat16(), 500).sample
+    assert out.dtype == cast.dtype == torch.bfloat16
+    # some thirty layers, each rounding to 8 bits
+    assert (out.float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_sharded_saving(tmp_path):
+    model = small().eval()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = UNet2D.from_pretrained(tmp_path)
+    for a, b in zip(model.parameters(), again.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_device_map_auto(tmp_path):
+    """With too little memory, stages are kept on disk and brought in one at a time."""
+    model = small(dim_mults=(1, 2, 4)).eval()
+    model.save_pretrained(tmp_path / "model")
+    x = torch.randn(1, 3, 8, 8)
+    whole = UNet2D.from_pretrained(tmp_path / "model", device_map="auto")
+    split = UNet2D.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": "120KB"}, offload_folder=tmp_path / "offload"
+    )
+    assert "disk" in split.hf_device_map.values() and "cpu" in split.hf_device_map.values()
+    with torch.no_grad():
+        expected = model(x, 5).sample
+        assert torch.equal(whole(x, 5).sample, expected) and torch.equal(split(x, 5).sample, expected)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"dim": 7}, "dim must be even"), ({"dim": 0}, "dim must be"), ({"dim_mults": ()}, "dim_mults"),
+        ({"dim_mults": (1, 0)}, "dim_mults"), ({"norm": "layer"}, "'layer'"), ({"norm": "group", "norm_groups": 3}, "3"),
+        ({"time_embedding": "none"}, "'none'"), ({"dropout": 1.0}, "1.0"), ({"attn_heads": (1, 2, 3)}, "one per stage"),
+        ({"full_attn": "yes"}, "full_attn"), ({"full_attn": 1}, "full_attn"), ({"num_mem_kv": -1}, "-1"),
+        ({"sample_size": 7}, "6 and 8"), ({"sample_size": (8, 9)}, "8 and 10"), ({"sample_size": (8,)}, "sample_size"),
+        ({"fourier_dim": 3}, "fourier_dim"), ({"in_channels": 0}, "in_channels"), ({"theta": 0}, "theta"),
+    ],
+)  # fmt: skip
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+def test_bad_inputs():
+    model = small()
+    x = torch.randn(2, 3, 8, 8)
+    for arguments, message in [
+        ((torch.randn(2, 1, 8, 8), 1), r"\(batch, 3, height, width\).*\(2, 1, 8, 8\)"),
+        ((torch.randn(2, 3, 8), 1), "shape"),
+        ((torch.randn(2, 3, 8, 9), 1), "8 and 10"),
+        ((x, torch.arange(3)), r"\(2,\).*\(3,\)"),
+        ((x, 1, x), "self_condition=False"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(*arguments)
+    with pytest.raises(ValueError, match="x_self_cond"):
+        small(self_condition=True)(x, 1, x[:1])
