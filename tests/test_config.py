@@ -1,0 +1,86 @@
+"""TrainConfig: checks, YAML, the command line, differences between runs."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from ddpm_hf.config import TrainConfig, read_yaml
+
+spec = importlib.util.spec_from_file_location("train_script", ROOT / "training" / "train.py")
+train_script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train_script)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prediction_type": "noise"}, {"ddpm_beta_schedule": "exp"}, {"norm": "layer"}, {"dataset_name": "mnist"},
+        {"learning_rate": 0.0}, {"train_batch_size": 0}, {"max_train_steps": 1.5}, {"resolution": [1, 2, 3]},
+        {"on_bad_image": "ignore"}, {"mixed_precision": "fp8"}, {"lr_scheduler": "step"}, {"dropout": 1.0},
+        {"image_channels": 2}, {"ema_max_decay": 1.1}, {"seed": -1}, {"full_attn": ["maybe"]}, {"min_snr_gamma": -1},
+    ],
+)  # fmt: skip
+def test_bad_values_are_named(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(**options)
+    assert name in str(caught.value) and str(value).strip("[]'") in str(caught.value)
+
+
+def test_rules_between_options():
+    with pytest.raises(ValueError, match="one source of data.*dataset_name and train_data_dir"):
+        TrainConfig(dataset_name="digits", train_data_dir="x")
+    with pytest.raises(ValueError, match="50 and 20"):
+        TrainConfig(ddpm_num_steps=20)
+
+
+def test_every_option_has_help():
+    assert all(f.metadata.get("help") for f in dataclasses.fields(TrainConfig))
+
+
+def test_command_line_overrides_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("dataset_name: digits\nlearning_rate: 1e-3\ndim_mults: [1, 2]\nfull_attn: [true, false]\n")
+    config = train_script.parse(["--config", str(file), "--dim_mults", "1", "3", "--no_center_crop"])
+    assert (config.learning_rate, config.dim_mults, config.full_attn) == (1e-3, [1, 3], [True, False])
+    assert config.center_crop is False and config.dataset_name == "digits"
+    other = train_script.parse(["--config", str(file), "--train_data_dir", "photos", "--full_attn", "false"])
+    assert (
+        other.dataset_name is None and other.train_data_dir == "photos" and other.model_options()["full_attn"] is False
+    )
+
+
+def test_without_data_the_demo_is_run():
+    config = train_script.parse(["--max_train_steps", "3"])
+    assert config.dataset_name == "digits" and config.max_train_steps == 3 and config.output_dir == "runs/digits"
+    assert train_script.parse(["--train_data_dir=x"]).dim == 64
+
+
+def test_yaml_errors(tmp_path):
+    file = tmp_path / "run.yaml"
+    wrongs = [("learning_rat: 1\n", "did you mean learning_rate"), ("- 1\n", "name: value"), ("a: [", "YAML")]
+    for text, message in wrongs:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_yaml(str(file))
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_yaml(str(tmp_path / "none.yaml"))
+
+
+def test_presets_are_valid():
+    for file in sorted((ROOT / "training" / "configs").glob("*.yaml")):
+        assert TrainConfig(**read_yaml(str(file))).output_dir
+
+
+def test_differences():
+    """A resumed run may change what does not alter the weights, and the length of a constant schedule."""
+    earlier = yaml.safe_load(TrainConfig().to_yaml())
+    assert TrainConfig().differences(earlier) == []
+    assert TrainConfig(num_samples=4, checkpointing_steps=7).differences(earlier) == []
+    assert TrainConfig(dim=32).differences(earlier) == ["dim: 64 -> 32"]
+    assert "max_train_steps" in TrainConfig(max_train_steps=5).differences(earlier)[0]
+    constant = yaml.safe_load(TrainConfig(lr_scheduler="constant").to_yaml())
+    assert TrainConfig(lr_scheduler="constant", max_train_steps=5).differences(constant) == []

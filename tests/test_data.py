@@ -1,0 +1,229 @@
+"""Images of every form, sequences, bundled data, and the order of the training stream."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.data import (
+    BadImageError,
+    ImageDataset,
+    SequenceDataset,
+    StreamSampler,
+    TrainingView,
+    as_tensor,
+    build_dataset,
+    collate,
+    digits,
+    ecg,
+    image_folder,
+    read_array,
+    windows,
+)
+
+
+def gradient(height=6, width=10):
+    """8-bit RGB whose red grows to the right and green downwards."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack((x * 20, y * 30, np.full_like(x, 9)), -1).astype(np.uint8)
+
+
+FORMS = {
+    "a.PNG": lambda im: im,
+    "b.jpg": lambda im: im,
+    "c.webp": lambda im: im,
+    "d.bmp": lambda im: im,
+    "e.TIFF": lambda im: im.convert("CMYK"),
+    "f.gif": lambda im: im.convert("P"),
+    "g.png": lambda im: im.convert("L"),
+    "h.png": lambda im: im.convert("RGBA"),
+    "i.png": lambda im: im.convert("LA"),
+    "j.png": lambda im: Image.fromarray(np.asarray(im.convert("L")).astype(np.uint16) * 257),
+    "k.tif": lambda im: Image.fromarray(np.asarray(im.convert("L")).astype(np.float32) / 255),
+    "sub/l.jpeg": lambda im: im,
+    "m.png": lambda im: im.convert("1"),
+    "n.ppm": lambda im: im,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, form in FORMS.items():
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        form(Image.fromarray(gradient())).save(path)
+    (tmp_path / "photos" / "notes.txt").write_text("not a picture")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_every_form_of_image_is_read(folder, channels):
+    data = image_folder(str(folder), (6, 10), channels)
+    assert len(data) == len(FORMS)
+    grey = np.asarray(Image.fromarray(gradient()).convert("L")) / 127.5 - 1
+    for source, x in zip(data.sources, data):
+        assert x.shape == (channels, 6, 10) and x.dtype == torch.float32 and x.abs().max() <= 1
+        if channels == 1 and not source.endswith(("m.png", "f.gif", "e.TIFF")):  # two levels; palettes; inks
+            tolerance = 30 / 127.5 if source.endswith(("jpg", "jpeg", "webp")) else 1.01 / 127.5
+            np.testing.assert_allclose(x[0], grey, atol=tolerance, err_msg=source)
+
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    Image.fromarray(np.array([[0, 65535], [32768, 256]], dtype=np.uint16)).save(tmp_path / "x.png")
+    x = image_folder(str(tmp_path), (2, 2), 1)[0]
+    np.testing.assert_array_equal(((x[0] + 1) * 127.5).round(), [[0, 255], [128, 1]])
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    Image.fromarray(gradient()).save(tmp_path / "x.png", exif=exif)
+    x = image_folder(str(tmp_path), (10, 6))[0]
+    np.testing.assert_allclose((x.movedim(0, -1) + 1) * 127.5, np.rot90(gradient(), -1), atol=0.01)
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[0, 0] = (10, 20, 30, 255)
+    Image.fromarray(rgba).save(tmp_path / "x.png")
+    x = (image_folder(str(tmp_path), (2, 2))[0] + 1) * 127.5
+    assert x[:, 0, 0].round().tolist() == [10, 20, 30] and (x[:, 1, 1] == 255).all()
+    assert image_folder(str(tmp_path), (2, 2), 4)[0][3].tolist() == [[1, -1], [-1, -1]]
+
+
+def test_aspect_is_kept():
+    """A square in a wide picture stays square: the shorter side is resized, the middle is kept."""
+    array = np.zeros((40, 120), np.uint8)
+    array[10:30, 50:70] = 255
+    x = ImageDataset([array], (20, 20), 1)[0][0]
+    inside = x > 0
+    assert inside.any(0).sum() == inside.any(1).sum() == 10
+
+
+def test_augmentation_follows_from_seed_epoch_and_index():
+    data = ImageDataset([gradient()] * 4, (6, 6), center_crop=False, random_flip=True)
+    view = TrainingView(data, seed=3)
+    first = {key: view[key][0] for key in itertools.product(range(6), range(4))}
+    again = TrainingView(data, seed=3)
+    assert all(torch.equal(again[key][0], x) for key, x in first.items())
+    assert len({x.numpy().tobytes() for x in first.values()}) > 8  # 5 places, mirrored or not
+    assert torch.equal(data[0], data[1])  # not augmented
+
+
+def test_bad_pictures(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "b.png")
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    data = image_folder(str(tmp_path), (6, 10))
+    with pytest.raises(BadImageError, match="a.png"):
+        data[0]
+    stop = collate([TrainingView(data, 0)[0, 0]])
+    assert "a.png" in stop.error and "--on_bad_image skip" in stop.error
+    skip = collate([TrainingView(data, 0, "skip")[0, 0]])
+    assert torch.equal(skip.x0[0], data[1]) and len(skip.skipped) == 1
+    (tmp_path / "b.png").write_bytes(b"")
+    assert "none of the pictures" in collate([TrainingView(data, 0, "skip")[0, 0]]).error
+
+
+def test_folder_errors(tmp_path):
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(ValueError, match=r"no images found.*1 files with endings .txt"):
+        image_folder(str(tmp_path), (8, 8))
+    with pytest.raises(ValueError, match="not a folder"):
+        image_folder(str(tmp_path / "none"), (8, 8))
+
+
+def test_bundled_data():
+    d = digits()
+    assert len(d) == 1797 and d[0].shape == (1, 8, 8) and d[0].min() == -1 and len(d[5].unique()) <= 17
+    assert digits((16, 16), 3)[0].shape == (3, 16, 16)
+    e = ecg(128, 4)
+    assert len(e) == (1024 - 128) // 4 + 1 and e[0].shape == (1, 128)
+    assert min(x.min() for x in e) == -1 and max(x.max() for x in e) == 1
+
+
+def test_sequences_are_scaled_by_channel_and_back(tmp_path):
+    array = np.random.default_rng(0).normal(size=(50, 3, 8)) * np.array([1, 100, 0])[:, None] + 7
+    np.save(tmp_path / "x.npy", array)
+    mapped = read_array(str(tmp_path / "x.npy"))
+    assert isinstance(mapped, np.memmap)
+    data = SequenceDataset(mapped)
+    x = torch.stack(list(data)).double().numpy()
+    assert x[:, :2].min(axis=(0, 2)).tolist() == [-1, -1] and x[:, :2].max(axis=(0, 2)).tolist() == [1, 1]
+    assert (x[:, 2] == 0).all()
+    back = x * np.array(data.data_scale)[:, None] + np.array(data.data_shift)[:, None]
+    np.testing.assert_allclose(back, array, atol=1e-4)  # float32 of values up to 400
+
+
+def test_array_files(tmp_path):
+    x = np.arange(12.0).reshape(3, 4)
+    np.savez(tmp_path / "one.npz", anything=x)
+    np.savez(tmp_path / "two.npz", data=x, other=x)
+    np.savez(tmp_path / "unclear.npz", a=x, b=x)
+    np.save(tmp_path / "objects.npy", np.array([{}, []], dtype=object), allow_pickle=True)
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "text.csv").write_text("1,2")
+    assert SequenceDataset(read_array(str(tmp_path / "one.npz")))[0].shape == (1, 4)
+    assert read_array(str(tmp_path / "two.npz")).shape == (3, 4)
+    for name, message in [("unclear.npz", "a, b"), ("objects.npy", "[Oo]bject"), ("cut.npy", "cut.npy"),
+                          ("text.csv", "must end in"), ("none.npy", "No such file")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            read_array(str(tmp_path / name))
+
+
+def test_bad_sequences():
+    x = np.zeros((2000, 1, 4))
+    x[3, 0, 1], x[1500, 0, 0] = np.nan, np.inf
+    with pytest.raises(ValueError, match="rows 3, 1500"):
+        SequenceDataset(x)
+    for wrong in (np.zeros(3), np.zeros((0, 1, 4)), np.zeros((2, 2, 2, 2))):
+        with pytest.raises(ValueError, match=r"\(N, channels, length\)"):
+            SequenceDataset(wrong)
+    with pytest.raises(ValueError, match="real numbers"):
+        SequenceDataset(np.array([["a", "b"]]))
+    with pytest.raises(ValueError, match="at least 5 samples"):
+        windows(np.zeros((1, 4)), 5, 1)
+
+
+def test_items_of_other_datasets():
+    x = torch.zeros(1, 4, 4)
+    for item in (x, x.numpy(), (x, 3), {"image": x}, {"pixel_values": x, "label": 1}, Image.new("L", (4, 4), 0)):
+        assert as_tensor(item).shape == (1, 4, 4)
+    wrongs = [(x + 2, "2 to 2"), (x.int(), "int32"), ("text", "str"), ({"a": 1}, "got a"), (x[0, 0], "float")]
+    for wrong, message in wrongs:
+        with pytest.raises(ValueError, match=message):
+            as_tensor(wrong)
+    assert "one shape" in collate([(x, [], None), (x[:, :2], [], None)]).error
+
+
+def stream(count, **options):
+    return list(itertools.islice(StreamSampler(10, **{"batch_size": 4, "seed": 1, **options}), count))
+
+
+def test_the_stream_is_one_permutation_after_another():
+    keys = list(itertools.chain(*stream(10)))
+    for epoch in range(4):
+        part = keys[epoch * 10 : epoch * 10 + 10]
+        assert {e for e, _ in part} == {epoch} and sorted(i for _, i in part) == list(range(10))
+    assert keys[:10] != [(0, i) for _, i in keys[10:20]] and keys != list(itertools.chain(*stream(10, seed=2)))
+
+
+def test_the_stream_starts_anywhere_and_splits_over_processes():
+    whole = stream(9)
+    assert stream(4, start=20) == whole[5:]
+    two = [stream(3, batch_size=2, process=p, processes=2) for p in (0, 1)]
+    assert [a + b for a, b in zip(*two)] == whole[:3]
+
+
+def test_build_dataset(folder, tmp_path):
+    assert build_dataset(TrainConfig(train_data_dir=str(folder), resolution=[8, 16]))[0].shape == (3, 8, 16)
+    np.save(tmp_path / "w.npy", np.random.default_rng(0).normal(size=(5, 2, 32)))
+    cut = build_dataset(TrainConfig(train_data_file=str(tmp_path / "w.npy"), sequence_length=16))
+    assert cut[0].shape == (2, 16)
+    with pytest.raises(ValueError, match="at most the data's length 32, got 64"):
+        build_dataset(TrainConfig(train_data_file=str(tmp_path / "w.npy"), sequence_length=64))
+    with pytest.raises(ValueError, match="no data"):
+        build_dataset(TrainConfig())

@@ -1,0 +1,105 @@
+"""The objective: targets, weights, draws, immiscible noise, self-conditioning."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ddpm_hf.losses import diffusion_loss, immiscible_assignment, training_draws
+from ddpm_hf.scheduler import PREDICTION_TYPES, GaussianScheduler
+
+
+class Spy:
+    """A model that gives a fixed output and remembers its inputs."""
+
+    def __init__(self, output):
+        self.output, self.calls = output, []
+
+    def __call__(self, x_t, t, x_self_cond=None):
+        self.calls.append(SimpleNamespace(x_t=x_t, t=t, x_self_cond=x_self_cond, grad=torch.is_grad_enabled()))
+        return SimpleNamespace(sample=self.output)
+
+
+@pytest.fixture
+def batch():
+    return SimpleNamespace(
+        x0=torch.rand(6, 2, 4, dtype=torch.float64) * 2 - 1,
+        noise=torch.randn(6, 2, 4, dtype=torch.float64),
+        t=torch.tensor([0, 10, 200, 500, 900, 999]),
+        out=torch.randn(6, 2, 4, dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize("target,gamma", itertools.product(PREDICTION_TYPES, [None, 5.0]))
+def test_loss_by_hand(batch, target, gamma):
+    """weight(t) * mean((output - target)^2), written out sample by sample."""
+    s = GaussianScheduler(prediction_type=target)
+    kept = {name: value.clone() for name, value in vars(batch).items()}
+    model = Spy(batch.out)
+    got = diffusion_loss(model, s, batch.x0, batch.t, batch.noise, min_snr_gamma=gamma).loss
+    for i, t in enumerate(batch.t.tolist()):
+        abar = s.alphas_cumprod[t].item()
+        a, b = abar**0.5, (1 - abar) ** 0.5
+        snr = abar / (1 - abar)
+        x0, eps = batch.x0[i], batch.noise[i]
+        wanted = {"epsilon": eps, "sample": x0, "v_prediction": a * eps - b * x0}[target]
+        clipped = min(snr, gamma) if gamma else snr
+        weight = {"epsilon": clipped / snr, "sample": clipped, "v_prediction": clipped / (snr + 1)}[target]
+        assert got[i].item() == pytest.approx(weight * ((batch.out[i] - wanted) ** 2).mean().item(), rel=1e-10)
+        torch.testing.assert_close(model.calls[0].x_t[i], a * x0 + b * eps, rtol=1e-12, atol=1e-12)
+    for name, value in kept.items():
+        assert torch.equal(getattr(batch, name), value), f"{name} was changed"
+
+
+def test_immiscible_assignment_is_the_best_of_all():
+    """Against all 720 permutations of 6 samples."""
+    x0, noise = torch.randn(2, 6, 3, dtype=torch.float64)
+    cost = torch.cdist(x0, noise)
+    best = min(itertools.permutations(range(6)), key=lambda p: sum(cost[i, j].item() for i, j in enumerate(p)))
+    assert immiscible_assignment(x0, noise).tolist() == list(best)
+
+
+def test_immiscible_noise_is_in_x_t_and_in_the_target(batch):
+    """A model that reads the assigned noise off x_t has no loss: both use the same assignment."""
+    s = GaussianScheduler(prediction_type="epsilon")
+
+    def oracle(x_t, t, x_self_cond=None):
+        return SimpleNamespace(sample=s.epsilon_from_x0(x_t, t, batch.x0))
+
+    loss = diffusion_loss(oracle, s, batch.x0, batch.t, batch.noise, immiscible=True).loss
+    # sqrt(1 - abar_0) = 0.015 magnifies rounding
+    torch.testing.assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-24)
+    assert immiscible_assignment(batch.x0, batch.noise).tolist() != list(range(6))
+
+
+def test_self_conditioning_shows_the_models_own_estimate(batch):
+    s = GaussianScheduler(prediction_type="v_prediction")
+    model = Spy(batch.out)
+    diffusion_loss(model, s, batch.x0, batch.t, batch.noise, self_condition=True)
+    first, second = model.calls
+    assert first.x_self_cond is None and not first.grad and second.grad
+    expected = s.x0_from_v(first.x_t, batch.t, batch.out)
+    torch.testing.assert_close(second.x_self_cond, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_draws_follow_from_the_seeds():
+    """A sample's draws are those of its seed, whatever the batch; timesteps are uniform."""
+    s = GaussianScheduler(10)
+    x0 = torch.zeros(2000, 1, 2)
+    t, noise = training_draws(s, x0, range(2000), 0.1)
+    t_part, noise_part = training_draws(s, x0[:3], [7, 8, 9], 0.1)
+    assert torch.equal(t[7:10], t_part) and torch.equal(noise[7:10], noise_part)
+    counts = torch.bincount(t, minlength=10)
+    # binomial: 200 expected, deviation sqrt(2000 * 0.1 * 0.9) = 13.4
+    assert counts.shape == (10,) and (counts - 200).abs().max() < 5 * 13.4
+    with pytest.raises(ValueError, match="3 samples, 2 seeds"):
+        training_draws(s, x0[:3], [1, 2])
+
+
+def test_bad_shapes(batch):
+    s = GaussianScheduler()
+    with pytest.raises(ValueError, match="shaped as x0"):
+        diffusion_loss(Spy(batch.out), s, batch.x0, batch.t, batch.noise[:2])
+    with pytest.raises(ValueError, match="learned variance"):
+        diffusion_loss(Spy(torch.cat((batch.out, batch.out), 1)), s, batch.x0, batch.t, batch.noise)

@@ -1,0 +1,236 @@
+"""The training loop, at small size: exact resume, accumulation, averaging, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from ddpm_hf import DDPMPipeline, TrainConfig, train
+from ddpm_hf.data import SequenceDataset
+from ddpm_hf.trainer import Trainer, TrainingError
+
+SMALL = {
+    "dim": 8, "dim_mults": [1, 2], "attn_heads": [2], "attn_dim_head": [4], "train_batch_size": 8, "logger": "none",
+    "lr_scheduler": "constant", "ddpm_num_inference_steps": 3, "num_samples": 4, "logging_steps": 1,
+}  # fmt: skip
+
+
+def config(folder, **options):
+    return TrainConfig(**{"dataset_name": "digits", "output_dir": str(folder), **SMALL, **options})
+
+
+def weights(folder):
+    return load_file(folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(folder):
+    """Every file that a run leaves and that is to be the same bit for bit, by name."""
+    files = ["metrics.jsonl", "pipeline/unet/diffusion_pytorch_model.safetensors"]
+    newest = max((folder / "checkpoints").iterdir())
+    files += [str((newest / name).relative_to(folder)) for name in ("model.safetensors", "ema.safetensors")]
+    files += [f"samples/{path.name}" for path in (folder / "samples").glob("*")]
+    return {name: (folder / name).read_bytes() for name in files}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 0.1, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "logging_steps": 3, "immiscible": True},
+        {"gradient_accumulation_steps": 2, "self_condition": True, "random_flip": True, "dataloader_num_workers": 2},
+        {"dataset_name": "ecg", "sequence_length": 32, "mixed_precision": "bf16", "noise_offset": 0.1},
+    ],
+)
+def test_six_steps_are_four_a_stop_and_two_more(options, tmp_path, monkeypatch):
+    """Stopped in step 5, after the checkpoint of step 4; the same call again ends with the same bits."""
+    options = {"max_train_steps": 6, "checkpointing_steps": 4, **options}
+    train(config(tmp_path / "whole", **options))
+
+    step = Trainer._train_step
+
+    def stop(self, batches):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path / "parts", **options))
+    monkeypatch.undo()
+    torch.rand(7)  # what else the process draws does not matter
+    assert train(config(tmp_path / "parts", **options)).steps == 6
+
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, content in whole.items():
+        assert parts[name] == content, name
+    optimizers = [
+        torch.load(tmp_path / run / "checkpoints" / "step-000006" / "optimizer.bin", weights_only=True)
+        for run in ("whole", "parts")
+    ]
+    for a, b in zip(*(o["state"].values() for o in optimizers)):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_complete_run_says_so_and_can_be_extended(tmp_path, capsys):
+    train(config(tmp_path, max_train_steps=3))
+    before = state(tmp_path)
+    assert train(config(tmp_path, max_train_steps=3)).already_complete
+    assert "the run is complete" in capsys.readouterr().out and state(tmp_path) == before
+    train(config(tmp_path, max_train_steps=5))
+    train(config(tmp_path / "straight", max_train_steps=5))
+    a, b = weights(tmp_path), weights(tmp_path / "straight")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_another_runs_folder_is_refused(tmp_path):
+    train(config(tmp_path, max_train_steps=2))
+    before = state(tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)other options.*dim: 8 -> 16\n  learning_rate: 0.0001 -> 0.1"):
+        train(config(tmp_path, max_train_steps=2, dim=16, learning_rate=0.1))
+    assert state(tmp_path) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds other files"):
+        train(config(tmp_path / "mine"))
+    (tmp_path / "file").write_text("")
+    for wrong in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="output_dir must be"):
+            train(config(wrong))
+
+
+def test_the_average_follows_its_definition(tmp_path, monkeypatch):
+    """e_n = d_n e_{n-1} + (1 - d_n) w_n with d_n = 1 - (1 + n - 1)^-power, from the weights of each step."""
+    history = []
+    update = Trainer._update_ema
+
+    def spy(self):
+        history.append([p.detach().double().clone() for p in self.model.parameters()])
+        update(self)
+
+    monkeypatch.setattr(Trainer, "_update_ema", spy)
+    train(config(tmp_path, max_train_steps=4, learning_rate=0.01))
+    expected = history[0]
+    for n, now in enumerate(history[1:], start=2):
+        decay = min(1 - (1 + (n - 1)) ** -0.75, 0.9999)
+        expected = [decay * e + (1 - decay) * w for e, w in zip(expected, now)]
+    saved = load_file(tmp_path / "checkpoints" / "step-000004" / "ema.safetensors")
+    for i, e in enumerate(expected):
+        torch.testing.assert_close(saved[f"{i:05d}"].double(), e, rtol=1e-5, atol=1e-7)
+
+
+def test_accumulation_of_two_is_a_batch_of_twice_the_size(tmp_path):
+    train(config(tmp_path / "a", max_train_steps=3, train_batch_size=16, num_mem_kv=0))
+    train(config(tmp_path / "b", max_train_steps=3, gradient_accumulation_steps=2, num_mem_kv=0))
+    losses = [[record["loss"] for record in metrics(tmp_path / run)] for run in "ab"]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_run_folder_and_tensorboard(tmp_path):
+    train(config(tmp_path, max_train_steps=4, checkpointing_steps=1, logger="tensorboard", checkpoints_total_limit=2))
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "samples", "checkpoints", "pipeline", "logs"
+    }  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+    records = metrics(tmp_path)
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert {"loss", "grad_norm", "lr", "epoch"} <= records[0].keys()
+    assert records[-1]["epoch"] == pytest.approx(32 / 1797)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in records])
+    with Image.open(tmp_path / "samples" / "step-000004.png") as grid:
+        assert grid.size == (132, 132)  # 2 x 2 cells of 64 pixels and a border
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    assert train(config(tmp_path / "run", dry_run=True)) is None
+    out = capsys.readouterr().out
+    assert "learning_rate: 0.0001" in out and "parameters" in out and "1,797 items of shape (1, 8, 8)" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path):
+    np.save(tmp_path / "odd.npy", np.random.default_rng(0).normal(size=(20, 1, 31)))
+    run = tmp_path / "run"
+    for options, message in [
+        ({"dataset_name": None, "train_data_file": str(tmp_path / "odd.npy")}, "30 and 32"),
+        ({"resolution": [9]}, "8 and 10"),
+        ({"train_batch_size": 1798}, "1798, the data has 1797"),
+        ({"train_batch_size": 600, "gradient_accumulation_steps": 3}, "1800"),
+        ({"dataset_name": None}, "no data"),
+        ({"ddpm_beta_schedule": "linear", "ddpm_num_steps": 15}, "at least 21 steps"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(config(run, **options))
+        assert not run.exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_truncated_pictures_in_the_middle(workers, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / "photos" / f"{i:02d}.png")
+    bad = tmp_path / "photos" / "07.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    options = {"dataset_name": None, "train_data_dir": str(tmp_path / "photos"), "resolution": [8]}
+    options.update(max_train_steps=2, dataloader_num_workers=workers)
+    with pytest.raises(TrainingError, match=r"step [12]: cannot read the picture .*07.png.*--on_bad_image skip"):
+        train(config(tmp_path / "a", **options))
+    train(config(tmp_path / "b", on_bad_image="skip", **options))
+    assert metrics(tmp_path / "b")[-1]["skipped_images"] >= 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    options = {"max_train_steps": 9, "checkpointing_steps": 3}
+    step = Trainer._train_step
+
+    def explode(self, batches):
+        if self.step == 4:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(float("nan"))
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", explode)
+    with pytest.raises(TrainingError, match=r"step 5: the loss is nan.*step-000003"):
+        train(config(tmp_path, **options))
+    saved = load_file(tmp_path / "checkpoints" / "step-000003" / "model.safetensors")
+    assert all(torch.isfinite(p).all() for p in saved.values())
+    monkeypatch.undo()
+    assert train(config(tmp_path, **options)).steps == 9
+
+
+class Squares(torch.utils.data.Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        return {"image": torch.full((1, 8, 8), (index % 3) - 1.0), "label": index}
+
+
+def test_a_dataset_from_python(tmp_path):
+    result = train(config(tmp_path, dataset_name=None, max_train_steps=2), dataset=Squares())
+    assert DDPMPipeline.from_pretrained(result.pipeline_dir)(1).images[0].mode == "L"
+    with pytest.raises(ValueError, match="map-style"):
+        train(config(tmp_path / "x", dataset_name=None), dataset=iter([1]))
+    array = np.random.default_rng(0).normal(size=(20, 2, 16))
+    train(config(tmp_path / "y", dataset_name=None, max_train_steps=1), dataset=SequenceDataset(array))
+
+
+def test_a_stock_model_can_be_trained(tmp_path):
+    model = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, layers_per_block=1,
+    )  # fmt: skip
+    result = train(config(tmp_path, max_train_steps=2), model=model)
+    pipe = DDPMPipeline.from_pretrained(result.pipeline_dir)
+    assert isinstance(pipe.unet, UNet2DModel) and pipe(2).images[0].size == (8, 8)
