@@ -19,7 +19,8 @@ DATASETS = ("digits", "ecg")
 CONSTANT_LR = ("constant", "constant_with_warmup")
 # What a resumed run may change: nothing here alters the weights that the steps done so far have led to.
 CHANGEABLE = {
-    "output_dir", "max_train_steps", "dataloader_num_workers", "on_bad_image", "logger", "logging_steps",
+    "output_dir", "max_train_steps", "dataloader_num_workers", "num_cpu_threads", "on_bad_image", "logger",
+    "logging_steps",
     "save_samples_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size", "checkpointing_steps",
     "checkpoints_total_limit", "dry_run",
 }  # fmt: skip
@@ -63,6 +64,10 @@ class TrainConfig:
 
     # Run folder
     output_dir: str = _option("runs/run", "Run folder; running the same command again resumes it.")
+    num_cpu_threads: int | None = _option(
+        None, "Threads of each process when training on CPU. Default: this machine's cores, shared by its processes "
+        "(accelerate itself starts each with one)."
+    )  # fmt: skip
     seed: int = _option(0, "Of weights, data order, noise and samples.")
     dry_run: bool = _option(False, "Print the resolved options, the model's size and the data found, and stop.")
 
@@ -181,7 +186,7 @@ class TrainConfig:
                      "ema_update_every", "logging_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size",
                      "checkpointing_steps", "norm_groups"):  # fmt: skip
             rule(is_int(getattr(self, name)) and getattr(self, name) >= 1, name, "a whole number of at least 1")
-        for name in ("init_dim", "sequence_length", "checkpoints_total_limit"):
+        for name in ("init_dim", "sequence_length", "checkpoints_total_limit", "num_cpu_threads"):
             value = getattr(self, name)
             rule(value is None or (is_int(value) and value >= 1), name, "a whole number of at least 1")
         for name in (

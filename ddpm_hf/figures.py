@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def save_image_grid(images: list[Image.Image], path: Path, columns: int | None = None) -> None:
-    """A grid as square as it can be, PNG; small images are enlarged (whole multiples, no smoothing) to be seen."""
+    """A grid as square as it can be, PNG; small images are enlarged (bicubic) to be seen."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     zoom = max(1, math.ceil(64 / max(images[0].size)))
@@ -18,7 +18,7 @@ def save_image_grid(images: list[Image.Image], path: Path, columns: int | None =
     for image in images:
         # a border, so that neighbours are told apart
         cell = Image.new(image.mode, (width + 2, height + 2), "white")
-        cell.paste(image.resize((width, height), Image.Resampling.NEAREST), (1, 1))
+        cell.paste(image.resize((width, height), Image.Resampling.BICUBIC), (1, 1))
         cells.append(cell)
     cells += [Image.new(images[0].mode, cells[0].size, "white")] * (rows * columns - len(cells))
     grid = make_image_grid(

@@ -7,6 +7,7 @@ batch), so a resumed run goes on as if it had not been stopped.
 import contextlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,6 +187,10 @@ class Trainer:
             project_dir=self.folder,
         )
         acc = self.accelerator
+        if acc.device.type == "cpu":
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes))
+            torch.set_num_threads(c.num_cpu_threads or max(1, cores // local))
         global_batch = self._global_batch(acc.num_processes)
         with acc.main_process_first():
             resumable = self._check_folder()
