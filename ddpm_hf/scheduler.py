@@ -36,6 +36,10 @@ SCHEDULE_OPTIONS = (
     "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "cosine_s",
     "sigmoid_start", "sigmoid_end", "sigmoid_tau", "rescale_betas_zero_snr",
 )  # fmt: skip
+# Options that no stock scheduler knows.
+OWN_OPTIONS = (
+    "cosine_s", "sigmoid_start", "sigmoid_end", "sigmoid_tau", "sampler", "eta", "use_clipped_model_output",
+)  # fmt: skip
 
 
 @dataclass
@@ -221,8 +225,10 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
             "trained_betas": betas.tolist(),
             "prediction_type": prediction_type,
             "variance_type": variance_type,
-            # Stock schedulers drop the keys listed here, and would fall back to defaults of their own.
-            "_use_default_values": [],
+            # Stock schedulers drop the keys listed here silently; of others they would warn. A private copy comes back
+            # through them to `from_config`.
+            "_use_default_values": list(OWN_OPTIONS),
+            "_gaussian": {name: self.config[name] for name in OWN_OPTIONS},
         }
         if clip_sample and clip_sample_range == 1 and not thresholding:
             published.update(thresholding=True, sample_max_value=1.0)
@@ -283,6 +289,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, dict):
             # Stock defaults are values too: dropping them would put ours, which differ, in their place.
             config = {key: value for key, value in config.items() if key != "_use_default_values"}
+            config = {**config.pop("_gaussian", {}), **config}
             foreign = "sigmoid_tau" not in config and "beta_schedule" in config and "beta_start" in config
             if foreign and config.get("trained_betas") is None and not set(SCHEDULE_OPTIONS) & set(kwargs):
                 keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
