@@ -80,8 +80,8 @@ def read_checkpoint(
     Args:
         weights: "ema" or "model", of a checkpoint file.
         image_size, seq_length: what to sample by default; None: 128.
-        attn_heads: heads of each attention, one number or one per stage; read off memory key-values where there are
-            any, else 4.
+        attn_heads: heads of each attention, one number (in 1D: of the one in the middle) or one per stage; read off
+            memory key-values where there are any, else 4.
         norm_groups: of the 2023 form.
         theta: of the sinusoidal time embedding.
         self_condition, learned_variance: needed only for a model that has both.
@@ -243,6 +243,8 @@ def _unet_options(state, ndim: int, attn_heads, self_condition, learned_variance
             head_count, memories = memory.shape[1], [*memories, memory.shape[2 if is_full else 3]]
         elif isinstance(attn_heads, (list, tuple)):
             head_count = attn_heads[min(number, len(attn_heads) - 1)]
+        elif ndim == 1 and prefix != "mid_attn":
+            head_count = 4  # its Unet1D gives the option to the attention in the middle alone
         else:
             head_count = attn_heads or 4
         if head_count < 1 or hidden % head_count:

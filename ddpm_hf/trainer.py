@@ -233,12 +233,7 @@ class Trainer:
         if len(self.shape) == 3:
             self.model.to(memory_format=torch.channels_last)
         self.model.to(acc.device)
-        self.ema = None
-        if c.use_ema:
-            self.ema = EMAModel(
-                self.model.parameters(), decay=c.ema_max_decay, use_ema_warmup=True, inv_gamma=c.ema_inv_gamma,
-                power=c.ema_power, update_after_step=c.ema_update_after_step, foreach=True,
-            )  # fmt: skip
+        self.ema = self._make_ema()
         optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad], lr=c.learning_rate, eps=c.adam_epsilon,
             betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay, fused=True,
@@ -316,6 +311,15 @@ class Trainer:
         self.lr_scheduler.step()
         self._update_ema()
         return total, torch.as_tensor(grad_norm, device=acc.device).detach().float()
+
+    def _make_ema(self) -> EMAModel | None:
+        c = self.config
+        if not c.use_ema:
+            return None
+        return EMAModel(
+            self.model.parameters(), decay=c.ema_max_decay, use_ema_warmup=True, inv_gamma=c.ema_inv_gamma,
+            power=c.ema_power, update_after_step=c.ema_update_after_step, foreach=True,
+        )  # fmt: skip
 
     def _update_ema(self) -> None:
         # As ema-pytorch counts: the first update is step 1, and every `ema_update_every`-th from there.

@@ -24,6 +24,14 @@ def own_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture
+def double():
+    """Float64 as the default type during a test."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def optimal_prediction(scheduler, x_t, t, mean, std):
     """The best prediction at x_t where x0 ~ N(mean, std^2), as epsilon, x0 or v: all are linear in x_t."""
     abar = scheduler.alphas_cumprod[t].item()
