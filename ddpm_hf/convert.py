@@ -110,7 +110,7 @@ def read_checkpoint(
 
     betas = buffers["betas"].double()
     schedule = _schedule(betas)
-    target, gamma = _objective(buffers["alphas_cumprod"].double(), buffers["loss_weight"].double())
+    target, gamma = _objective(betas, buffers["loss_weight"].double())
     scheduler = {
         "num_train_timesteps": len(betas),
         "prediction_type": target,
@@ -389,14 +389,16 @@ def _schedule(betas: Tensor) -> str | None:
     return None
 
 
-def _objective(alphas_cumprod: Tensor, loss_weight: Tensor) -> tuple[str, float | None]:
+def _objective(betas: Tensor, loss_weight: Tensor) -> tuple[str, float | None]:
     """The target, and min-SNR's gamma, whose weights `loss_weight` are."""
+    # not from its float32 alphas_cumprod, which near 1 leave few digits to 1 - abar
+    alphas_cumprod = torch.cumprod(1 - betas, 0)
     snr = alphas_cumprod / (1 - alphas_cumprod)
     for target, per_snr in (("epsilon", 1 / snr), ("sample", torch.ones_like(snr)), ("v_prediction", 1 / (snr + 1))):
         clipped = loss_weight / per_snr
         gamma = clipped.max()
-        # float32 buffers: 1 - abar keeps 1e-7 of 1, which is 1e-3 of it at the first steps of long schedules
-        if torch.allclose(snr.clamp(max=gamma), clipped, rtol=5e-3, atol=0):
-            unclipped = bool(torch.isclose(gamma, snr.max(), rtol=5e-3))
+        # float32 betas: a last beta of 0.999 keeps 6e-5 of 1 - beta
+        if torch.allclose(snr.clamp(max=gamma), clipped, rtol=1e-3, atol=0):
+            unclipped = bool(torch.isclose(gamma, snr.max(), rtol=1e-3))
             return target, None if unclipped else gamma.item()
     raise ValueError("its loss_weight is of no known objective (pred_noise, pred_x0, pred_v, with or without min-SNR)")

@@ -1,4 +1,4 @@
-"""The diffusion is denoising-diffusion-pytorch's, number for number; and where it is wrong, ours follows the mathematics."""
+"""The diffusion is denoising-diffusion-pytorch's, number for number; where it is wrong, ours follows the mathematics."""
 
 import itertools
 from types import SimpleNamespace

@@ -15,7 +15,10 @@ from ddpm_hf.unet import UNet2D as OurUNet2D
 GRID_2D = [
     ({"dim": 8}, (2, 3, 8, 8)),
     ({"dim": 8, "dim_mults": (1, 2), "channels": 1, "init_dim": 12}, (3, 1, 6, 10)),
-    ({"dim": 16, "dim_mults": (1, 2, 3), "channels": 4, "self_condition": True, "full_attn": (True, False, True)}, (1, 4, 4, 8)),
+    (
+        {"dim": 16, "dim_mults": (1, 2, 3), "channels": 4, "self_condition": True, "full_attn": (True, False, True)},
+        (1, 4, 4, 8),
+    ),
     ({"dim": 8, "dim_mults": (1, 2), "channels": 32, "learned_variance": True, "attn_heads": 2}, (3, 32, 4, 4)),
     ({"dim": 8, "dim_mults": (1, 2), "out_dim": 5, "attn_dim_head": (8, 16), "attn_heads": (1, 3)}, (2, 3, 4, 6)),
     ({"dim": 8, "dim_mults": (2,), "full_attn": True, "dropout": 0.0}, (2, 3, 5, 3)),

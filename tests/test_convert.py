@@ -1,0 +1,159 @@
+"""Checkpoints written by the original's own trainers, converted: inferred options, equal samples, refusals."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_program
+from denoising_diffusion_pytorch import GaussianDiffusion, GaussianDiffusion1D, Trainer, Trainer1D, Unet, Unet1D
+from denoising_diffusion_pytorch.denoising_diffusion_pytorch_1d import Dataset1D
+from PIL import Image
+
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D
+from ddpm_hf.convert import from_denoising_diffusion_pytorch, read_checkpoint
+
+OPTIONS_2D = {"dim": 8, "dim_mults": (1, 2), "channels": 3, "self_condition": True, "full_attn": (True, False)}
+DIFFUSION_2D = {"image_size": 8, "timesteps": 20, "objective": "pred_noise", "min_snr_loss_weight": True,
+                "min_snr_gamma": 3, "sampling_timesteps": 5}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two steps of its Trainer on random pictures, and of its Trainer1D: (checkpoint, trainer) of each."""
+    torch.manual_seed(0)
+    base = tmp_path_factory.mktemp("peer")
+    rng = np.random.default_rng(0)
+    (base / "photos").mkdir()
+    for i in range(100):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(base / "photos" / f"{i}.png")
+    options = {"train_batch_size": 16, "train_num_steps": 2, "save_and_sample_every": 2, "num_samples": 1}
+    diffusion = GaussianDiffusion(Unet(**OPTIONS_2D), **DIFFUSION_2D)
+    two = Trainer(diffusion, str(base / "photos"), results_folder=str(base / "2d"), calculate_fid=False, train_lr=1e-2,
+                  ema_update_every=1, **options)  # fmt: skip
+    two.train()
+    one_d = GaussianDiffusion1D(
+        Unet1D(8, dim_mults=(1, 2), channels=2, random_fourier_features=True), seq_length=16, timesteps=20,
+        objective="pred_v", beta_schedule="cosine",
+    )  # fmt: skip
+    one = Trainer1D(one_d, Dataset1D(torch.rand(40, 2, 16)), results_folder=str(base / "1d"), **options)
+    one.train()
+    return {"2d": (base / "2d" / "model-1.pt", two), "1d": (base / "1d" / "model-1.pt", one)}
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_samples_of_a_converted_2d_checkpoint(trained, weights, tmp_path, double):
+    path, trainer = trained["2d"]
+    pipe = from_denoising_diffusion_pytorch(path, weights=weights, image_size=8, sampling_timesteps=5)
+    pipe.save_pretrained(tmp_path)
+    pipe = DDPMPipeline.from_pretrained(tmp_path)
+    pipe.unet.double()
+    original = (trainer.ema.ema_model if weights == "ema" else trainer.model).eval().double()
+    torch.manual_seed(3)
+    expected = original.sample(batch_size=2)
+    got = pipe(2, generator=torch.Generator().manual_seed(3), output_type="pt").images
+    # its schedule is rounded to float32: 6e-8 of numbers that 5 steps magnify at most a hundredfold
+    torch.testing.assert_close(got.double(), expected.clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_samples_of_a_converted_1d_checkpoint(trained, double):
+    path, trainer = trained["1d"]
+    pipe = from_denoising_diffusion_pytorch(path, seq_length=16)
+    pipe.unet.double()
+    torch.manual_seed(3)
+    expected = trainer.ema.ema_model.eval().double().sample(batch_size=2)
+    got = pipe(2, generator=torch.Generator().manual_seed(3), output_type="pt").sequences
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_everything_is_inferred(trained):
+    found = read_checkpoint(trained["2d"][0])
+    assert found.unet["dim_mults"] == [1, 2] and found.unet["self_condition"] and not found.unet["learned_variance"]
+    assert found.unet["full_attn"] == [True, False] and found.unet["num_mem_kv"] == 4
+    assert (found.unet["attn_heads"], found.unet["attn_dim_head"], found.unet["norm"]) == ([4, 4], [32, 32], "rms")
+    assert found.scheduler["beta_schedule"] == "sigmoid" and found.scheduler["prediction_type"] == "epsilon"
+    assert "min-SNR: gamma 3" in str(found) and "timesteps: 20, schedule: sigmoid" in str(found)
+    one = read_checkpoint(trained["1d"][0])
+    assert one.unet["time_embedding"] == "random_fourier"  # the optimizer has no state for its frequencies
+    assert one.pipeline["data_shift"] == [0.5, 0.5] and one.scheduler["beta_schedule"] == "cosine"
+    assert read_checkpoint(trained["1d"][0], auto_normalize=False).pipeline == {"num_inference_steps": None}
+
+
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("steps,gamma", [(50, None), (1000, None), (250, 5.0), (1000, 1.0)])
+def test_schedule_target_and_min_snr(objective, schedule, steps, gamma):
+    min_snr = {"min_snr_loss_weight": True, "min_snr_gamma": gamma} if gamma else {}
+    diffusion = GaussianDiffusion(
+        Unet(8, dim_mults=(1, 2)), image_size=8, timesteps=steps, objective=objective, beta_schedule=schedule, **min_snr
+    )
+    found = read_checkpoint(diffusion.state_dict())
+    names = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+    assert found.scheduler["beta_schedule"] == schedule and found.scheduler["prediction_type"] == names[objective]
+    line = next(line for line in found.lines if "min-SNR" in line)
+    assert line.endswith("off") if gamma is None else float(line.split()[-1]) == pytest.approx(gamma, rel=1e-4)
+
+
+def test_other_schedules_keep_their_betas():
+    diffusion = GaussianDiffusion(
+        Unet(8, dim_mults=(1, 2)), image_size=8, timesteps=50, beta_schedule="cosine", schedule_fn_kwargs={"s": 0.02}
+    )
+    pipe = from_denoising_diffusion_pytorch(diffusion.state_dict())
+    assert pipe.scheduler.config.beta_schedule == "trained"
+    assert torch.equal(pipe.scheduler.betas.float(), diffusion.betas)
+
+
+def test_program(trained, tmp_path):
+    path, _ = trained["2d"]
+    program = ROOT / "training" / "convert.py"
+    done = run_program(program, path, "--output_dir", "mine", "--image_size", "8", "16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "dim_mults: [1, 2]" in done.stdout and "sample_size: [8, 16] (given)" in done.stdout
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "mine")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe().images[0].size == (16, 8)
+    again = run_program(program, path, "--output_dir", "mine", cwd=tmp_path)
+    assert again.returncode == 2 and "new or empty" in again.stderr
+    one = run_program(program, trained["1d"][0], "--output_dir", "one", "--seq_length", "32", cwd=tmp_path)
+    assert one.returncode == 0 and DDPMPipeline1D.from_pretrained(tmp_path / "one").unet.config.sample_size == 32
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def test_files_that_are_refused(trained, tmp_path):
+    whole = trained["2d"][0].read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"model": Evil(), "ema": {}, "step": 1}, tmp_path / "evil.pt")
+    (tmp_path / "old.pt").write_bytes(pickle.dumps({"model": Evil()}))
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    program = ROOT / "training" / "convert.py"
+    for name, message in [("cut.pt", "damaged"), ("list.pt", "dict"), ("other.pt", "no tensor model.init_conv.weight"),
+                          ("none.pt", "not a file"), ("evil.pt", "refused"), ("old.pt", "")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            from_denoising_diffusion_pytorch(tmp_path / name)
+    done = run_program(program, tmp_path / "evil.pt", "--output_dir", "out", cwd=tmp_path)
+    assert done.returncode == 2 and "would run its code" in done.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "owned").exists() and not os.path.exists("owned")
+
+
+def test_missing_extra_and_misshapen_tensors_are_named():
+    state = GaussianDiffusion(Unet(8, dim_mults=(1, 2)), image_size=8).state_dict()
+    name = "model.ups.0.1.block2.proj.weight"
+    for change, message in [
+        (lambda s: s.pop(name), f"missing: {name}"),
+        (lambda s: s.update({"model.extra.bias": torch.zeros(2)}), "unknown: model.extra.bias"),
+        (lambda s: s.update({name: torch.zeros(2, 2)}), rf"of another shape.*{name} of shape \(2, 2\)"),
+        (lambda s: s.pop("betas"), "no tensor betas"),
+        (lambda s: s.update(loss_weight=torch.rand(1000)), "no known objective"),
+    ]:
+        changed = dict(state)
+        change(changed)
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint(changed)
+    with pytest.raises(ValueError, match="weights must be"):
+        read_checkpoint(state, weights="best")
