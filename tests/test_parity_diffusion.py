@@ -1,4 +1,4 @@
-"""The diffusion is denoising-diffusion-pytorch's, number for number; where it is wrong, ours follows the mathematics."""
+"""The diffusion is denoising-diffusion-pytorch's, number for number; where that is wrong, ours follows the maths."""
 
 import itertools
 from types import SimpleNamespace

@@ -1,0 +1,117 @@
+"""With stock diffusers: its schedulers in our pipeline on data with a known answer, our parts in its pipelines."""
+
+import itertools
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import logging
+
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet2D
+from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_TYPES
+
+STOCK = ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler",
+         "HeunDiscreteScheduler", "DEISMultistepScheduler"]  # fmt: skip
+MEAN, STD, STEPS = 0.3, 0.5, 100
+
+
+class GaussianModel(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """The optimal prediction for x0 ~ N(MEAN, STD^2), at whole timesteps and between them."""
+
+    @register_to_config
+    def __init__(self, sample_size=1, in_channels=1):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.scheduler = None
+
+    def forward(self, x, t):
+        sigmas = (1 / self.scheduler.alphas_cumprod - 1).sqrt()
+        low = int(t)
+        sigma = torch.lerp(sigmas[low], sigmas[min(low + 1, len(sigmas) - 1)], float(t) - low)
+        abar = (1 / (1 + sigma**2)).item()
+        residual = x - abar**0.5 * MEAN
+        total = STD**2 * abar + 1 - abar
+        x0 = MEAN + STD**2 * abar**0.5 / total * residual
+        epsilon = (1 - abar) ** 0.5 / total * residual
+        v = abar**0.5 * epsilon - (1 - abar) ** 0.5 * x0
+        kinds = {"sample": x0, "epsilon": epsilon, "v_prediction": v}
+        return SimpleNamespace(sample=kinds[self.scheduler.config.prediction_type])
+
+
+@pytest.fixture
+def diffusers_log(caplog):
+    """What diffusers' loggers say, which they keep from the root logger."""
+    logging.enable_propagation()
+    yield caplog
+    logging.disable_propagation()
+
+
+@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("schedule,target", itertools.product(BETA_SCHEDULES, PREDICTION_TYPES))
+def test_stock_schedulers_on_gaussian_data(name, schedule, target, diffusers_log):
+    """Every one is deterministic, and affine in x_T for this model: x_0 = a x_T + b has mean b and deviation |a|.
+
+    The bound is DDIM's: half the sum of the squared turns of (STD sqrt(abar), sqrt(1 - abar)), see test_scheduler.py; the
+    multistep solvers of higher order have to do as well. Heun's steps in sigma are checked against their own closed form.
+    """
+    own = GaussianScheduler(beta_schedule=schedule, prediction_type=target, clip_sample=False)
+    model = GaussianModel()
+    model.scheduler = own
+    pipe = DDPMPipeline1D(model, getattr(diffusers, name).from_config(own.config))
+    pipe.set_progress_bar_config(disable=True)
+    x_T = torch.tensor([0.0, 1.0], dtype=torch.float64).reshape(2, 1, 1)
+    zero, one = pipe(2, STEPS, latents=x_T, output_type="pt").sequences.flatten().tolist()
+    assert not diffusers_log.records, diffusers_log.text
+
+    own.set_timesteps(STEPS)
+    abar = torch.cat((own.alphas_cumprod[own.timesteps], torch.ones(1, dtype=torch.float64)))
+    angle = torch.atan2((1 - abar).sqrt(), STD * abar.sqrt())
+    bound = (angle.diff() ** 2).sum().item() / 2 + abs(1 - (STD**2 * abar[0] + 1 - abar[0]) ** -0.5).item()
+    assert bound < 0.03
+    if name == "HeunDiscreteScheduler":
+        assert one - zero == pytest.approx(heun_deviation(own, pipe.scheduler.init_noise_sigma), rel=1e-4)
+        return
+    assert abs(abs(one - zero) / STD - 1) < bound
+    assert abs(zero - MEAN) < bound * MEAN + 0.002
+
+
+def heun_deviation(own, start):
+    """Heun's method on dx/dsigma = sigma x / (sigma^2 + STD^2), from deviation `start` on; the last step is Euler's."""
+    sigmas = [(1 / own.alphas_cumprod[t].item() - 1) ** 0.5 for t in own.timesteps.tolist()]
+    x = float(start)
+    for sigma, after in itertools.pairwise(sigmas):
+        slope = sigma / (sigma**2 + STD**2) * x
+        ahead = x + (after - sigma) * slope
+        x += (after - sigma) * (slope + after / (after**2 + STD**2) * ahead) / 2
+    return x - sigmas[-1] * sigmas[-1] / (sigmas[-1] ** 2 + STD**2) * x
+
+
+def test_clipping_is_carried_over():
+    """The multistep solvers ignore clip_sample; our configuration says it as thresholding, which they follow."""
+    config = GaussianScheduler().config
+    x0 = torch.linspace(-3, 3, 32).reshape(2, 1, 16)
+    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"):
+        stock = getattr(diffusers, name).from_config(config)
+        torch.testing.assert_close(stock._threshold_sample(x0), x0.clamp(-1, 1))
+        assert stock.config.thresholding
+        assert not getattr(diffusers, name).from_config(GaussianScheduler(clip_sample=False).config).config.thresholding
+
+
+@pytest.mark.parametrize("kind", [diffusers.DDPMPipeline, diffusers.DDIMPipeline])
+def test_our_parts_in_stock_pipelines(kind):
+    """Stock pipelines give the images that ours gives with the same kind of step."""
+    unet = UNet2D(sample_size=8, dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=4).eval()
+    own = GaussianScheduler(20)
+    stock = kind(unet=unet, scheduler=own)
+    ours = DDPMPipeline(unet, GaussianScheduler(20))
+    for pipe in (stock, ours):
+        pipe.set_progress_bar_config(disable=True)
+    steps = 20 if kind is diffusers.DDPMPipeline else 5
+    options = {"use_clipped_model_output": True} if kind is diffusers.DDIMPipeline else {}
+    a = stock(batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np",
+              **options).images  # fmt: skip
+    b = ours(2, steps, generator=torch.Generator().manual_seed(0), output_type="np").images
+    # stock DDIM keeps abar in float32; its last value of this schedule is 2e-5, so 1e-7 / 2e-5 of it
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=0, atol=1e-2 if steps == 5 else 1e-5)
