@@ -53,8 +53,8 @@ def diffusers_log(caplog):
 def test_stock_schedulers_on_gaussian_data(name, schedule, target, diffusers_log):
     """Every one is deterministic, and affine in x_T for this model: x_0 = a x_T + b has mean b and deviation |a|.
 
-    The bound is DDIM's: half the sum of the squared turns of (STD sqrt(abar), sqrt(1 - abar)), see test_scheduler.py; the
-    multistep solvers of higher order have to do as well. Heun's steps in sigma are checked against their own closed form.
+    The bound is DDIM's: half the sum of the squared turns of (STD sqrt(abar), sqrt(1 - abar)), see test_scheduler.py;
+    the multistep solvers of higher order have to do as well. Heun's steps in sigma have a closed form of their own.
     """
     own = GaussianScheduler(beta_schedule=schedule, prediction_type=target, clip_sample=False)
     model = GaussianModel()
@@ -71,7 +71,8 @@ def test_stock_schedulers_on_gaussian_data(name, schedule, target, diffusers_log
     bound = (angle.diff() ** 2).sum().item() / 2 + abs(1 - (STD**2 * abar[0] + 1 - abar[0]) ** -0.5).item()
     assert bound < 0.03
     if name == "HeunDiscreteScheduler":
-        assert one - zero == pytest.approx(heun_deviation(own, pipe.scheduler.init_noise_sigma), rel=1e-4)
+        # it multiplies abar up in float32 (1e-5), and its first step, from sigma 2e4 to 60, magnifies that 300 times
+        assert one - zero == pytest.approx(heun_deviation(own, pipe.scheduler.init_noise_sigma), rel=4e-3)
         return
     assert abs(abs(one - zero) / STD - 1) < bound
     assert abs(zero - MEAN) < bound * MEAN + 0.002
