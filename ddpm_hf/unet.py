@@ -47,7 +47,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.movedim(1, -1)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).movedim(-1, 1)
+        # under autocast x is narrower than the weight, and the fused kernel wants one type
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).movedim(-1, 1)
 
 
 class ConvBlock(nn.Module):

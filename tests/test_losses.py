@@ -31,7 +31,7 @@ def batch():
     )
 
 
-@pytest.mark.parametrize("target,gamma", itertools.product(PREDICTION_TYPES, [None, 5.0]))
+@pytest.mark.parametrize("target,gamma", list(itertools.product(PREDICTION_TYPES, [None, 5.0])))
 def test_loss_by_hand(batch, target, gamma):
     """weight(t) * mean((output - target)^2), written out sample by sample."""
     s = GaussianScheduler(prediction_type=target)

@@ -62,12 +62,16 @@ class Nothing(torch.nn.Module):
     self_condition = False
 
 
-@pytest.mark.parametrize("schedule,target", itertools.product(["linear", "cosine", "sigmoid"], TARGETS))
-@pytest.mark.parametrize("steps", [20, 50, 250, 1000])
+# its linear schedule of 20 steps ends at beta = 1
+CASES = [
+    case for case in itertools.product(["linear", "cosine", "sigmoid"], [20, 50, 250, 1000]) if case != ("linear", 20)
+]
+
+
+@pytest.mark.parametrize("schedule,steps", CASES)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_buffers(schedule, target, steps, gamma, double):
-    if schedule == "linear" and steps == 20:
-        pytest.skip("its last beta is 1 there: 1000 / 20 * 0.02")
     s = GaussianScheduler(steps, schedule, prediction_type=target)
     ours = our_buffers(s, gamma)
     options = {"timesteps": steps, "objective": target, "beta_schedule": schedule}
@@ -120,12 +124,12 @@ def assert_samples_equal(peer, pipe):
     torch.testing.assert_close(got, expected, **tolerance)
 
 
-@pytest.mark.parametrize("ndim,target", itertools.product([1, 2], TARGETS))
+@pytest.mark.parametrize("ndim,target", list(itertools.product([1, 2], TARGETS)))
 def test_ddpm_chain(ndim, target, double):
     assert_samples_equal(*pair(ndim, target))
 
 
-@pytest.mark.parametrize("ndim,target", itertools.product([1, 2], TARGETS))
+@pytest.mark.parametrize("ndim,target", list(itertools.product([1, 2], TARGETS)))
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 @pytest.mark.parametrize("sampling_steps", [10, 7])
 def test_ddim_chain(ndim, target, eta, sampling_steps, double):
@@ -158,7 +162,7 @@ def test_ddim_timesteps():
 # -- training loss
 
 
-@pytest.mark.parametrize("target,gamma", itertools.product(TARGETS, [None, 5.0]))
+@pytest.mark.parametrize("target,gamma", list(itertools.product(TARGETS, [None, 5.0])))
 @pytest.mark.parametrize("offset,self_condition", [(0.0, False), (0.1, False), (0.0, True), (0.1, True)])
 def test_training_loss_2d(target, gamma, offset, self_condition, double, monkeypatch):
     min_snr = {"min_snr_loss_weight": True, "min_snr_gamma": gamma} if gamma else {}
@@ -176,7 +180,7 @@ def test_training_loss_2d(target, gamma, offset, self_condition, double, monkeyp
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("target,self_condition", itertools.product(TARGETS, [False, True]))
+@pytest.mark.parametrize("target,self_condition", list(itertools.product(TARGETS, [False, True])))
 def test_training_loss_1d(target, self_condition, double, monkeypatch):
     peer, pipe = pair(1, target, 50, unet={"self_condition": self_condition})
     monkeypatch.setattr(peer_1d, "random", lambda: 0.0)

@@ -49,7 +49,7 @@ def diffusers_log(caplog):
 
 
 @pytest.mark.parametrize("name", STOCK)
-@pytest.mark.parametrize("schedule,target", itertools.product(BETA_SCHEDULES, PREDICTION_TYPES))
+@pytest.mark.parametrize("schedule,target", list(itertools.product(BETA_SCHEDULES, PREDICTION_TYPES)))
 def test_stock_schedulers_on_gaussian_data(name, schedule, target, diffusers_log):
     """Every one is deterministic, and affine in x_T for this model: x_0 = a x_T + b has mean b and deviation |a|.
 

@@ -24,14 +24,19 @@ def test_rms_norm_is_unit_length_times_root_channels():
     assert torch.equal(norm(torch.zeros_like(x)), torch.zeros_like(x))
 
 
+def attention_parts(layer):
+    """An input of six positions, its q, k and v of (position, head, feature), and zeros of their shape."""
+    x = torch.randn(1, 5, 2, 3, dtype=torch.float64)
+    tokens = layer.norm(x).flatten(2)[0].T
+    q, k, v = layer.to_qkv(tokens).reshape(6, 3, 2, 4).unbind(1)
+    return x, q, k, v, torch.zeros_like(q)
+
+
 @pytest.mark.parametrize("memory", [0, 3])
 def test_full_attention_formula(memory):
     """out = softmax(q k^T / sqrt(d)) v over positions and memories, one query at a time."""
     layer = FullAttention(5, heads=2, dim_head=4, num_mem_kv=memory).double()
-    x = torch.randn(1, 5, 2, 3, dtype=torch.float64)
-    tokens = layer.norm(x).flatten(2)[0].T
-    q, k, v = layer.to_qkv(tokens).reshape(6, 3, 2, 4).unbind(1)
-    out = torch.zeros(6, 2, 4, dtype=torch.float64)
+    x, q, k, v, out = attention_parts(layer)
     for head in range(2):
         keys, values = k[:, head], v[:, head]
         if memory:
@@ -48,10 +53,7 @@ def test_full_attention_formula(memory):
 def test_linear_attention_formula(memory):
     """out_i = sum_j (softmax_features(q_i) . softmax_positions(k)_j) v_j / sqrt(d): quadratic, written out."""
     layer = LinearAttention(5, heads=2, dim_head=4, num_mem_kv=memory).double()
-    x = torch.randn(1, 5, 2, 3, dtype=torch.float64)
-    tokens = layer.norm(x).flatten(2)[0].T
-    q, k, v = layer.to_qkv(tokens).reshape(6, 3, 2, 4).unbind(1)
-    out = torch.zeros(6, 2, 4, dtype=torch.float64)
+    x, q, k, v, out = attention_parts(layer)
     for head in range(2):
         keys, values = k[:, head], v[:, head]
         if memory:
