@@ -1,5 +1,6 @@
 """Checkpoints on disk: written aside and renamed when whole; the newest; rotation after the new one is whole."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 
 PATTERN = re.compile(r"step-(\d{6,})")
 ASIDE = ".writing"
+CHECKSUMS = "checksums.json"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -23,10 +25,22 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
-    found = list_checkpoints(folder)
-    return found[-1][1] if found else None
+def latest(folder: Path, skip_damaged: bool = False) -> Path | None:
+    """The newest checkpoint, or None; with `skip_damaged` the newest whose files are as they were written.
+
+    Raises:
+        ValueError: the newest is damaged; it is named, and what is wrong with it.
+    """
+    for _, path in reversed(list_checkpoints(folder)):
+        wrong = damage(path)
+        if wrong is None:
+            return path
+        if not skip_damaged:
+            raise ValueError(
+                f"the checkpoint {path} is damaged: {wrong}. To go on from the newest whole one: "
+                "--resume_from_checkpoint latest-valid"
+            )
+    return None
 
 
 def begin(folder: Path, step: int) -> Path:
@@ -39,8 +53,38 @@ def begin(folder: Path, step: int) -> Path:
     return path
 
 
+def _seal(aside: Path) -> None:
+    """Note the SHA-256 of every file, so that later damage is found."""
+    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    digests = {str(path.relative_to(aside)): _digest(path) for path in files}
+    (aside / CHECKSUMS).write_text(json.dumps(digests, indent=1))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None."""
+    try:
+        digests = json.loads((path / CHECKSUMS).read_text())
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS} cannot be read ({error})"
+    for name, expected in digests.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _digest(path / name) != expected:
+            return f"{name} is not what was written"
+    return None
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def finish(aside: Path, limit: int | None = None) -> Path:
-    """Give a whole checkpoint its name, then delete the oldest beyond `limit`."""
+    """Seal a whole checkpoint and give it its name, then delete the oldest beyond `limit`."""
+    _seal(aside)
     final = aside.with_name(aside.name.removesuffix(ASIDE))
     if final.exists():  # the same step again, after resuming from an earlier one
         shutil.rmtree(final)
@@ -53,7 +97,7 @@ def finish(aside: Path, limit: int | None = None) -> Path:
 
 def replace_folder(aside: Path, final: Path) -> None:
     """Put a whole folder in the place of an earlier one, which stays readable until then."""
-    old = final.with_name(final.name + ".old")
+    old = final.with_name(f"{final.name}.old{ASIDE}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.replace(final, old)

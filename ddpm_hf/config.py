@@ -22,7 +22,7 @@ CHANGEABLE = {
     "output_dir", "max_train_steps", "dataloader_num_workers", "num_cpu_threads", "on_bad_image", "logger",
     "logging_steps",
     "save_samples_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size", "checkpointing_steps",
-    "checkpoints_total_limit", "dry_run",
+    "checkpoints_total_limit", "resume_from_checkpoint", "dry_run",
 }  # fmt: skip
 
 
@@ -69,6 +69,9 @@ class TrainConfig:
         "(accelerate itself starts each with one)."
     )  # fmt: skip
     seed: int = _option(0, "Of weights, data order, noise and samples.")
+    resume_from_checkpoint: str = _option(
+        "latest", "'latest': the newest checkpoint, which must be undamaged; 'latest-valid': the newest undamaged one."
+    )
     dry_run: bool = _option(False, "Print the resolved options, the model's size and the data found, and stop.")
 
     # Model (see UNet2D and UNet1D)
@@ -174,6 +177,8 @@ class TrainConfig:
             rule(good, "resolution", "one or two whole numbers of pixels, at least 1")
         rule(self.image_channels in (None, 1, 3, 4), "image_channels", "1, 3 or 4")
         rule(self.on_bad_image in ("stop", "skip"), "on_bad_image", "'stop' or 'skip'")
+        rule(self.resume_from_checkpoint in ("latest", "latest-valid"), "resume_from_checkpoint",
+             "'latest' or 'latest-valid'")  # fmt: skip
         rule(self.norm in NORMS, "norm", f"one of {', '.join(NORMS)}")
         rule(self.time_embedding in TIME_EMBEDDINGS, "time_embedding", f"one of {', '.join(TIME_EMBEDDINGS)}")
         rule(self.ddpm_beta_schedule in BETA_SCHEDULES, "ddpm_beta_schedule", f"one of {', '.join(BETA_SCHEDULES)}")

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -26,6 +28,7 @@ from ddpm_hf import checkpoint
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import Batch, StreamSampler, TrainingView, build_dataset, collate
 from ddpm_hf.figures import save_image_grid, save_sequence_plot
+from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.scheduler import GaussianScheduler
@@ -82,6 +85,7 @@ class Trainer:
             rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         )
         self.model = self._build_model() if model is None else model
+        self.model_name = type(self.model).__name__  # before accelerate wraps it
         self._check_model()
 
     # -- before anything is written ------------------------------------------------------------
@@ -131,7 +135,7 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
             f"{self.config.to_yaml()}"
-            f"model: {type(self.model).__name__}, {parameters:,} parameters\n"
+            f"model: {self.model_name}, {parameters:,} parameters\n"
             f"data: {len(self.dataset):,} items of shape {self.shape}"
         )
 
@@ -156,7 +160,11 @@ class Trainer:
                     f"output_dir {self.folder} holds a run with other options; choose another output_dir, or the same "
                     f"options to resume it. They differ in:\n  {listed}"
                 )
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self.folder.exists() and (
+            not self.folder.is_dir()
+            # what a first start that was killed has left is no one's
+            or any(not path.name.endswith(checkpoint.ASIDE) for path in self.folder.iterdir())
+        ):
             raise ValueError(
                 f"output_dir must be a new or empty folder, or the folder of this run: {self.folder} holds other files"
             )
@@ -216,13 +224,20 @@ class Trainer:
         bar = tqdm(
             initial=self.step, total=c.max_train_steps, disable=not acc.is_main_process, desc="training", unit="step"
         )
-        with bar:
+        with bar, StopRequest() as stop:
             while self.step < c.max_train_steps:
                 loss, grad_norm = self._train_step(batches)
                 self.step += 1
                 self._pending.append(torch.stack((loss, grad_norm)))
                 bar.update(1)
-                self._after_step(bar, global_batch)
+                stopping = self._any_process(stop.received is not None)
+                self._after_step(bar, global_batch, save_now=stopping)
+                if stopping and self.step < c.max_train_steps:
+                    acc.end_training()
+                    raise TrainingError(
+                        f"stopped by {stop.received or 'a signal to another process'} after step {self.step}; its "
+                        "checkpoint is saved, and the same command goes on from there"
+                    )
         acc.end_training()
         return TrainResult(pipeline_dir, self.step)
 
@@ -289,12 +304,13 @@ class Trainer:
         self.model.train()
         torch.manual_seed(derive_seed(c.seed, Stream.DROPOUT, self.step, acc.process_index))
         total = torch.zeros((), device=acc.device)
+        # one for the whole batch, so that half of the steps cost less
+        coin = derive_seed(c.seed, Stream.SELF_CONDITION, self.step) % 2
         for part in range(c.gradient_accumulation_steps):
             x0 = self._next_batch(batches)
             first = (part * acc.num_processes + acc.process_index) * c.train_batch_size
             seeds = [derive_seed(c.seed, Stream.NOISE, self.step, first + i) for i in range(len(x0))]
             timesteps, noise = training_draws(self.scheduler, x0, seeds, c.noise_offset)
-            coin = derive_seed(c.seed, Stream.SELF_CONDITION, self.step, part) % 2
             with acc.accumulate(self.model):
                 with acc.autocast():
                     losses = diffusion_loss(
@@ -327,11 +343,18 @@ class Trainer:
             self.ema.optimization_step = self.step
             self.ema.step(self.model.parameters())
 
-    def _after_step(self, bar, global_batch: int) -> None:
+    def _any_process(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process; all get the same answer, so that all save together."""
+        acc = self.accelerator
+        if acc.num_processes == 1:
+            return flag
+        return acc.reduce(torch.tensor(float(flag), device=acc.device), "sum").item() > 0
+
+    def _after_step(self, bar, global_batch: int, save_now: bool = False) -> None:
         c, acc = self.config, self.accelerator
         last = self.step == c.max_train_steps
         log = last or self.step % c.logging_steps == 0
-        save = last or self.step % c.checkpointing_steps == 0
+        save = last or save_now or self.step % c.checkpointing_steps == 0
         sample = last or (c.save_samples_steps and self.step % c.save_samples_steps == 0)
         if log or save or sample or acc.device.type == "cpu":
             self._look_at_losses()
@@ -353,8 +376,15 @@ class Trainer:
         if sample:
             self._save_samples()
         if save:
-            self._save_checkpoint()
-            self._save_pipeline()
+            # The pipeline first: a run that is killed between the two saves it again.
+            try:
+                self._save_pipeline()
+                self._save_checkpoint()
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise TrainingError(
+                    f"step {self.step}: cannot save in {self.folder}: {error}. The newest whole checkpoint is "
+                    f"{self._newest_checkpoint()}; the same command goes on from there"
+                ) from error
 
     def _look_at_losses(self) -> None:
         """Bring the pending losses to the host, as means over the processes; stop at one that is not finite."""
@@ -367,11 +397,10 @@ class Trainer:
             # fp16 gradients overflow now and then: the loss scaler skips those steps.
             finite = math.isfinite(loss) and (math.isfinite(grad_norm) or self.accelerator.mixed_precision == "fp16")
             if not finite:
-                newest = checkpoint.latest(self.folder / "checkpoints")
                 raise TrainingError(
                     f"step {first_step + offset}: the loss is {loss} and the gradient's norm {grad_norm}; stopped. "
-                    f"The last good checkpoint is {newest or 'none'}. A lower learning_rate, longer lr_warmup_steps or "
-                    "another mixed_precision may help"
+                    f"The last good checkpoint is {self._newest_checkpoint()}. A lower learning_rate, longer "
+                    "lr_warmup_steps or another mixed_precision may help"
                 )
         self._interval += values
 
@@ -439,10 +468,15 @@ class Trainer:
         acc = self.accelerator
         if acc.is_main_process:
             aside = self.folder / f"pipeline{checkpoint.ASIDE}"
+            shutil.rmtree(aside, ignore_errors=True)
             with self._averaged_weights() as model:
                 self._pipeline(model).save_pretrained(aside)
             checkpoint.replace_folder(aside, self.folder / "pipeline")
         acc.wait_for_everyone()
+
+    def _newest_checkpoint(self) -> str:
+        found = checkpoint.list_checkpoints(self.folder / "checkpoints")
+        return str(found[-1][1]) if found else "none"
 
     def _save_checkpoint(self) -> None:
         c, acc = self.config, self.accelerator
@@ -466,7 +500,9 @@ class Trainer:
         acc.wait_for_everyone()
 
     def _resume(self) -> None:
-        newest = checkpoint.latest(self.folder / "checkpoints")
+        newest = checkpoint.latest(
+            self.folder / "checkpoints", skip_damaged=self.config.resume_from_checkpoint == "latest-valid"
+        )
         if newest is None:
             return
         try:

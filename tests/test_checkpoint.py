@@ -1,5 +1,7 @@
 """Checkpoints on disk: only whole ones have a name; rotation; the metrics file."""
 
+import pytest
+
 from ddpm_hf import checkpoint
 
 
@@ -23,6 +25,18 @@ def test_rotation_keeps_the_newest(tmp_path):
     for step in (1, 2, 1_000_000, 3):
         write(tmp_path, step, limit=2)
     assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [3, 1_000_000]
+
+
+def test_damage_is_named(tmp_path):
+    write(tmp_path, 1)
+    newest = write(tmp_path, 2)
+    (newest / "state").write_text("3")
+    with pytest.raises(ValueError, match="step-000002 is damaged: state is not what was written.*latest-valid"):
+        checkpoint.latest(tmp_path)
+    assert checkpoint.latest(tmp_path, skip_damaged=True) == tmp_path / "step-000001"
+    (newest / "state").unlink()
+    with pytest.raises(ValueError, match="state is missing"):
+        checkpoint.latest(tmp_path)
 
 
 def test_a_step_saved_again_takes_the_place(tmp_path):

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from ddpm_hf.config import TrainConfig, read_yaml
@@ -52,7 +53,7 @@ def main(arguments: list) -> int:
     except (ValueError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if result is not None:
+    if result is not None and PartialState().is_main_process:
         name, field = ("DDPMPipeline", "images")
         if '"DDPMPipeline1D"' in (result.pipeline_dir / "model_index.json").read_text():
             name, field = ("DDPMPipeline1D", "sequences")

@@ -1,0 +1,39 @@
+"""Two processes give what one gives: the same losses, the same samples, from the same global batch."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_program
+
+TRAIN = ROOT / "training" / "train.py"
+OPTIONS = [
+    "--dataset_name=digits", "--max_train_steps=50", "--dim=8", "--dim_mults", "1", "2", "--logging_steps=1",
+    "--ddpm_num_inference_steps=5", "--num_samples=5", "--logger=none", "--lr_warmup_steps=5", "--random_flip",
+    "--noise_offset=0.1", "--self_condition", "--num_cpu_threads=1",
+]  # fmt: skip
+
+
+def launch(processes, *options, cwd):
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    done = run_program(*launcher, TRAIN, *OPTIONS, *options, cwd=cwd, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo over processes is tested on Linux")
+def test_two_processes_are_one(tmp_path):
+    done = launch(2, "--train_batch_size=8", "--output_dir=two", cwd=tmp_path)
+    assert done.stdout.count("from ddpm_hf import") == 1
+    launch(1, "--train_batch_size=16", "--output_dir=one", cwd=tmp_path)
+    launch(2, "--train_batch_size=4", "--gradient_accumulation_steps=2", "--output_dir=parts", cwd=tmp_path)
+    one, two, parts = (
+        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two", "parts")
+    )
+    assert len(one) == 50
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    np.testing.assert_allclose(parts, one, rtol=1e-5)
+    grids = [(tmp_path / run / "samples" / "step-000050.png").read_bytes() for run in ("one", "two")]
+    assert grids[0] == grids[1]
