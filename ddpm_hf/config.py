@@ -5,6 +5,7 @@ Names are those of diffusers' unconditional training example where it has them.
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,12 @@ class TrainConfig:
             "save_samples_steps",
         ):
             rule(is_int(getattr(self, name)) and getattr(self, name) >= 0, name, "a whole number of at least 0")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            # HfArgumentParser strips "| None" off the types that it has seen; the default still tells
+            if f.type in (float, float | None) and not (value is None and f.default is None):
+                number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+                rule(number, f.name, "a finite number")
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power", "theta"):
             rule(getattr(self, name) > 0, name, "greater than 0")
         for name in ("adam_beta1", "adam_beta2", "dropout"):

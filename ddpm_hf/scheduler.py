@@ -188,6 +188,14 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         variance_type = _one_of("variance_type", VARIANCE_ALIASES.get(variance_type, variance_type), VARIANCE_TYPES)
         _one_of("sampler", sampler, SAMPLERS)
         _one_of("timestep_spacing", timestep_spacing, SPACINGS)
+        numbers = ("beta_start", "beta_end", "cosine_s", "sigmoid_start", "sigmoid_end", "sigmoid_tau", "eta",
+                   "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "steps_offset")  # fmt: skip
+        for name in numbers:
+            value = self.config[name]
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if cosine_s < 0:
+            raise ValueError(f"cosine_s must be at least 0, got {cosine_s}")
         if eta < 0:
             raise ValueError(f"eta must be at least 0, got {eta}")
         if not clip_sample_range > 0:
@@ -238,7 +246,10 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         """-> float64 betas (T,), and the name of their schedule."""
         c = self.config
         if trained_betas is not None:
-            betas = torch.as_tensor(trained_betas, dtype=torch.float64).flatten().clone()
+            try:
+                betas = torch.as_tensor(trained_betas, dtype=torch.float64).flatten().clone()
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"trained_betas must be a list of numbers, got {trained_betas!r}") from error
             if num_train_timesteps is not None and len(betas) != num_train_timesteps:
                 raise ValueError(
                     f"trained_betas must have num_train_timesteps values; got {len(betas)} and {num_train_timesteps}"
@@ -456,7 +467,8 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"timesteps must be descending whole numbers from {total - 1} to 0; got {chain}")
         else:
             steps = num_inference_steps
-            if isinstance(steps, bool) or int(steps) != steps or not 1 <= steps <= total:
+            whole = isinstance(steps, (int, float)) and not isinstance(steps, bool) and int(steps) == steps
+            if not whole or not 1 <= steps <= total:
                 raise ValueError(f"num_inference_steps must be a whole number from 1 to {total}; got {steps!r}")
             steps, spacing = int(steps), self.config.timestep_spacing
             if spacing == "trailing":

@@ -308,6 +308,14 @@ class UNetBody(ModelMixin, ConfigMixin):
             raise ValueError(f"time_embedding must be one of {TIME_EMBEDDINGS}, got {time_embedding!r}")
         if time_embedding == "sinusoidal" and (dim % 2 or dim < 4):
             raise ValueError(f"dim must be even and at least 4 with a sinusoidal time embedding, got {dim}")
+        for name, value in (
+            ("theta", theta),
+            ("dropout", dropout),
+            ("fourier_dim", fourier_dim),
+            ("num_mem_kv", num_mem_kv),
+        ):
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if fourier_dim < 2 or fourier_dim % 2:
             raise ValueError(f"fourier_dim must be even and at least 2, got {fourier_dim}")
         if not theta > 0:

@@ -18,7 +18,8 @@ spec.loader.exec_module(train_script)
     "options",
     [
         {"prediction_type": "noise"}, {"ddpm_beta_schedule": "exp"}, {"norm": "layer"}, {"dataset_name": "mnist"},
-        {"learning_rate": 0.0}, {"train_batch_size": 0}, {"max_train_steps": 1.5}, {"resolution": [1, 2, 3]},
+        {"learning_rate": 0.0},
+        {"learning_rate": "fast"}, {"train_batch_size": 0}, {"max_train_steps": 1.5}, {"resolution": [1, 2, 3]},
         {"on_bad_image": "ignore"}, {"mixed_precision": "fp8"}, {"lr_scheduler": "step"}, {"dropout": 1.0},
         {"image_channels": 2}, {"ema_max_decay": 1.1}, {"seed": -1}, {"full_attn": ["maybe"]}, {"min_snr_gamma": -1},
     ],

@@ -273,7 +273,7 @@ def test_timesteps():
     assert s.timesteps.dtype == torch.int64 and len(s) == 1000
     s.set_timesteps(timesteps=[900, 5, 0])
     assert s.timesteps.tolist() == [900, 5, 0] and s.previous_timestep(900) == 5
-    for wrong in (0, 1001, 2.5, True):
+    for wrong in (0, 1001, 2.5, True, "ten"):
         with pytest.raises(ValueError, match="from 1 to 1000"):
             s.set_timesteps(wrong)
     for wrong in ([5, 6], [1000], [-1], []):
@@ -351,6 +351,7 @@ def test_aliases_are_stored_under_the_first_name(alias, name):
     "options",
     [
         {"prediction_type": "noise"}, {"beta_schedule": "exp"}, {"variance_type": "none"}, {"sampler": "euler"},
+        {"cosine_s": -1.0}, {"beta_start": None}, {"eta": "much"}, {"trained_betas": "abc"},
         {"eta": -1.0}, {"num_train_timesteps": 0}, {"timestep_spacing": "log"}, {"clip_sample_range": 0.0},
         {"sigmoid_tau": 0.0, "beta_schedule": "sigmoid"}, {"beta_schedule": "trained"}, {"sample_max_value": 0.5},
     ],
