@@ -1,6 +1,7 @@
 """What tests share: small models, the closed-form denoiser of Gaussian data, and runs of programs."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,12 @@ def optimal_prediction(scheduler, x_t, t, mean, std):
 def run_program(*arguments, cwd, **environment):
     """A Python program in a fresh process; two threads, this repository's package."""
     env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # a launcher's workers too
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
