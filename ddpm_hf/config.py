@@ -143,10 +143,11 @@ class TrainConfig:
     ddpm_num_inference_steps: int = _option(50, "Sampling steps, of the pictures and as the saved pipeline's default.")
     eval_batch_size: int = _option(64, "Samples generated at once, per process.")
     checkpointing_steps: int = _option(1000, "Steps between checkpoints; the last step always has one.")
-    checkpoints_total_limit: int | None = _option(2, "Newest checkpoints to keep. None: all.")
+    checkpoints_total_limit: int = _option(2, "Newest checkpoints to keep; 0: all.")
 
     def __post_init__(self):
-        self.prediction_type = PREDICTION_ALIASES.get(self.prediction_type, self.prediction_type)
+        if self.mixed_precision is False:  # YAML reads a bare no as false
+            self.mixed_precision = "no"
         for name in ("attn_heads", "attn_dim_head", "dim_mults", "resolution", "full_attn"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, (list, tuple)):
@@ -157,8 +158,21 @@ class TrainConfig:
             parsed = [words.get(str(item).lower()) for item in self.full_attn]
             if None in parsed:
                 raise ValueError(f"full_attn must hold true or false, got {self.full_attn}")
-            self.full_attn = parsed
+            self.full_attn = [str(item).lower() for item in parsed]
+        self._check_types()
+        self.prediction_type = PREDICTION_ALIASES.get(self.prediction_type, self.prediction_type)
         self._check()
+
+    def _check_types(self) -> None:
+        for name, kind in TYPES.items():
+            value = getattr(self, name)
+            optional = kind not in TYPE_RULES
+            if optional and value is None:
+                continue
+            base = next(part for part in kind.__args__ if part is not type(None)) if optional else kind
+            holds, text = TYPE_RULES[base]
+            if not holds(value):
+                raise ValueError(f"{name} must be {text}, got {value!r}")
 
     def _check(self) -> None:
         def rule(holds: bool, name: str, text: str) -> None:
@@ -192,7 +206,7 @@ class TrainConfig:
                      "ema_update_every", "logging_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size",
                      "checkpointing_steps", "norm_groups"):  # fmt: skip
             rule(is_int(getattr(self, name)) and getattr(self, name) >= 1, name, "a whole number of at least 1")
-        for name in ("init_dim", "sequence_length", "checkpoints_total_limit", "num_cpu_threads"):
+        for name in ("init_dim", "sequence_length", "num_cpu_threads"):
             value = getattr(self, name)
             rule(value is None or (is_int(value) and value >= 1), name, "a whole number of at least 1")
         for name in (
@@ -201,14 +215,9 @@ class TrainConfig:
             "lr_warmup_steps",
             "ema_update_after_step",
             "save_samples_steps",
+            "checkpoints_total_limit",
         ):
             rule(is_int(getattr(self, name)) and getattr(self, name) >= 0, name, "a whole number of at least 0")
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            # HfArgumentParser strips "| None" off the types that it has seen; the default still tells
-            if f.type in (float, float | None) and not (value is None and f.default is None):
-                number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-                rule(number, f.name, "a finite number")
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power", "theta"):
             rule(getattr(self, name) > 0, name, "greater than 0")
         for name in ("adam_beta1", "adam_beta2", "dropout"):
@@ -232,6 +241,8 @@ class TrainConfig:
         names = ("dim", "init_dim", "dim_mults", "self_condition", "norm", "norm_groups", "dropout", "attn_heads",
                  "attn_dim_head", "full_attn", "num_mem_kv", "time_embedding", "fourier_dim", "theta")  # fmt: skip
         options = {name: getattr(self, name) for name in names}
+        if options["full_attn"] is not None:
+            options["full_attn"] = [item == "true" for item in options["full_attn"]]
         for name in ("attn_heads", "attn_dim_head", "full_attn"):
             options[name] = one_or_all(options[name])
         return {name: value for name, value in options.items() if value is not None}
@@ -251,6 +262,26 @@ class TrainConfig:
             elif changed and name not in CHANGEABLE:
                 lines.append(f"{name}: {earlier[name]} -> {now}")
         return lines
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# The types as written: HfArgumentParser strips "| None" off those of the class.
+TYPES = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
+TYPE_RULES = {
+    bool: (lambda v: isinstance(v, bool), "true or false"),
+    int: (_is_int, "a whole number"),
+    float: (_is_number, "a finite number"),
+    str: (lambda v: isinstance(v, str), "a text"),
+    list[int]: (lambda v: isinstance(v, list) and v and all(map(_is_int, v)), "one or more whole numbers"),
+    list[str]: (lambda v: isinstance(v, list) and all(isinstance(i, str) for i in v), "a list of texts"),
+}
 
 
 def read_yaml(path: str) -> dict:

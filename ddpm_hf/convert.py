@@ -109,6 +109,16 @@ def read_checkpoint(
     our_weights = _convert_weights(unet_state, options, ndim)
 
     betas = buffers["betas"].double()
+    if betas.ndim != 1 or len(betas) == 0 or buffers["loss_weight"].shape != betas.shape:
+        raise ValueError(f"betas and loss_weight must be one number a timestep, got the shape {tuple(betas.shape)}")
+    if sampling_timesteps is not None and not 1 <= sampling_timesteps <= len(betas):
+        raise ValueError(f"sampling_timesteps must be from 1 to {len(betas)}, got {sampling_timesteps}")
+    if (seq_length if ndim == 2 else image_size) is not None:
+        raise ValueError(f"the checkpoint is of {'images' if ndim == 2 else 'sequences'}: give "
+                         f"{'image_size, not seq_length' if ndim == 2 else 'seq_length, not image_size'}")  # fmt: skip
+    broken = [name for name, value in unet_state.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"the weights must be finite; NaN or infinity in: {', '.join(broken[:3])}")
     schedule = _schedule(betas)
     target, gamma = _objective(betas, buffers["loss_weight"].double())
     scheduler = {

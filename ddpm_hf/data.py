@@ -4,6 +4,8 @@ Every source gives float tensors `(C, H, W)` or `(C, length)` in [-1, 1]. The or
 (epoch, index) keys that follows from the seed alone, so training can start anywhere in it, on any number of processes.
 """
 
+import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +122,8 @@ def find_images(folder: str) -> list[Path]:
     if not root.is_dir():
         raise ValueError(f"train_data_dir must be a folder of images, and {folder} is not a folder")
     readable = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = [path for path in root.rglob("*") if path.is_file()]
+    # hidden files are not the user's pictures (macOS leaves ._name.jpg)
+    files = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")]
     paths = sorted(path for path in files if path.suffix.lower() in readable)
     if not paths:
         endings = sorted({path.suffix or "none" for path in files})[:8]
@@ -346,6 +349,17 @@ class StreamSampler(Sampler):
                 keys.append((epoch, int(order[k % self.length])))
             yield keys
             number += self.batch_size * self.processes
+
+
+def fingerprint(dataset, shape: tuple) -> dict:
+    """What tells other data from the same: count, shape, and a digest of up to 16 items of our own data sets."""
+    digest = hashlib.sha256()
+    if isinstance(dataset, (ImageDataset, SequenceDataset)):
+        for index in np.linspace(0, len(dataset) - 1, min(16, len(dataset))).astype(int):
+            with contextlib.suppress(BadImageError):
+                digest.update(dataset[int(index)].numpy().tobytes())
+        digest.update(repr((getattr(dataset, "data_shift", None), getattr(dataset, "data_scale", None))).encode())
+    return {"items": len(dataset), "shape": list(shape), "digest": digest.hexdigest()}
 
 
 # ---------------------------------------------------------------------------------------------

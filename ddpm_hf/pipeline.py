@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PNDMScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -48,7 +48,9 @@ class _SamplingPipeline(DiffusionPipeline):
     _output_types: tuple
     _callback_tensor_inputs = ["latents"]
 
-    def _check_default_steps(self, num_inference_steps: int | None) -> None:
+    def _check_parts(self, unet, num_inference_steps: int | None, ndim: int, other: str) -> None:
+        if getattr(unet, "ndim", ndim) != ndim:
+            raise ValueError(f"{type(self).__name__} was given a {type(unet).__name__}: use {other}")
         if num_inference_steps is not None and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_inference_steps!r}")
 
@@ -67,14 +69,20 @@ class _SamplingPipeline(DiffusionPipeline):
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         if output_type not in self._output_types:
             raise ValueError(f"output_type must be one of {', '.join(self._output_types)}; got {output_type!r}")
+        generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        if not all(g is None or isinstance(g, torch.Generator) for g in generators):
+            raise ValueError(f"generator must be a torch.Generator, or one per sample; got {generator!r}")
         if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
             raise ValueError(
                 f"generator must be one, or one per sample: batch_size is {batch_size}, got {len(generator)} generators"
             )
         if latents is not None:
             shape = (batch_size, self._channels(), *self._size())
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+            if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
+                got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+                raise ValueError(f"latents must be a tensor of the shape {shape}, got {got}")
+            if not torch.isfinite(latents).all():
+                raise ValueError("latents must be finite, got NaN or infinity")
 
     def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> None:
         device = self._execution_device
@@ -100,8 +108,8 @@ class _SamplingPipeline(DiffusionPipeline):
         if eta is not None:
             if "eta" not in parameters:
                 raise ValueError(f"eta was given, but {type(self.scheduler).__name__} has no eta")
-            if eta < 0:
-                raise ValueError(f"eta must be at least 0, got {eta}")
+            if not isinstance(eta, (int, float)) or not 0 <= eta < float("inf"):
+                raise ValueError(f"eta must be a finite number of at least 0, got {eta!r}")
             options["eta"] = eta
         return options
 
@@ -219,7 +227,11 @@ class _SamplingPipeline(DiffusionPipeline):
             ValueError: ends of different or unfitting shapes, or a value outside its range.
         """
         output_type = output_type or self._output_types[0]
-        weights = [weights] if isinstance(weights, (int, float)) else [float(w) for w in weights]
+        try:
+            weights = [float(w) for w in np.ravel(weights)]
+            strength = float(strength)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"weights and strength must be numbers, got {weights!r} and {strength!r}") from error
         if not weights or not all(0 <= w <= 1 for w in weights):
             raise ValueError(f"weights must lie in [0, 1], got {weights}")
         if not 0 < strength <= 1:
@@ -230,7 +242,13 @@ class _SamplingPipeline(DiffusionPipeline):
         self._check(len(x1), generator, output_type)
         self._set_timesteps(num_inference_steps, None)
         chain = self.scheduler.timesteps
-        start = len(chain) - max(1, round(len(chain) * strength))
+        # schedulers of order n take n entries a step, and start at whole steps only
+        order = self.scheduler.order
+        steps = -(-len(chain) // order)
+        start = (steps - max(1, round(steps * strength))) * order
+        if start and isinstance(self.scheduler, PNDMScheduler):
+            raise ValueError("PNDMScheduler cannot start in the middle of its chain: strength must be 1, "
+                             f"or the scheduler another; got {strength}")  # fmt: skip
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(start)
 
@@ -259,7 +277,7 @@ class DDPMPipeline(_SamplingPipeline):
 
     def __init__(self, unet, scheduler, num_inference_steps: int | None = None):
         super().__init__()
-        self._check_default_steps(num_inference_steps)
+        self._check_parts(unet, num_inference_steps, 2, "DDPMPipeline1D")
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(num_inference_steps=num_inference_steps)
 
@@ -328,7 +346,9 @@ class DDPMPipeline(_SamplingPipeline):
             got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
             raise ValueError(f"{name} must be PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) with "
                              f"{self._channels()} channels; got {got}")  # fmt: skip
-        if images.min() < 0 or images.max() > 1:
+        if len(images) == 0 or not (images.min() >= 0 and images.max() <= 1):  # NaN too
+            if len(images) == 0:
+                raise ValueError(f"{name} must hold at least one image")
             raise ValueError(f"{name} must lie in [0, 1]; got {images.min():.4g} to {images.max():.4g}")
         return images.to(self._execution_device, self.unet.dtype) * 2 - 1
 
@@ -372,7 +392,7 @@ class DDPMPipeline1D(_SamplingPipeline):
         data_scale: Sequence[float] | None = None,
     ):
         super().__init__()
-        self._check_default_steps(num_inference_steps)
+        self._check_parts(unet, num_inference_steps, 1, "DDPMPipeline")
         channels = unet.config.in_channels
         for name, values in (("data_shift", data_shift), ("data_scale", data_scale)):
             if values is not None and (len(values) != channels or not np.isfinite(values).all()):
@@ -418,27 +438,30 @@ class DDPMPipeline1D(_SamplingPipeline):
             )
         return (self.unet.config.sample_size,)
 
-    def _affine(self, like: Tensor) -> tuple:
-        """(scale, shift) of data = x * scale + shift, (1, C, 1)."""
+    def _affine(self) -> tuple:
+        """(scale, shift) of data = x * scale + shift, (1, C, 1) in float64."""
         ones = [1.0] * self._channels()
         scale, shift = self.config.data_scale or ones, self.config.data_shift or [0.0] * self._channels()
-        return tuple(torch.tensor(v, dtype=like.dtype, device=like.device)[None, :, None] for v in (scale, shift))
+        return tuple(torch.tensor(v, dtype=torch.float64)[None, :, None] for v in (scale, shift))
 
     def _encode(self, sequences, name: str) -> Tensor:
         """Arrays or tensors (B, C, length) in the data's units -> the same in the model's."""
-        x = torch.as_tensor(sequences)
-        if x.ndim != 3 or x.shape[1] != self._channels() or not torch.isfinite(x).all():
+        try:
+            x = torch.as_tensor(sequences, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} must be an array or tensor, got {type(sequences).__name__}") from error
+        if x.ndim != 3 or len(x) == 0 or x.shape[1] != self._channels() or not torch.isfinite(x).all():
             raise ValueError(f"{name} must be finite, (B, {self._channels()}, length); got the shape {tuple(x.shape)}")
-        x = x.to(self._execution_device, torch.float32)
-        scale, shift = self._affine(x)
-        return ((x - shift) / scale).to(self.unet.dtype)
+        scale, shift = self._affine()
+        return ((x - shift) / scale).to(self._execution_device, self.unet.dtype)
 
     def _decode(self, x: Tensor, output_type: str):
-        """(B, C, length) of the model -> in the data's units."""
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        scale, shift = self._affine(x)
-        x = x * scale + shift
-        return x if output_type == "pt" else x.cpu().numpy()
+        """(B, C, length) of the model -> in the data's units; float64 where float32 has too few digits for them."""
+        scale, shift = self._affine()
+        narrow = (scale > 1e-4 * shift.abs()).all() and (scale + shift.abs()).max() < 1e37 and scale.min() > 1e-37
+        exact = x.cpu().double() * scale + shift
+        out = exact.to(torch.promote_types(x.dtype, torch.float32)) if narrow else exact
+        return out.to(x.device) if output_type == "pt" else out.numpy()
 
     def _output(self, samples, trajectory, return_dict: bool):
         if not return_dict:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf import checkpoint
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import Batch, StreamSampler, TrainingView, build_dataset, collate
+from ddpm_hf.data import Batch, StreamSampler, TrainingView, build_dataset, collate, fingerprint
 from ddpm_hf.figures import save_image_grid, save_sequence_plot
 from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.losses import diffusion_loss, training_draws
@@ -75,6 +75,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset=None, model=None):
         self.config = config
         self.folder = Path(config.output_dir)
+        sources = [name for name in ("dataset_name", "train_data_dir", "train_data_file") if getattr(config, name)]
+        if dataset is not None and sources:
+            raise ValueError(f"give one source of data, got a dataset and {sources[0]}={getattr(config, sources[0])!r}")
         self.dataset = build_dataset(config) if dataset is None else dataset
         self.shape = self._probe_data()
         torch.manual_seed(derive_seed(config.seed, Stream.WEIGHTS))
@@ -200,8 +203,16 @@ class Trainer:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes))
             torch.set_num_threads(c.num_cpu_threads or max(1, cores // local))
         global_batch = self._global_batch(acc.num_processes)
+        if int(os.environ.get("WORLD_SIZE", 1)) > acc.num_processes:
+            raise ValueError(
+                f"{os.environ['WORLD_SIZE']} processes were started, but accelerate sees one (on a machine without "
+                "accelerators): set ACCELERATE_USE_CPU=1 to train on CPU with several"
+            )
         with acc.main_process_first():
-            resumable = self._check_folder()
+            try:
+                resumable = self._check_folder()
+            except OSError as error:
+                raise ValueError(f"output_dir must be a folder that can be written: {error}") from error
         acc.wait_for_everyone()
         if acc.is_main_process:
             checkpoint.write_text(self.folder / "config.yaml", c.to_yaml())
@@ -492,11 +503,12 @@ class Trainer:
                     {f"{i:05d}": p.contiguous() for i, p in enumerate(self.ema.shadow_params)},
                     aside / "ema.safetensors",
                 )
-            progress = {"step": self.step, "skipped_images": self.skipped, "interval": self._interval}
+            progress = {"step": self.step, "skipped_images": self.skipped, "interval": self._interval,
+                        "data": fingerprint(self.dataset, self.shape)}  # fmt: skip
             (aside / "progress.json").write_text(json.dumps(progress))
         acc.wait_for_everyone()
         if acc.is_main_process:
-            checkpoint.finish(aside, c.checkpoints_total_limit)
+            checkpoint.finish(aside, c.checkpoints_total_limit or None)
         acc.wait_for_everyone()
 
     def _resume(self) -> None:
@@ -514,5 +526,13 @@ class Trainer:
                     p.copy_(shadow[f"{i:05d}"])
         except Exception as error:
             raise ValueError(f"the checkpoint {newest} cannot be loaded: {error}") from error
+        data = fingerprint(self.dataset, self.shape)
+        if progress["data"] != data:
+            what = {"items": "number of items", "shape": "shape", "digest": "content"}
+            changed = ", ".join(
+                f"{what[key]}" + ("" if key == "digest" else f" {progress['data'][key]} -> {data[key]}")
+                for key in data if progress["data"][key] != data[key]
+            )  # fmt: skip
+            raise ValueError(f"the data is not that of the run in {self.folder} ({changed}): choose another output_dir")
         self.step, self.skipped = progress["step"], progress["skipped_images"]
         self._interval = progress["interval"]

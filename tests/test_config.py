@@ -19,7 +19,8 @@ spec.loader.exec_module(train_script)
     [
         {"prediction_type": "noise"}, {"ddpm_beta_schedule": "exp"}, {"norm": "layer"}, {"dataset_name": "mnist"},
         {"learning_rate": 0.0},
-        {"learning_rate": "fast"}, {"train_batch_size": 0}, {"max_train_steps": 1.5}, {"resolution": [1, 2, 3]},
+        {"learning_rate": "fast"}, {"use_ema": 1}, {"image_channels": True}, {"output_dir": 5}, {"num_mem_kv": 1.5},
+        {"train_batch_size": 0}, {"max_train_steps": 1.5}, {"resolution": [1, 2, 3]},
         {"on_bad_image": "ignore"}, {"mixed_precision": "fp8"}, {"lr_scheduler": "step"}, {"dropout": 1.0},
         {"image_channels": 2}, {"ema_max_decay": 1.1}, {"seed": -1}, {"full_attn": ["maybe"]}, {"min_snr_gamma": -1},
     ],
@@ -46,7 +47,7 @@ def test_command_line_overrides_the_file(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("dataset_name: digits\nlearning_rate: 1e-3\ndim_mults: [1, 2]\nfull_attn: [true, false]\n")
     config = train_script.parse(["--config", str(file), "--dim_mults", "1", "3", "--no_center_crop"])
-    assert (config.learning_rate, config.dim_mults, config.full_attn) == (1e-3, [1, 3], [True, False])
+    assert (config.learning_rate, config.dim_mults, config.full_attn) == (1e-3, [1, 3], ["true", "false"])
     assert config.center_crop is False and config.dataset_name == "digits"
     other = train_script.parse(["--config", str(file), "--train_data_dir", "photos", "--full_attn", "false"])
     assert (

@@ -146,6 +146,13 @@ def test_sequences_come_in_the_units_of_the_data(tmp_path):
     assert np.array_equal(again(3, generator=seeds(1, 2, 3)).sequences, a)
 
 
+def test_units_that_float32_cannot_hold():
+    pipe = sequences(data_shift=[1e9, 0.0], data_scale=[2.0, 1e300])
+    x = pipe(2).sequences
+    assert x.dtype == np.float64 and np.isfinite(x).all() and x[:, 0].std() > 0
+    assert pipe.interpolate(x[:1], x[1:]).sequences.shape == (1, 2, 16)
+
+
 def test_interpolation_starts_from_the_mix_at_its_timestep():
     """One step of strength 1/4: the model is asked at the last timestep, at sqrt(abar) mix + sqrt(1 - abar) noise."""
     pipe = images(1)
@@ -219,7 +226,9 @@ def test_stock_pipelines_take_our_parts():
     [
         ({"batch_size": 0}, "batch_size"), ({"num_inference_steps": 0}, "from 1 to 1000"),
         ({"num_inference_steps": 1001}, "1001"), ({"output_type": "latent"}, "'latent'"), ({"eta": -0.1}, "eta"),
-        ({"generator": seeds(1)}, "got 1 generators"), ({"latents": torch.zeros(2, 3, 8, 9)}, r"\(2, 3, 8, 8\)"),
+        ({"generator": seeds(1)}, "got 1 generators"),
+        ({"generator": 3}, "torch.Generator"), ({"eta": float("nan")}, "eta"), ({"latents": np.zeros(3)}, "tensor"),
+        ({"latents": torch.zeros(2, 3, 8, 9)}, r"\(2, 3, 8, 8\)"),
         ({"callback_on_step_end_tensor_inputs": ["x"]}, "latents"), ({"timesteps": [3, 5]}, "descending"),
     ],
 )  # fmt: skip

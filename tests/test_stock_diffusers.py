@@ -100,6 +100,38 @@ def test_clipping_is_carried_over():
         assert not getattr(diffusers, name).from_config(GaussianScheduler(clip_sample=False).config).config.thresholding
 
 
+class KnowsTheAnswer(GaussianModel):
+    """Predicts v of data that is 0.5 everywhere."""
+
+    def forward(self, x, t):
+        abar = self.scheduler.alphas_cumprod[int(t)].item()
+        epsilon = (x - abar**0.5 * 0.5) / (1 - abar) ** 0.5
+        return SimpleNamespace(sample=abar**0.5 * epsilon - (1 - abar) ** 0.5 * 0.5)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler",
+                                  "KDPM2DiscreteScheduler", "UniPCMultistepScheduler"])  # fmt: skip
+@pytest.mark.parametrize("strength", [0.2, 0.3, 0.5, 1.0])
+def test_interpolation_under_stock_schedulers(name, strength):
+    """Between a thing and itself there is only that: the chain starts at a whole step, at its noise level."""
+    own = GaussianScheduler()
+    model = KnowsTheAnswer(sample_size=4)
+    model.scheduler = own
+    pipe = DDPMPipeline1D(model, getattr(diffusers, name).from_config(own.config))
+    pipe.set_progress_bar_config(disable=True)
+    x = torch.full((1, 1, 4), 0.5, dtype=torch.float64)
+    out = pipe.interpolate(x, x, strength, 20, output_type="pt").sequences
+    # between timesteps the model is asked at the one below; where they are whole it is exact up to float32
+    torch.testing.assert_close(out.double(), x, rtol=0, atol=2e-2 if name.startswith("KDPM2") else 1e-3)
+
+
+def test_interpolation_refuses_what_cannot_start_in_the_middle():
+    own = GaussianScheduler(prediction_type="epsilon")
+    pipe = DDPMPipeline1D(GaussianModel(), diffusers.PNDMScheduler.from_config(own.config))
+    with pytest.raises(ValueError, match="PNDMScheduler.*strength must be 1"):
+        pipe.interpolate(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), 0.5, 20)
+
+
 @pytest.mark.parametrize("kind", [diffusers.DDPMPipeline, diffusers.DDIMPipeline])
 def test_our_parts_in_stock_pipelines(kind):
     """Stock pipelines give the images that ours gives with the same kind of step."""

@@ -106,6 +106,24 @@ def test_another_runs_folder_is_refused(tmp_path):
             train(config(wrong))
 
 
+def test_other_data_in_the_place_of_the_first_is_refused(tmp_path):
+    data = np.random.default_rng(0).normal(size=(20, 1, 16))
+    options = {"dataset_name": None, "train_data_file": str(tmp_path / "x.npy")}
+    for change, message in [(data * 2, r"\(content\)"), (data[:12], "number of items 20 -> 12"), (data, None)]:
+        np.save(tmp_path / "x.npy", data)
+        train(config(tmp_path / "run", max_train_steps=2, **options))
+        np.save(tmp_path / "x.npy", change)
+        if message is None:
+            train(config(tmp_path / "run", max_train_steps=3, **options))
+            continue
+        with pytest.raises(ValueError, match=message):
+            train(config(tmp_path / "run", max_train_steps=3, **options))
+    with pytest.raises(ValueError, match="one source of data"):
+        train(config(tmp_path / "both"), dataset=Squares())
+    with pytest.raises(ValueError, match="output_dir"):
+        train(config(tmp_path / ("x" * 300)))
+
+
 def test_the_average_follows_its_definition(tmp_path, monkeypatch):
     """e_n = d_n e_{n-1} + (1 - d_n) w_n with d_n = 1 - (1 + n - 1)^-power, from the weights of each step."""
     history = []
