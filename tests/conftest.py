@@ -51,7 +51,7 @@ def run_program(*arguments, cwd, **environment):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **pipes) as process:
         try:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=240)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # a launcher's workers too
             raise

@@ -105,8 +105,7 @@ def pair(ndim, target="pred_v", steps=20, schedule="cosine", unet=None, **option
         peer.state_dict(),
         sampling_timesteps=options.get("sampling_timesteps"),
         ddim_sampling_eta=options.get("ddim_sampling_eta", 0.0),
-        image_size=8,
-        seq_length=16,
+        **({"image_size": 8} if ndim == 2 else {"seq_length": 16}),
     )
     pipe.unet.double().load_state_dict(pipe.unet.state_dict())
     pipe.set_progress_bar_config(disable=True)
