@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf import checkpoint
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import Batch, StreamSampler, TrainingView, build_dataset, collate, fingerprint
+from ddpm_hf.data import Batch, StreamSampler, TrainingView, as_tensor, build_dataset, collate, fingerprint
 from ddpm_hf.figures import save_image_grid, save_sequence_plot
 from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.losses import diffusion_loss, training_draws
@@ -214,12 +214,12 @@ class Trainer:
             except OSError as error:
                 raise ValueError(f"output_dir must be a folder that can be written: {error}") from error
         acc.wait_for_everyone()
-        if acc.is_main_process:
-            checkpoint.write_text(self.folder / "config.yaml", c.to_yaml())
-
         self._prepare()
         if resumable:
             self._resume()
+        # only now: a refused resume leaves the folder as it was
+        if acc.is_main_process:
+            checkpoint.write_text(self.folder / "config.yaml", c.to_yaml())
         pipeline_dir = self.folder / "pipeline"
         if self.step >= c.max_train_steps:
             if self.step > c.max_train_steps or not pipeline_dir.exists():
@@ -467,7 +467,8 @@ class Trainer:
         else:
             rng = np.random.default_rng(c.seed)
             real = [
-                self.dataset[int(i)] for i in rng.choice(len(self.dataset), min(6, len(self.dataset)), replace=False)
+                as_tensor(self.dataset[int(i)])
+                for i in rng.choice(len(self.dataset), min(6, len(self.dataset)), replace=False)
             ]
             pipeline_units = self._pipeline(self.accelerator.unwrap_model(self.model))
             save_sequence_plot(np.stack(samples), pipeline_units._decode(torch.stack(real), "np"), path)

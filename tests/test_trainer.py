@@ -116,8 +116,10 @@ def test_other_data_in_the_place_of_the_first_is_refused(tmp_path):
         if message is None:
             train(config(tmp_path / "run", max_train_steps=3, **options))
             continue
+        before = (tmp_path / "run" / "config.yaml").read_text()
         with pytest.raises(ValueError, match=message):
             train(config(tmp_path / "run", max_train_steps=3, **options))
+        assert (tmp_path / "run" / "config.yaml").read_text() == before
     with pytest.raises(ValueError, match="one source of data"):
         train(config(tmp_path / "both"), dataset=Squares())
     with pytest.raises(ValueError, match="output_dir"):
@@ -240,6 +242,8 @@ def test_a_dataset_from_python(tmp_path):
     assert DDPMPipeline.from_pretrained(result.pipeline_dir)(1).images[0].mode == "L"
     with pytest.raises(ValueError, match="map-style"):
         train(config(tmp_path / "x", dataset_name=None), dataset=iter([1]))
+    pairs = torch.utils.data.TensorDataset(torch.rand(20, 1, 16) * 2 - 1, torch.arange(20))
+    train(config(tmp_path / "z", dataset_name=None, max_train_steps=1), dataset=pairs)
     array = np.random.default_rng(0).normal(size=(20, 2, 16))
     train(config(tmp_path / "y", dataset_name=None, max_train_steps=1), dataset=SequenceDataset(array))
 
