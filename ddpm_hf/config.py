@@ -14,14 +14,15 @@ import yaml
 from diffusers.optimization import SchedulerType
 
 from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_ALIASES, PREDICTION_TYPES
+from ddpm_hf.sequences import NORMS as SEQUENCE_NORMS
 from ddpm_hf.unet import NORMS, TIME_EMBEDDINGS
 
-DATASETS = ("digits", "ecg")
+TRACKERS = ("tensorboard", "wandb")
 CONSTANT_LR = ("constant", "constant_with_warmup")
 # What a resumed run may change: nothing here alters the weights that the steps done so far have led to.
 CHANGEABLE = {
-    "output_dir", "max_train_steps", "dataloader_num_workers", "num_cpu_threads", "on_bad_image", "logger",
-    "logging_steps",
+    "output_dir", "max_train_steps", "dataloader_num_workers", "cache_gb", "num_cpu_threads", "on_bad_image",
+    "report_to", "logging_steps",
     "save_samples_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "dry_run",
 }  # fmt: skip
@@ -42,14 +43,30 @@ class TrainConfig:
     """
 
     # Data: exactly one source, unless a dataset is given from Python
-    dataset_name: str | None = _option(None, "Bundled data: 'digits' (8x8 images) or 'ecg' (windows of a recording).")
-    train_data_dir: str | None = _option(None, "Folder of images, searched with its subfolders; any format of Pillow.")
+    dataset_name: str | None = _option(
+        None, "Bundled data: 'digits' (8x8 images) or 'ecg' (windows of a recording); or the name of a data set on "
+        "the Hub, or a local folder that the datasets library can load."
+    )  # fmt: skip
+    dataset_config_name: str | None = _option(None, "Configuration of the data set on the Hub.")
+    dataset_split: str = _option("train", "Split of a data set of the Hub, or of a folder of tables.")
+    train_data_dir: str | None = _option(
+        None, "Folder of images, searched with its subfolders, any format of Pillow; or of tables of images: a data "
+        "set saved to disk, .parquet, .arrow, or webdataset .tar files."
+    )  # fmt: skip
     train_data_file: str | None = _option(
-        None, "Array file .npy or .npz: sequences (N, channels, length), or (N, length) for one channel."
+        None, "File of sequences. Array .npy or .npz: (N, channels, length), or (N, length) for one channel. Table "
+        ".csv: one row a sequence; or, with stride, one row a point in time and one column a channel. Table "
+        ".parquet: as .csv, or columns of lists, each a channel."
+    )  # fmt: skip
+    image_column: str | None = _option(
+        None, "Column of the images in a table. Default: the only one that can be meant."
+    )
+    sequence_columns: list[str] | None = _option(
+        None, "Columns of the sequences in a table. Default: all. Needed to read sequences with dataset_name."
     )
     resolution: list[int] | None = _option(
         None, "Height and width in pixels (one number: square): the shorter side is resized, the rest is cropped. "
-        "Default: 64 for a folder, 8 for digits."
+        "Default: 64; 8 for digits."
     )  # fmt: skip
     image_channels: int | None = _option(
         None, "1 (grey), 3 (RGB) or 4 (RGBA); transparency is laid on white for 1 and 3. Default: 3; 1 for digits."
@@ -60,8 +77,18 @@ class TrainConfig:
         None, "Length of the sequences in samples: shortens longer ones to their start; windows of ecg. "
         "Default: the data's; 256 for ecg."
     )  # fmt: skip
+    stride: int | None = _option(
+        None, "Train on windows of sequence_length samples, every stride-th, of each sequence. Default: whole "
+        "sequences; 2 for ecg."
+    )  # fmt: skip
+    sequence_norm: str = _option(
+        "minmax", "Scaling of each channel: 'minmax', to [-1, 1] by its range; 'meanstd', to mean 0 and deviation 1."
+    )
     on_bad_image: str = _option("stop", "A picture that cannot be read: 'stop' with its name, or 'skip' and count it.")
     dataloader_num_workers: int = _option(0, "Processes that load data, per training process; 0: in the main one.")
+    cache_gb: float = _option(
+        1.0, "Memory for decoded images, in GB per training process: as many as fit are decoded once only (Linux)."
+    )
 
     # Run folder
     output_dir: str = _option("runs/run", "Run folder; running the same command again resumes it.")
@@ -135,7 +162,9 @@ class TrainConfig:
     logging_steps: int = _option(
         50, "Steps between lines of metrics.jsonl and tracker points (means over the interval)."
     )
-    logger: str = _option("tensorboard", "Tracker: 'tensorboard' or 'none'; metrics.jsonl is always written.")
+    report_to: list[str] = _option(
+        ["tensorboard"], "Trackers: 'tensorboard', 'wandb', both, or 'none'; metrics.jsonl is always written."
+    )
     save_samples_steps: int = _option(
         1000, "Steps between sample pictures; the last step always has one. 0: only the last."
     )
@@ -148,7 +177,15 @@ class TrainConfig:
     def __post_init__(self):
         if self.mixed_precision is False:  # YAML reads a bare no as false
             self.mixed_precision = "no"
-        for name in ("attn_heads", "attn_dim_head", "dim_mults", "resolution", "full_attn"):
+        for name in (
+            "attn_heads",
+            "attn_dim_head",
+            "dim_mults",
+            "resolution",
+            "full_attn",
+            "report_to",
+            "sequence_columns",
+        ):
             value = getattr(self, name)
             if value is not None and not isinstance(value, (list, tuple)):
                 value = [value]
@@ -185,8 +222,6 @@ class TrainConfig:
         sources = [name for name in ("dataset_name", "train_data_dir", "train_data_file") if getattr(self, name)]
         if len(sources) > 1:
             raise ValueError(f"give one source of data, got {' and '.join(sources)}")
-        if self.dataset_name is not None:
-            rule(self.dataset_name in DATASETS, "dataset_name", f"one of {', '.join(DATASETS)}")
         if self.resolution is not None:
             good = len(self.resolution) in (1, 2) and all(is_int(n) and n >= 1 for n in self.resolution)
             rule(good, "resolution", "one or two whole numbers of pixels, at least 1")
@@ -199,14 +234,19 @@ class TrainConfig:
         rule(self.ddpm_beta_schedule in BETA_SCHEDULES, "ddpm_beta_schedule", f"one of {', '.join(BETA_SCHEDULES)}")
         rule(self.prediction_type in PREDICTION_TYPES, "prediction_type", f"one of {', '.join(PREDICTION_TYPES)}")
         rule(self.mixed_precision in (None, "no", "bf16", "fp16"), "mixed_precision", "'no', 'bf16' or 'fp16'")
-        rule(self.logger in ("tensorboard", "none"), "logger", "'tensorboard' or 'none'")
+        trackers = self.report_to == ["none"] or (self.report_to and set(self.report_to) <= set(TRACKERS))
+        rule(trackers, "report_to", f"'none', or one or both of {', '.join(TRACKERS)}")
+        rule(self.sequence_norm in SEQUENCE_NORMS, "sequence_norm", f"one of {', '.join(SEQUENCE_NORMS)}")
+        rule(self.cache_gb >= 0, "cache_gb", "at least 0")
+        if self.stride is not None and self.sequence_length is None and self.dataset_name != "ecg":
+            raise ValueError(f"stride needs sequence_length, the length of its windows; got stride {self.stride} alone")
         schedules = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
         rule(self.lr_scheduler in schedules, "lr_scheduler", f"one of {', '.join(schedules)}")
         for name in ("dim", "ddpm_num_steps", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
                      "ema_update_every", "logging_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size",
                      "checkpointing_steps", "norm_groups"):  # fmt: skip
             rule(is_int(getattr(self, name)) and getattr(self, name) >= 1, name, "a whole number of at least 1")
-        for name in ("init_dim", "sequence_length", "num_cpu_threads"):
+        for name in ("init_dim", "sequence_length", "stride", "num_cpu_threads"):
             value = getattr(self, name)
             rule(value is None or (is_int(value) and value >= 1), name, "a whole number of at least 1")
         for name in (

@@ -1,13 +1,16 @@
-"""Data sets of images and of sequences, and the order in which training sees them.
+"""Data sets of images, and the way from options to data.
 
-Every source gives float tensors `(C, H, W)` or `(C, length)` in [-1, 1]. The order is an endless stream of
-(epoch, index) keys that follows from the seed alone, so training can start anywhere in it, on any number of processes.
+Every source gives float tensors `(C, H, W)` in [-1, 1]. A picture is resized to cover the resolution, then cropped;
+what resizing gives is kept in memory where it fits, so that it is decoded once.
 """
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import io
+import mmap
+import multiprocessing
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from ddpm_hf.seeding import Stream, derive_seed
+from ddpm_hf import sources
+from ddpm_hf.sequences import SequenceDataset, ecg, read_sequences, table_sequences
 
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -27,7 +31,7 @@ class BadImageError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------
-# Images
+# One picture
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -49,22 +53,100 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """8-bit picture -> float32 (C, H, W) in [-1, 1]."""
+def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
+    """8-bit picture or array (H, W) or (H, W, C) -> float32 (C, H, W) in [-1, 1]."""
     array = np.asarray(image)
     array = array[..., None] if array.ndim == 2 else array
     return torch.from_numpy(array.astype(np.float32)).movedim(-1, 0).contiguous() / 127.5 - 1
+
+
+def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Image.Image:
+    """Any source of a picture as an 8-bit picture of `mode` that just covers `resolution` (height, width).
+
+    Args:
+        source: a path, bytes of a file, {"bytes", "path"} as `datasets` has them, a PIL image, or an 8-bit array
+            (H, W) or (H, W, C).
+
+    Raises:
+        BadImageError: it cannot be read.
+    """
+    height, width = resolution
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, str):
+        name = source
+    try:
+        if isinstance(source, (list, np.ndarray)):
+            array = np.asarray(source)
+            if array.dtype != np.uint8 and not (array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255):
+                raise ValueError(f"an array must hold 8-bit values, got {array.dtype}")
+            image = to_mode(Image.fromarray(array.astype(np.uint8)), mode)
+        elif isinstance(source, Image.Image):
+            image = to_mode(source, mode)
+        else:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+                # JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves twice the pixels asked for (as Pillow's own
+                # thumbnails); both sides may be swapped by EXIF
+                file.draft(None, (2 * max(height, width),) * 2)
+                image = to_mode(file, mode)
+    except (AttributeError, OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        raise BadImageError(f"cannot read the picture {name}: {error}") from error
+    scale = max(width / image.width, height / image.height)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+class ImageCache:
+    """Decoded pictures by index in memory that forked workers share; the first that fit stay.
+
+    Where workers are not forks of this process, each of them decodes for itself: nothing is kept.
+    """
+
+    def __init__(self, count: int, size: int):
+        self.memory = mmap.mmap(-1, max(1, size))  # untouched pages cost nothing
+        # (place + 1, height, width) of each picture, and the end of what is used
+        self.index = np.frombuffer(mmap.mmap(-1, 24 * (count + 1)), dtype=np.int64).reshape(count + 1, 3)
+        self.lock = multiprocessing.get_context("fork").Lock()
+
+    def __getstate__(self) -> dict:
+        return {"memory": None, "index": None, "lock": None}
+
+    def get(self, index: int, channels: int) -> np.ndarray | None:
+        if self.memory is None:
+            return None
+        with self.lock:
+            place, height, width = self.index[index].tolist()
+        if not place:
+            return None
+        array = np.frombuffer(self.memory, np.uint8, height * width * channels, place - 1)
+        return array.reshape(height, width, channels)
+
+    def put(self, index: int, array: np.ndarray) -> None:
+        if self.memory is None:
+            return
+        with self.lock:
+            place = int(self.index[-1, 0])
+            if place + array.nbytes > len(self.memory) or self.index[index, 0]:
+                return
+            self.memory[place : place + array.nbytes] = array.tobytes()
+            self.index[index] = (place + 1, *array.shape[:2])
+            self.index[-1, 0] = place + array.nbytes
 
 
 class ImageDataset(Dataset):
     """Pictures, resized to cover `resolution` with their aspect kept, then cropped.
 
     Args:
-        sources: a file's path, or an 8-bit array (H, W) or (H, W, C), for each picture.
+        sources: for each picture what `decode` takes: a file's path, bytes, an 8-bit array.
         resolution: (height, width) in pixels.
         channels: 1, 3 or 4.
         center_crop: crop from the centre, else at random (where `load` is given a random generator).
         random_flip: mirror half of the pictures (likewise).
+        cache_gb: keep decoded pictures in up to this much memory (10^9 bytes).
     """
 
     def __init__(
@@ -74,10 +156,13 @@ class ImageDataset(Dataset):
         channels: int = 3,
         center_crop: bool = True,
         random_flip: bool = False,
+        cache_gb: float = 0.0,
     ):
         self.sources = sources
         self.resolution, self.channels = tuple(resolution), channels
         self.center_crop, self.random_flip = center_crop, random_flip
+        can_share = sys.platform == "linux"
+        self.cache = ImageCache(len(sources), int(cache_gb * 1e9)) if cache_gb > 0 and can_share else None
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -92,24 +177,32 @@ class ImageDataset(Dataset):
         Raises:
             BadImageError: the picture cannot be read.
         """
-        source, mode = self.sources[index], IMAGE_MODES[self.channels]
-        if isinstance(source, np.ndarray):
-            image = to_mode(Image.fromarray(source), mode)
-        else:
-            try:
-                with Image.open(source) as file:
-                    image = to_mode(file, mode)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise BadImageError(f"cannot read the picture {source}: {error}") from error
-        place = (0.5, 0.5)
-        if rng is not None and not self.center_crop:
-            place = tuple(rng.random(2))
+        return self.finish(self._covering(index), rng)
+
+    def finish(self, array: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+        """The crop, the flip and the tensor of a picture that covers the resolution, (H, W, C)."""
         height, width = self.resolution
-        if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC, centering=place)
+        spare = (array.shape[0] - height, array.shape[1] - width)
+        top, left = spare[0] // 2, spare[1] // 2
+        if rng is not None and not self.center_crop:
+            top, left = (int(rng.integers(0, n + 1)) for n in spare)
+        array = array[top : top + height, left : left + width]
         if rng is not None and self.random_flip and rng.random() < 0.5:
-            image = ImageOps.mirror(image)
-        return to_tensor(image)
+            array = array[:, ::-1]
+        return to_tensor(array)
+
+    def _covering(self, index: int) -> np.ndarray:
+        """Picture `index` as 8 bits (H, W, C), only resized; from the cache if it is there."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} pictures")
+        index %= len(self)
+        array = self.cache.get(index, self.channels) if self.cache else None
+        if array is None:
+            image = decode(self.sources[index], IMAGE_MODES[self.channels], self.resolution, f"number {index}")
+            array = np.asarray(image).reshape(image.height, image.width, self.channels)
+            if self.cache:
+                self.cache.put(index, array)
+        return array
 
 
 def find_images(folder: str) -> list[Path]:
@@ -146,209 +239,7 @@ def digits(resolution: tuple[int, int] = (8, 8), channels: int = 1, **options) -
 
 
 # ---------------------------------------------------------------------------------------------
-# Sequences
-
-
-class SequenceDataset(Dataset):
-    """Sequences scaled to [-1, 1] by the range of each channel.
-
-    Args:
-        array: (N, C, length) finite numbers, or (N, length) for one channel; may be memory-mapped.
-        name: what to call the array in messages.
-
-    Attributes:
-        data_shift, data_scale: per channel, data = x * scale + shift for the x in [-1, 1] that items are.
-
-    Raises:
-        ValueError: another number of dimensions, no sequences, not numbers, or NaN or infinity (the rows are named).
-    """
-
-    def __init__(self, array: Any, name: str = "the array"):
-        array = array if isinstance(array, np.ndarray) else np.asarray(array)
-        if array.dtype.kind not in "iufb":
-            raise ValueError(f"{name} must hold real numbers, got the type {array.dtype}")
-        if array.ndim == 2:
-            array = array[:, None, :]
-        if array.ndim != 3 or 0 in array.shape:
-            raise ValueError(f"{name} must have the shape (N, channels, length), got {array.shape}")
-        low, high = np.full(array.shape[1], np.inf), np.full(array.shape[1], -np.inf)
-        bad: list[int] = []
-        for start in range(0, len(array), 1024):  # in parts: the file may not fit in memory
-            part = np.asarray(array[start : start + 1024], dtype=np.float64)
-            rows = np.flatnonzero(~np.isfinite(part).all(axis=(1, 2)))
-            bad += [start + int(row) for row in rows]
-            if not len(rows):
-                low, high = np.minimum(low, part.min(axis=(0, 2))), np.maximum(high, part.max(axis=(0, 2)))
-        if bad:
-            more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-            raise ValueError(f"{name} has NaN or infinity in rows {', '.join(map(str, bad[:10]))}{more}")
-        self.array, self.name = array, name
-        self.data_shift = ((high + low) / 2).tolist()
-        # A channel that never changes is mapped to 0.
-        self.data_scale = np.where(high > low, (high - low) / 2, 1.0).tolist()
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Float32 (C, length) in [-1, 1]."""
-        row = np.asarray(self.array[index], dtype=np.float64)
-        scaled = (row - np.array(self.data_shift)[:, None]) / np.array(self.data_scale)[:, None]
-        return torch.from_numpy(scaled.astype(np.float32))
-
-
-def read_array(path: str) -> np.ndarray:
-    """The array of a .npy (memory-mapped) or .npz file (which must hold one array, or one named 'data').
-
-    Raises:
-        ValueError: the file cannot be read, is of another kind, or does not say which array is meant.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".npy", ".npz"):
-        raise ValueError(f"train_data_file must end in .npy or .npz, got {path}")
-    try:
-        if suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        with np.load(path, allow_pickle=False) as archive:
-            names = archive.files
-            if len(names) != 1 and "data" not in names:
-                raise ValueError(f"it must hold one array, or one named 'data'; it has {', '.join(names) or 'none'}")
-            return archive[names[0] if len(names) == 1 else "data"]
-    except Exception as error:  # NumPy raises many kinds: OSError, ValueError, EOFError, BadZipFile, ...
-        raise ValueError(f"cannot read the arrays of {path}: {error}") from error
-
-
-def windows(recording: np.ndarray, length: int, stride: int) -> np.ndarray:
-    """(C, samples) -> every `stride`-th window, (N, C, length); a view."""
-    if recording.shape[-1] < length:
-        raise ValueError(f"the recording must have at least {length} samples, got {recording.shape[-1]}")
-    return np.lib.stride_tricks.sliding_window_view(recording, length, axis=-1)[:, ::stride].swapaxes(0, 1)
-
-
-def ecg(length: int = 256, stride: int = 2) -> SequenceDataset:
-    """Overlapping windows of PyWavelets' electrocardiogram (1,024 samples, one channel), bundled with it."""
-    import pywt
-
-    return SequenceDataset(windows(pywt.data.ecg()[None].astype(np.float64), length, stride), "the ECG recording")
-
-
-# ---------------------------------------------------------------------------------------------
-# The training stream
-
-Key = tuple[int, int]  # (epoch, index)
-
-
-@dataclass
-class Batch:
-    """`x0`: (B, C, *spatial); `skipped`: messages of pictures left out; `error`: why the batch could not be made."""
-
-    x0: Tensor | None
-    skipped: list[str]
-    error: str | None = None
-
-
-def as_tensor(item: Any) -> Tensor:
-    """An item of a data set as float32 (C, *spatial): a tensor, array or PIL image, alone, first of a tuple, or in a
-    dict under "x0", "pixel_values", "image", "images" or "sequence".
-
-    Raises:
-        ValueError: something else, or values outside [-1, 1].
-    """
-    if isinstance(item, dict):
-        names = ("x0", "pixel_values", "image", "images", "sequence")
-        found = [name for name in names if name in item]
-        if not found:
-            raise ValueError(
-                f"an item that is a dict must have one of {', '.join(names)}; got {', '.join(map(str, item))}"
-            )
-        item = item[found[0]]
-    if isinstance(item, (tuple, list)) and item:
-        item = item[0]
-    if isinstance(item, Image.Image):
-        return to_tensor(item)
-    if isinstance(item, np.ndarray):
-        item = torch.from_numpy(item)
-    if not isinstance(item, Tensor) or item.ndim not in (2, 3) or not item.is_floating_point():
-        got = f"{item.dtype} of shape {tuple(item.shape)}" if isinstance(item, Tensor) else type(item).__name__
-        raise ValueError(f"items must be float tensors (C, H, W) or (C, length) in [-1, 1], or PIL images; got {got}")
-    if not (item.abs() <= 1 + 1e-4).all():
-        raise ValueError(f"items must lie in [-1, 1]; got {item.min():.4g} to {item.max():.4g}")
-    return item.float()
-
-
-class TrainingView(Dataset):
-    """A map-style data set under (epoch, index) keys: augmentation follows from (seed, epoch, index).
-
-    A picture that cannot be read is replaced by the next one (`on_bad="skip"`), or makes the batch an error.
-    """
-
-    def __init__(self, dataset, seed: int, on_bad: str = "stop"):
-        self.dataset, self.seed, self.on_bad = dataset, seed, on_bad
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: Key) -> tuple[Tensor | None, list[str], str | None]:
-        epoch, first = key
-        skipped: list[str] = []
-        for attempt in range(len(self.dataset)):
-            index = (first + attempt) % len(self.dataset)
-            try:
-                if hasattr(self.dataset, "load"):
-                    rng = np.random.default_rng(derive_seed(self.seed, Stream.AUGMENTATION, epoch, index))
-                    return self.dataset.load(index, rng), skipped, None
-                return as_tensor(self.dataset[index]), skipped, None
-            except BadImageError as error:
-                if self.on_bad == "stop":
-                    return None, skipped, f"{error}. To leave such pictures out: --on_bad_image skip"
-                skipped.append(str(error))
-            except ValueError as error:
-                return None, skipped, f"item {index} of the data: {error}"
-        return None, skipped, "none of the pictures can be read"
-
-
-def collate(items) -> Batch:
-    """Items of a `TrainingView` -> a `Batch`."""
-    skipped = [message for _, messages, _ in items for message in messages]
-    errors = [error for _, _, error in items if error]
-    if not errors and len({tuple(x.shape) for x, _, _ in items}) > 1:
-        errors = [f"items must all have one shape, got {sorted({tuple(x.shape) for x, _, _ in items})}"]
-    if errors:
-        return Batch(None, skipped, errors[0])
-    return Batch(torch.stack([x for x, _, _ in items]), skipped)
-
-
-class StreamSampler(Sampler):
-    """Batches of (epoch, index) keys for one process, from any place of the endless stream on.
-
-    The stream is one permutation of the data after another; sample number k of it is index perm(epoch)[k % N] of epoch
-    k // N. A global batch is `batch_size * processes` of consecutive samples, process r takes the r-th part.
-
-    Args:
-        length: N, items of the data.
-        batch_size: of one process.
-        start: sample number to start from (a multiple of the global batch).
-    """
-
-    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, process: int = 0, processes: int = 1):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start, self.process, self.processes = start, process, processes
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng(derive_seed(self.seed, Stream.ORDER, epoch)).permutation(self.length)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        number = self.start + self.process * self.batch_size
-        epoch, order = -1, None
-        while True:
-            keys = []
-            for k in range(number, number + self.batch_size):
-                if k // self.length != epoch:
-                    epoch = k // self.length
-                    order = self._permutation(epoch)
-                keys.append((epoch, int(order[k % self.length])))
-            yield keys
-            number += self.batch_size * self.processes
+# From options to data
 
 
 def fingerprint(dataset, shape: tuple) -> dict:
@@ -362,35 +253,53 @@ def fingerprint(dataset, shape: tuple) -> dict:
     return {"items": len(dataset), "shape": list(shape), "digest": digest.hexdigest()}
 
 
-# ---------------------------------------------------------------------------------------------
-# From options to data
-
-
 def build_dataset(config):
     """The data that a `TrainConfig` names.
 
     Raises:
         ValueError: no source, nothing found, or data that does not fit the options.
     """
-    options = {"center_crop": config.center_crop, "random_flip": config.random_flip}
     size = (
         tuple(config.resolution * 2 if len(config.resolution) == 1 else config.resolution)
         if config.resolution
         else None
     )
+    images = {"center_crop": config.center_crop, "random_flip": config.random_flip, "cache_gb": config.cache_gb}
     if config.dataset_name == "digits":
-        return digits(size or (8, 8), config.image_channels or 1, **options)
+        return digits(size or (8, 8), config.image_channels or 1, **images)
     if config.dataset_name == "ecg":
-        return ecg(config.sequence_length or 256)
-    if config.train_data_dir:
-        return image_folder(config.train_data_dir, size or (64, 64), config.image_channels or 3, **options)
+        return ecg(config.sequence_length or 256, config.stride or 2, config.sequence_norm)
     if config.train_data_file:
-        array = read_array(config.train_data_file)
-        if config.sequence_length is not None:
-            if array.ndim >= 2 and array.shape[-1] < config.sequence_length:
-                raise ValueError(
-                    f"sequence_length must be at most the data's length {array.shape[-1]}, got {config.sequence_length}"
-                )
-            array = array[..., : config.sequence_length]
-        return SequenceDataset(array, config.train_data_file)
-    raise ValueError("no data: give one of dataset_name, train_data_dir, train_data_file, or a dataset from Python")
+        array = read_sequences(config.train_data_file, config.sequence_columns, config.stride is not None)
+        return _sequences(config, array, config.train_data_file)
+    if config.train_data_dir and not sources.table_folder(config.train_data_dir):
+        return image_folder(config.train_data_dir, size or (64, 64), config.image_channels or 3, **images)
+    if not (config.train_data_dir or config.dataset_name):
+        raise ValueError("no data: give one of dataset_name, train_data_dir, train_data_file, or a dataset from Python")
+    table, name = open_table(config)
+    if config.sequence_columns:
+        return _sequences(
+            config, table_sequences(table, config.sequence_columns, config.stride is not None, name), name
+        )
+    column = sources.image_column(table.features, config.image_column, name)
+    return ImageDataset(sources.ImageColumn(table, column), size or (64, 64), config.image_channels or 3, **images)
+
+
+def open_table(config, streaming: bool = False) -> tuple[Any, str]:
+    """(the table that a `TrainConfig` names, what to call it in messages)."""
+    if config.train_data_dir:
+        return sources.open_folder(config.train_data_dir, config.dataset_split, streaming), config.train_data_dir
+    name = config.dataset_name
+    return sources.open_named(name, config.dataset_config_name, config.dataset_split, streaming), name
+
+
+def _sequences(config, array, name: str) -> SequenceDataset:
+    """Windows where a stride is given; else whole sequences, or their first `sequence_length` samples."""
+    length = config.sequence_length
+    if length is not None and len(array.shape) >= 1 and array.shape[-1] < length:
+        raise ValueError(f"sequence_length must be at most the data's length {array.shape[-1]}, got {length}")
+    if config.stride is not None:
+        return SequenceDataset(array, name, config.sequence_norm, length, config.stride)
+    # a single window at the start: a stride of the whole leaves no room for a second
+    stride = None if length is None else array.shape[-1]
+    return SequenceDataset(array, name, config.sequence_norm, length, stride)

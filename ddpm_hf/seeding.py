@@ -19,6 +19,9 @@ class Stream(IntEnum):
     SELF_CONDITION = 4
     DROPOUT = 5
     SAMPLES = 6
+    HOLDOUT = 7
+    EVALUATION = 8
+    SHARDS = 9
 
 
 def derive_seed(seed: int, stream: Stream, *place: int) -> int:

@@ -5,6 +5,7 @@ batch), so a resumed run goes on as if it had not been stopped.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -26,13 +27,14 @@ from tqdm.auto import tqdm
 
 from ddpm_hf import checkpoint
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import Batch, StreamSampler, TrainingView, as_tensor, build_dataset, collate, fingerprint
+from ddpm_hf.data import build_dataset, fingerprint
 from ddpm_hf.figures import save_image_grid, save_sequence_plot
 from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.scheduler import GaussianScheduler
 from ddpm_hf.seeding import Stream, derive_seed
+from ddpm_hf.stream import Batch, StreamSampler, TrainingView, collate, load_item
 from ddpm_hf.unet import UNet1D, UNet2D
 
 
@@ -86,6 +88,7 @@ class Trainer:
             beta_schedule=config.ddpm_beta_schedule,
             prediction_type=config.prediction_type,
             rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+            clip_sample_range=getattr(self.dataset, "data_range", 1.0),
         )
         self.model = self._build_model() if model is None else model
         self.model_name = type(self.model).__name__  # before accelerate wraps it
@@ -194,8 +197,8 @@ class Trainer:
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=c.gradient_accumulation_steps, sync_with_dataloader=False
             ),
-            log_with=None if c.logger == "none" else c.logger,
-            project_dir=self.folder,
+            log_with=None if c.report_to == ["none"] else c.report_to,
+            project_config=ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "logs")),
         )
         acc = self.accelerator
         if acc.device.type == "cpu":
@@ -277,11 +280,15 @@ class Trainer:
         self.metrics = checkpoint.MetricsFile(self.folder / "metrics.jsonl")
 
     def _start_trackers(self) -> None:
-        if self.config.logger == "none":
+        """A resumed run takes the place of what was logged after its checkpoint."""
+        if self.config.report_to == ["none"]:
             return
-        # A resumed run takes the place of what was logged after its checkpoint.
-        purge = {"purge_step": self.step + 1} if self.step else {}
-        self.accelerator.init_trackers("logs", init_kwargs={"tensorboard": purge})
+        tensorboard = {"purge_step": self.step + 1} if self.step else {}
+        identity = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:12]
+        wandb = {"dir": str(self.folder / "logs"), "name": self.folder.name, "id": identity, "resume": "allow"}
+        if self.accelerator.is_main_process:
+            (self.folder / "logs").mkdir(exist_ok=True)
+        self.accelerator.init_trackers("ddpm_hf", init_kwargs={"tensorboard": tensorboard, "wandb": wandb})
 
     def _loader(self, start: int) -> DataLoader:
         c, acc = self.config, self.accelerator
@@ -467,7 +474,7 @@ class Trainer:
         else:
             rng = np.random.default_rng(c.seed)
             real = [
-                as_tensor(self.dataset[int(i)])
+                load_item(self.dataset, int(i))
                 for i in rng.choice(len(self.dataset), min(6, len(self.dataset)), replace=False)
             ]
             pipeline_units = self._pipeline(self.accelerator.unwrap_model(self.model))

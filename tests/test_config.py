@@ -17,7 +17,7 @@ spec.loader.exec_module(train_script)
 @pytest.mark.parametrize(
     "options",
     [
-        {"prediction_type": "noise"}, {"ddpm_beta_schedule": "exp"}, {"norm": "layer"}, {"dataset_name": "mnist"},
+        {"prediction_type": "noise"}, {"ddpm_beta_schedule": "exp"}, {"norm": "layer"}, {"report_to": ["mlflow"]},
         {"learning_rate": 0.0},
         {"learning_rate": "fast"}, {"use_ema": 1}, {"image_channels": True}, {"output_dir": 5}, {"num_mem_kv": 1.5},
         {"train_batch_size": 0}, {"max_train_steps": 1.5}, {"resolution": [1, 2, 3]},

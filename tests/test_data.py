@@ -1,28 +1,14 @@
 """Images of every form, sequences, bundled data, and the order of the training stream."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import (
-    BadImageError,
-    ImageDataset,
-    SequenceDataset,
-    StreamSampler,
-    TrainingView,
-    as_tensor,
-    build_dataset,
-    collate,
-    digits,
-    ecg,
-    image_folder,
-    read_array,
-    windows,
-)
+from ddpm_hf.data import BadImageError, ImageDataset, build_dataset, digits, image_folder
+from ddpm_hf.sequences import ecg
+from ddpm_hf.stream import TrainingView, collate
 
 
 def gradient(height=6, width=10):
@@ -103,16 +89,6 @@ def test_aspect_is_kept():
     assert inside.any(0).sum() == inside.any(1).sum() == 10
 
 
-def test_augmentation_follows_from_seed_epoch_and_index():
-    data = ImageDataset([gradient()] * 4, (6, 6), center_crop=False, random_flip=True)
-    view = TrainingView(data, seed=3)
-    first = {key: view[key][0] for key in itertools.product(range(6), range(4))}
-    again = TrainingView(data, seed=3)
-    assert all(torch.equal(again[key][0], x) for key, x in first.items())
-    assert len({x.numpy().tobytes() for x in first.values()}) > 8  # 5 places, mirrored or not
-    assert torch.equal(data[0], data[1])  # not augmented
-
-
 def test_bad_pictures(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "b.png")
     whole = (tmp_path / "b.png").read_bytes()
@@ -143,79 +119,6 @@ def test_bundled_data():
     e = ecg(128, 4)
     assert len(e) == (1024 - 128) // 4 + 1 and e[0].shape == (1, 128)
     assert min(x.min() for x in e) == -1 and max(x.max() for x in e) == 1
-
-
-def test_sequences_are_scaled_by_channel_and_back(tmp_path):
-    array = np.random.default_rng(0).normal(size=(50, 3, 8)) * np.array([1, 100, 0])[:, None] + 7
-    np.save(tmp_path / "x.npy", array)
-    mapped = read_array(str(tmp_path / "x.npy"))
-    assert isinstance(mapped, np.memmap)
-    data = SequenceDataset(mapped)
-    x = torch.stack(list(data)).double().numpy()
-    assert x[:, :2].min(axis=(0, 2)).tolist() == [-1, -1] and x[:, :2].max(axis=(0, 2)).tolist() == [1, 1]
-    assert (x[:, 2] == 0).all()
-    back = x * np.array(data.data_scale)[:, None] + np.array(data.data_shift)[:, None]
-    np.testing.assert_allclose(back, array, atol=1e-4)  # float32 of values up to 400
-
-
-def test_array_files(tmp_path):
-    x = np.arange(12.0).reshape(3, 4)
-    np.savez(tmp_path / "one.npz", anything=x)
-    np.savez(tmp_path / "two.npz", data=x, other=x)
-    np.savez(tmp_path / "unclear.npz", a=x, b=x)
-    np.save(tmp_path / "objects.npy", np.array([{}, []], dtype=object), allow_pickle=True)
-    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
-    (tmp_path / "text.csv").write_text("1,2")
-    assert SequenceDataset(read_array(str(tmp_path / "one.npz")))[0].shape == (1, 4)
-    assert read_array(str(tmp_path / "two.npz")).shape == (3, 4)
-    for name, message in [("unclear.npz", "a, b"), ("objects.npy", "[Oo]bject"), ("cut.npy", "cut.npy"),
-                          ("text.csv", "must end in"), ("none.npy", "No such file")]:  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            read_array(str(tmp_path / name))
-
-
-def test_bad_sequences():
-    x = np.zeros((2000, 1, 4))
-    x[3, 0, 1], x[1500, 0, 0] = np.nan, np.inf
-    with pytest.raises(ValueError, match="rows 3, 1500"):
-        SequenceDataset(x)
-    for wrong in (np.zeros(3), np.zeros((0, 1, 4)), np.zeros((2, 2, 2, 2))):
-        with pytest.raises(ValueError, match=r"\(N, channels, length\)"):
-            SequenceDataset(wrong)
-    with pytest.raises(ValueError, match="real numbers"):
-        SequenceDataset(np.array([["a", "b"]]))
-    with pytest.raises(ValueError, match="at least 5 samples"):
-        windows(np.zeros((1, 4)), 5, 1)
-
-
-def test_items_of_other_datasets():
-    x = torch.zeros(1, 4, 4)
-    for item in (x, x.numpy(), (x, 3), {"image": x}, {"pixel_values": x, "label": 1}, Image.new("L", (4, 4), 0)):
-        assert as_tensor(item).shape == (1, 4, 4)
-    wrongs = [(x + 2, "2 to 2"), (x.int(), "int32"), ("text", "str"), ({"a": 1}, "got a"), (x[0, 0], "float")]
-    for wrong, message in wrongs:
-        with pytest.raises(ValueError, match=message):
-            as_tensor(wrong)
-    assert "one shape" in collate([(x, [], None), (x[:, :2], [], None)]).error
-
-
-def stream(count, **options):
-    return list(itertools.islice(StreamSampler(10, **{"batch_size": 4, "seed": 1, **options}), count))
-
-
-def test_the_stream_is_one_permutation_after_another():
-    keys = list(itertools.chain(*stream(10)))
-    for epoch in range(4):
-        part = keys[epoch * 10 : epoch * 10 + 10]
-        assert {e for e, _ in part} == {epoch} and sorted(i for _, i in part) == list(range(10))
-    assert keys[:10] != [(0, i) for _, i in keys[10:20]] and keys != list(itertools.chain(*stream(10, seed=2)))
-
-
-def test_the_stream_starts_anywhere_and_splits_over_processes():
-    whole = stream(9)
-    assert stream(4, start=20) == whole[5:]
-    two = [stream(3, batch_size=2, process=p, processes=2) for p in (0, 1)]
-    assert [a + b for a, b in zip(*two)] == whole[:3]
 
 
 def test_build_dataset(folder, tmp_path):

@@ -56,7 +56,7 @@ def second_signal():
 def test_the_program_ends_with_a_message_and_a_status(tmp_path):
     """Ctrl-C to the real program, once its first metrics are there."""
     command = [sys.executable, str(ROOT / "training" / "train.py"), "--dataset_name=digits", "--output_dir=run",
-               "--dim=8", "--dim_mults", "1", "2", "--logging_steps=1", "--logger=none"]  # fmt: skip
+               "--dim=8", "--dim_mults", "1", "2", "--logging_steps=1", "--report_to=none"]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     metrics = tmp_path / "run" / "metrics.jsonl"
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -10,11 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, TrainConfig, train
-from ddpm_hf.data import SequenceDataset
+from ddpm_hf.sequences import SequenceDataset
 from ddpm_hf.trainer import Trainer, TrainingError
 
 SMALL = {
-    "dim": 8, "dim_mults": [1, 2], "attn_heads": [2], "attn_dim_head": [4], "train_batch_size": 8, "logger": "none",
+    "dim": 8, "dim_mults": [1, 2], "attn_heads": [2], "attn_dim_head": [4], "train_batch_size": 8,
+    "report_to": ["none"],
     "lr_scheduler": "constant", "ddpm_num_inference_steps": 3, "num_samples": 4, "logging_steps": 1,
 }  # fmt: skip
 
@@ -154,7 +155,9 @@ def test_accumulation_of_two_is_a_batch_of_twice_the_size(tmp_path):
 
 
 def test_run_folder_and_tensorboard(tmp_path):
-    train(config(tmp_path, max_train_steps=4, checkpointing_steps=1, logger="tensorboard", checkpoints_total_limit=2))
+    train(
+        config(tmp_path, max_train_steps=4, checkpointing_steps=1, report_to=["tensorboard"], checkpoints_total_limit=2)
+    )
     assert {p.name for p in tmp_path.iterdir()} == {
         "config.yaml", "metrics.jsonl", "samples", "checkpoints", "pipeline", "logs"
     }  # fmt: skip
@@ -165,7 +168,7 @@ def test_run_folder_and_tensorboard(tmp_path):
     assert records[-1]["epoch"] == pytest.approx(32 / 1797)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    events = EventAccumulator(str(tmp_path / "logs" / "ddpm_hf")).Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in records])
     with Image.open(tmp_path / "samples" / "step-000004.png") as grid:
         assert grid.size == (132, 132)  # 2 x 2 cells of 64 pixels and a border

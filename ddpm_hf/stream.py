@@ -1,0 +1,177 @@
+"""The order in which training sees the data, and the making of its batches.
+
+The order is an endless stream of (epoch, index) keys that follows from the seed alone, so training can start anywhere
+in it, on any number of processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ddpm_hf.data import BadImageError, to_tensor
+from ddpm_hf.seeding import Stream, derive_seed
+
+Key = tuple[int, int]  # (epoch, index)
+
+
+@dataclass
+class Batch:
+    """`x0`: (B, C, *spatial); `skipped`: messages of pictures left out; `error`: why the batch could not be made."""
+
+    x0: Tensor | None
+    skipped: list[str]
+    error: str | None = None
+
+
+def as_tensor(item: Any, limit: float = 1.0) -> Tensor:
+    """An item of a data set as float32 (C, *spatial): a tensor, array or PIL image, alone, first of a tuple, or in a
+    dict under "x0", "pixel_values", "image", "images" or "sequence".
+
+    Raises:
+        ValueError: something else, or values outside [-limit, limit].
+    """
+    if isinstance(item, dict):
+        names = ("x0", "pixel_values", "image", "images", "sequence")
+        found = [name for name in names if name in item]
+        if not found:
+            raise ValueError(
+                f"an item that is a dict must have one of {', '.join(names)}; got {', '.join(map(str, item))}"
+            )
+        item = item[found[0]]
+    if isinstance(item, (tuple, list)) and item:
+        item = item[0]
+    if isinstance(item, Image.Image):
+        return to_tensor(item)
+    if isinstance(item, np.ndarray):
+        item = torch.from_numpy(item)
+    if not isinstance(item, Tensor) or item.ndim not in (2, 3) or not item.is_floating_point():
+        got = f"{item.dtype} of shape {tuple(item.shape)}" if isinstance(item, Tensor) else type(item).__name__
+        raise ValueError(f"items must be float tensors (C, H, W) or (C, length) in [-1, 1], or PIL images; got {got}")
+    if not (item.abs() <= limit * (1 + 1e-4)).all():
+        raise ValueError(f"items must lie in [-{limit:g}, {limit:g}]; got {item.min():.4g} to {item.max():.4g}")
+    return item.float()
+
+
+class Part(Dataset):
+    """The items of a map-style data set at `indices`, in that order."""
+
+    def __init__(self, dataset, indices: Sequence[int]):
+        self.dataset, self.indices = dataset, np.asarray(indices, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[int(self.indices[index])]
+
+
+def hold_out(dataset, count: int, seed: int) -> tuple[Part, Part]:
+    """(the rest, `count` items drawn by `seed` for evaluation), each in the order of the data.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    if not 1 <= count < len(dataset):
+        raise ValueError(f"holdout must be at least 0 and less than the {len(dataset)} items of the data, got {count}")
+    order = np.random.default_rng(derive_seed(seed, Stream.HOLDOUT)).permutation(len(dataset))
+    return Part(dataset, np.sort(order[count:])), Part(dataset, np.sort(order[:count]))
+
+
+def load_item(dataset, index: int, rng: np.random.Generator | None = None) -> Tensor:
+    """Item `index` as a tensor; augmented by `rng` where the data set can (a method `load`).
+
+    Raises:
+        BadImageError: a picture that cannot be read.
+        ValueError: the item is no tensor, array or picture, or its values are out of range.
+    """
+    while isinstance(dataset, Part):
+        dataset, index = dataset.dataset, int(dataset.indices[index])
+    if hasattr(dataset, "load"):
+        return dataset.load(index, rng)
+    return as_tensor(dataset[index], getattr(dataset, "data_range", 1.0))
+
+
+def underlying(dataset):
+    """The data set that a `Part` is of."""
+    while isinstance(dataset, Part):
+        dataset = dataset.dataset
+    return dataset
+
+
+class TrainingView(Dataset):
+    """A map-style data set under (epoch, index) keys: augmentation follows from (seed, epoch, index).
+
+    A picture that cannot be read is replaced by the next one (`on_bad="skip"`), or makes the batch an error.
+    """
+
+    def __init__(self, dataset, seed: int, on_bad: str = "stop"):
+        self.dataset, self.seed, self.on_bad = dataset, seed, on_bad
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor | None, list[str], str | None]:
+        epoch, first = key
+        skipped: list[str] = []
+        for attempt in range(len(self.dataset)):
+            index = (first + attempt) % len(self.dataset)
+            try:
+                rng = np.random.default_rng(derive_seed(self.seed, Stream.AUGMENTATION, epoch, index))
+                return load_item(self.dataset, index, rng), skipped, None
+            except BadImageError as error:
+                if self.on_bad == "stop":
+                    return None, skipped, f"{error}. To leave such pictures out: --on_bad_image skip"
+                skipped.append(str(error))
+            except ValueError as error:
+                return None, skipped, f"item {index} of the data: {error}"
+        return None, skipped, "none of the pictures can be read"
+
+
+def collate(items) -> Batch:
+    """Items of a `TrainingView` -> a `Batch`."""
+    skipped = [message for _, messages, _ in items for message in messages]
+    errors = [error for _, _, error in items if error]
+    if not errors and len({tuple(x.shape) for x, _, _ in items}) > 1:
+        errors = [f"items must all have one shape, got {sorted({tuple(x.shape) for x, _, _ in items})}"]
+    if errors:
+        return Batch(None, skipped, errors[0])
+    return Batch(torch.stack([x for x, _, _ in items]), skipped)
+
+
+class StreamSampler(Sampler):
+    """Batches of (epoch, index) keys for one process, from any place of the endless stream on.
+
+    The stream is one permutation of the data after another; sample number k of it is index perm(epoch)[k % N] of epoch
+    k // N. A global batch is `batch_size * processes` of consecutive samples, process r takes the r-th part.
+
+    Args:
+        length: N, items of the data.
+        batch_size: of one process.
+        start: sample number to start from (a multiple of the global batch).
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, process: int = 0, processes: int = 1):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.process, self.processes = start, process, processes
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng(derive_seed(self.seed, Stream.ORDER, epoch)).permutation(self.length)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        number = self.start + self.process * self.batch_size
+        epoch, order = -1, None
+        while True:
+            keys = []
+            for k in range(number, number + self.batch_size):
+                if k // self.length != epoch:
+                    epoch = k // self.length
+                    order = self._permutation(epoch)
+                keys.append((epoch, int(order[k % self.length])))
+            yield keys
+            number += self.batch_size * self.processes
