@@ -24,7 +24,8 @@ CHANGEABLE = {
     "output_dir", "max_train_steps", "dataloader_num_workers", "cache_gb", "num_cpu_threads", "on_bad_image",
     "report_to", "logging_steps",
     "save_samples_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size", "checkpointing_steps",
-    "checkpoints_total_limit", "resume_from_checkpoint", "dry_run",
+    "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "eval_steps", "eval_metrics", "eval_num_samples",
+    "eval_num_real", "feature_network", "feature_resolution", "eval_cache_dir", "metric_for_best",
 }  # fmt: skip
 
 
@@ -171,6 +172,26 @@ class TrainConfig:
     num_samples: int = _option(25, "Samples in a picture.")
     ddpm_num_inference_steps: int = _option(50, "Sampling steps, of the pictures and as the saved pipeline's default.")
     eval_batch_size: int = _option(64, "Samples generated at once, per process.")
+    holdout: int = _option(0, "Items kept out of training, drawn by the seed, for the held-out loss.")
+    eval_steps: int = _option(0, "Steps between evaluations; the last step then always has one. 0: none.")
+    eval_metrics: list[str] | None = _option(
+        None, "Images: fid, kid, memorization, held_out_loss; sequences: frechet, spectral_frechet, "
+        "sliced_wasserstein, autocorrelation_error, memorization, held_out_loss. Default: all; held_out_loss with "
+        "holdout."
+    )  # fmt: skip
+    eval_num_samples: int = _option(1000, "Samples generated for an evaluation; FID below 10,000 is biased.")
+    eval_num_real: int = _option(50_000, "Real items that samples are compared with, at most.")
+    feature_network: str = _option(
+        "inception", "Features of FID and KID: 'inception' (clean-fid's), a TorchScript file (B, 3, S, S) in [0, 255] "
+        "-> (B, D), or 'pixels' (no file needed; coarse)."
+    )  # fmt: skip
+    feature_resolution: int = _option(299, "S of a TorchScript feature network, in pixels.")
+    eval_cache_dir: str | None = _option(
+        None, "Where statistics of real images are kept. Default: ddpm_hf/ in the Hugging Face cache."
+    )
+    metric_for_best: str | None = _option(
+        None, "Metric whose lowest value's pipeline is kept in best/. Default: the first of eval_metrics."
+    )
     checkpointing_steps: int = _option(1000, "Steps between checkpoints; the last step always has one.")
     checkpoints_total_limit: int = _option(2, "Newest checkpoints to keep; 0: all.")
 
@@ -237,6 +258,8 @@ class TrainConfig:
         trackers = self.report_to == ["none"] or (self.report_to and set(self.report_to) <= set(TRACKERS))
         rule(trackers, "report_to", f"'none', or one or both of {', '.join(TRACKERS)}")
         rule(self.sequence_norm in SEQUENCE_NORMS, "sequence_norm", f"one of {', '.join(SEQUENCE_NORMS)}")
+        for name in ("eval_num_samples", "eval_num_real"):
+            rule(getattr(self, name) >= 2, name, "a whole number of at least 2")
         rule(self.cache_gb >= 0, "cache_gb", "at least 0")
         if self.stride is not None and self.sequence_length is None and self.dataset_name != "ecg":
             raise ValueError(f"stride needs sequence_length, the length of its windows; got stride {self.stride} alone")
@@ -244,7 +267,7 @@ class TrainConfig:
         rule(self.lr_scheduler in schedules, "lr_scheduler", f"one of {', '.join(schedules)}")
         for name in ("dim", "ddpm_num_steps", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
                      "ema_update_every", "logging_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size",
-                     "checkpointing_steps", "norm_groups"):  # fmt: skip
+                     "checkpointing_steps", "norm_groups", "feature_resolution"):  # fmt: skip
             rule(is_int(getattr(self, name)) and getattr(self, name) >= 1, name, "a whole number of at least 1")
         for name in ("init_dim", "sequence_length", "stride", "num_cpu_threads"):
             value = getattr(self, name)
@@ -256,6 +279,8 @@ class TrainConfig:
             "ema_update_after_step",
             "save_samples_steps",
             "checkpoints_total_limit",
+            "holdout",
+            "eval_steps",
         ):
             rule(is_int(getattr(self, name)) and getattr(self, name) >= 0, name, "a whole number of at least 0")
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power", "theta"):

@@ -9,6 +9,7 @@ import hashlib
 import io
 import mmap
 import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -170,6 +171,13 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         """Without augmentation."""
         return self.load(index)
+
+    def listing(self) -> Any:
+        """What tells the pictures from others without decoding them: sizes and times of files, the table's own mark."""
+        if isinstance(self.sources, sources.ImageColumn):
+            return self.sources.table._fingerprint
+        paths = [source for source in self.sources if isinstance(source, str)]
+        return [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> Tensor:
         """Picture `index`, augmented by `rng` if given, float32 (C, H, W) in [-1, 1].

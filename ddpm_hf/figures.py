@@ -1,4 +1,4 @@
-"""Pictures of samples: grids of images, plots of sequences beside real ones."""
+"""Pictures: grids of images, plots of sequences beside real ones, metrics over sampling steps."""
 
 import math
 from pathlib import Path
@@ -41,4 +41,27 @@ def save_sequence_plot(generated: np.ndarray, real: np.ndarray, path: Path, rows
             axes[row, column].grid(alpha=0.25)
     axes[0, 0].set_title("generated")
     axes[0, 1].set_title("real")
+    figure.savefig(path, dpi=100)
+
+
+def save_steps_plot(steps: list[int], values: dict[str, list[float]], title: str, path: Path) -> None:
+    """Each metric over the number of sampling steps, one panel a metric, PNG."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(values))
+    rows = math.ceil(len(values) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    order = np.argsort(steps)
+    for axis, (name, series) in zip(axes, values.items()):
+        axis.plot(np.array(steps)[order], np.array(series)[order], marker="o")
+        axis.set_xscale("log")
+        axis.set_xticks(sorted(steps), [str(n) for n in sorted(steps)])
+        axis.minorticks_off()
+        axis.set_title(name)
+        axis.set_xlabel("sampling steps")
+        axis.grid(alpha=0.25)
+    for axis in axes[len(values) :]:
+        axis.set_visible(False)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=100)

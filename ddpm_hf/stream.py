@@ -107,11 +107,12 @@ def underlying(dataset):
 class TrainingView(Dataset):
     """A map-style data set under (epoch, index) keys: augmentation follows from (seed, epoch, index).
 
-    A picture that cannot be read is replaced by the next one (`on_bad="skip"`), or makes the batch an error.
+    A picture that cannot be read is replaced by the next one (`on_bad="skip"`), or makes the batch an error. Without
+    `augment` items are as the data set has them.
     """
 
-    def __init__(self, dataset, seed: int, on_bad: str = "stop"):
-        self.dataset, self.seed, self.on_bad = dataset, seed, on_bad
+    def __init__(self, dataset, seed: int, on_bad: str = "stop", augment: bool = True):
+        self.dataset, self.seed, self.on_bad, self.augment = dataset, seed, on_bad, augment
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -122,7 +123,8 @@ class TrainingView(Dataset):
         for attempt in range(len(self.dataset)):
             index = (first + attempt) % len(self.dataset)
             try:
-                rng = np.random.default_rng(derive_seed(self.seed, Stream.AUGMENTATION, epoch, index))
+                place = derive_seed(self.seed, Stream.AUGMENTATION, epoch, index)
+                rng = np.random.default_rng(place) if self.augment else None
                 return load_item(self.dataset, index, rng), skipped, None
             except BadImageError as error:
                 if self.on_bad == "stop":

@@ -6,6 +6,7 @@ batch), so a resumed run goes on as if it had not been stopped.
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -28,13 +29,14 @@ from tqdm.auto import tqdm
 from ddpm_hf import checkpoint
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import build_dataset, fingerprint
+from ddpm_hf.evaluation import EvalSettings, Evaluator
 from ddpm_hf.figures import save_image_grid, save_sequence_plot
 from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.scheduler import GaussianScheduler
 from ddpm_hf.seeding import Stream, derive_seed
-from ddpm_hf.stream import Batch, StreamSampler, TrainingView, collate, load_item
+from ddpm_hf.stream import Batch, StreamSampler, TrainingView, collate, hold_out, load_item, underlying
 from ddpm_hf.unet import UNet1D, UNet2D
 
 
@@ -81,14 +83,18 @@ class Trainer:
         if dataset is not None and sources:
             raise ValueError(f"give one source of data, got a dataset and {sources[0]}={getattr(config, sources[0])!r}")
         self.dataset = build_dataset(config) if dataset is None else dataset
+        self.held_out = None
+        if config.holdout:
+            self.dataset, self.held_out = hold_out(self.dataset, config.holdout, config.seed)
         self.shape = self._probe_data()
+        self.units = underlying(self.dataset)  # knows the scaling of sequences
         torch.manual_seed(derive_seed(config.seed, Stream.WEIGHTS))
         self.scheduler = GaussianScheduler(
             num_train_timesteps=config.ddpm_num_steps,
             beta_schedule=config.ddpm_beta_schedule,
             prediction_type=config.prediction_type,
             rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-            clip_sample_range=getattr(self.dataset, "data_range", 1.0),
+            clip_sample_range=getattr(self.units, "data_range", 1.0),
         )
         self.model = self._build_model() if model is None else model
         self.model_name = type(self.model).__name__  # before accelerate wraps it
@@ -189,8 +195,13 @@ class Trainer:
         c = self.config
         if c.dry_run:
             self._global_batch(1)
-            print(self.describe())
+            self.accelerator = Accelerator()
+            self._make_evaluator()
+            self.accelerator.print(self.describe())
             return None
+        missing = [name for name in c.report_to if name != "none" and importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"report_to names {', '.join(missing)}, which must be installed: pip install {missing[0]}")
         self.accelerator = Accelerator(
             mixed_precision=c.mixed_precision,
             # the number of batches is not the loader's to say: its stream has no end
@@ -211,6 +222,7 @@ class Trainer:
                 f"{os.environ['WORLD_SIZE']} processes were started, but accelerate sees one (on a machine without "
                 "accelerators): set ACCELERATE_USE_CPU=1 to train on CPU with several"
             )
+        self.evaluator = self._make_evaluator()
         with acc.main_process_first():
             try:
                 resumable = self._check_folder()
@@ -233,6 +245,8 @@ class Trainer:
         if acc.is_main_process:
             self.metrics.rewind(self.step)
         self._start_trackers()
+        if self.evaluator is not None:
+            self.evaluator.prepare()
         acc.print(self.describe() if self.step == 0 else f"resuming {self.folder} after step {self.step}")
         batches = iter(self._loader(start=self.step * global_batch))
         bar = tqdm(
@@ -254,6 +268,23 @@ class Trainer:
                     )
         acc.end_training()
         return TrainResult(pipeline_dir, self.step)
+
+    def _make_evaluator(self) -> Evaluator | None:
+        c = self.config
+        if not c.eval_steps:
+            return None
+        settings = EvalSettings(
+            metrics=c.eval_metrics, num_samples=c.eval_num_samples, num_real=c.eval_num_real,
+            feature_network=c.feature_network, feature_resolution=c.feature_resolution, batch_size=c.eval_batch_size,
+            seed=c.seed, cache_dir=c.eval_cache_dir, workers=c.dataloader_num_workers, on_bad_image=c.on_bad_image,
+        )  # fmt: skip
+        evaluator = Evaluator(self.accelerator, self.dataset, self.shape, settings, self.held_out)
+        if c.metric_for_best not in (None, *evaluator.metrics):
+            raise ValueError(
+                f"metric_for_best must be one of those evaluated, {', '.join(evaluator.metrics)}; "
+                f"got {c.metric_for_best!r}"
+            )
+        return evaluator
 
     def _prepare(self) -> None:
         c, acc = self.config, self.accelerator
@@ -278,6 +309,8 @@ class Trainer:
         self._pending: list[torch.Tensor] = []  # (loss, gradient norm) of the steps not yet looked at
         self._interval: list[list[float]] = []  # those of the logging interval
         self.metrics = checkpoint.MetricsFile(self.folder / "metrics.jsonl")
+        self.evaluation: list[dict] = []  # the newest evaluation, as records
+        self.best: dict | None = None  # metric, value and step of the best so far
 
     def _start_trackers(self) -> None:
         """A resumed run takes the place of what was logged after its checkpoint."""
@@ -288,7 +321,13 @@ class Trainer:
         wandb = {"dir": str(self.folder / "logs"), "name": self.folder.name, "id": identity, "resume": "allow"}
         if self.accelerator.is_main_process:
             (self.folder / "logs").mkdir(exist_ok=True)
-        self.accelerator.init_trackers("ddpm_hf", init_kwargs={"tensorboard": tensorboard, "wandb": wandb})
+        try:
+            self.accelerator.init_trackers("ddpm_hf", init_kwargs={"tensorboard": tensorboard, "wandb": wandb})
+        except Exception as error:  # not logged in, no network, a tracker's own kinds
+            raise ValueError(
+                f"report_to {' '.join(self.config.report_to)} cannot be started: {error} "
+                "(wandb works without an account or network with WANDB_MODE=offline)"
+            ) from error
 
     def _loader(self, start: int) -> DataLoader:
         c, acc = self.config, self.accelerator
@@ -374,7 +413,7 @@ class Trainer:
         log = last or self.step % c.logging_steps == 0
         save = last or save_now or self.step % c.checkpointing_steps == 0
         sample = last or (c.save_samples_steps and self.step % c.save_samples_steps == 0)
-        if log or save or sample or acc.device.type == "cpu":
+        if log or save or sample or self.evaluator is not None or acc.device.type == "cpu":
             self._look_at_losses()
         if log:
             loss, grad_norm = np.mean(self._interval, axis=0).tolist()
@@ -393,6 +432,8 @@ class Trainer:
             acc.log({name: value for name, value in {**record, **timing}.items() if name != "step"}, step=self.step)
         if sample:
             self._save_samples()
+        if self.evaluator is not None and (last or self.step % c.eval_steps == 0):
+            self._evaluate()
         if save:
             # The pipeline first: a run that is killed between the two saves it again.
             try:
@@ -447,8 +488,8 @@ class Trainer:
         else:
             pipeline = DDPMPipeline1D(
                 model, scheduler, num_inference_steps=steps,
-                data_shift=getattr(self.dataset, "data_shift", None),
-                data_scale=getattr(self.dataset, "data_scale", None),
+                data_shift=getattr(self.units, "data_shift", None),
+                data_scale=getattr(self.units, "data_scale", None),
             )  # fmt: skip
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -481,16 +522,37 @@ class Trainer:
             save_sequence_plot(np.stack(samples), pipeline_units._decode(torch.stack(real), "np"), path)
             np.save(path.with_suffix(".npy"), np.stack(samples))
 
+    def _evaluate(self) -> None:
+        """Metrics of the EMA weights; where they are the best so far, the pipeline in best/."""
+        c, acc = self.config, self.accelerator
+        with self._averaged_weights() as model:
+            pipeline = self._pipeline(model)
+            values = self.evaluator(pipeline, c.ddpm_num_inference_steps, self.scheduler)
+        self.evaluation = self.evaluator.records(values, pipeline, c.ddpm_num_inference_steps, step=self.step)
+        if acc.is_main_process:
+            tqdm.write(f"step {self.step}:\n{self.evaluator.describe(values)}")
+        record = {f"eval/{name}": value for name, value in values.items()}
+        record["eval/num_samples"] = c.eval_num_samples
+        if acc.is_main_process:
+            self.metrics.append({"step": self.step, **record})
+        acc.log(record, step=self.step)
+        metric = c.metric_for_best or self.evaluator.metrics[0]
+        if self.best is None or self.best["metric"] != metric or values[metric] < self.best["value"]:
+            self.best = {"metric": metric, "value": values[metric], "step": self.step}
+            self._save_pipeline("best")
+
     # -- saving and resuming -------------------------------------------------------------------
 
-    def _save_pipeline(self) -> None:
+    def _save_pipeline(self, name: str = "pipeline") -> None:
         acc = self.accelerator
         if acc.is_main_process:
-            aside = self.folder / f"pipeline{checkpoint.ASIDE}"
+            aside = self.folder / f"{name}{checkpoint.ASIDE}"
             shutil.rmtree(aside, ignore_errors=True)
             with self._averaged_weights() as model:
                 self._pipeline(model).save_pretrained(aside)
-            checkpoint.replace_folder(aside, self.folder / "pipeline")
+            if self.evaluation:
+                (aside / "evaluation.json").write_text(json.dumps(self.evaluation, indent=1))
+            checkpoint.replace_folder(aside, self.folder / name)
         acc.wait_for_everyone()
 
     def _newest_checkpoint(self) -> str:
@@ -511,8 +573,10 @@ class Trainer:
                     {f"{i:05d}": p.contiguous() for i, p in enumerate(self.ema.shadow_params)},
                     aside / "ema.safetensors",
                 )
-            progress = {"step": self.step, "skipped_images": self.skipped, "interval": self._interval,
-                        "data": fingerprint(self.dataset, self.shape)}  # fmt: skip
+            progress = {
+                "step": self.step, "skipped_images": self.skipped, "interval": self._interval,
+                "evaluation": self.evaluation, "best": self.best, "data": fingerprint(self.units, self.shape),
+            }  # fmt: skip
             (aside / "progress.json").write_text(json.dumps(progress))
         acc.wait_for_everyone()
         if acc.is_main_process:
@@ -534,7 +598,7 @@ class Trainer:
                     p.copy_(shadow[f"{i:05d}"])
         except Exception as error:
             raise ValueError(f"the checkpoint {newest} cannot be loaded: {error}") from error
-        data = fingerprint(self.dataset, self.shape)
+        data = fingerprint(self.units, self.shape)
         if progress["data"] != data:
             what = {"items": "number of items", "shape": "shape", "digest": "content"}
             changed = ", ".join(
@@ -544,3 +608,4 @@ class Trainer:
             raise ValueError(f"the data is not that of the run in {self.folder} ({changed}): choose another output_dir")
         self.step, self.skipped = progress["step"], progress["skipped_images"]
         self._interval = progress["interval"]
+        self.evaluation, self.best = progress.get("evaluation", []), progress.get("best")

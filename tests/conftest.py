@@ -1,5 +1,6 @@
 """What tests share: small models, the closed-form denoiser of Gaussian data, and runs of programs."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -42,6 +43,15 @@ def optimal_prediction(scheduler, x_t, t, mean, std):
     epsilon = (1 - abar) ** 0.5 / total * residual
     kind = scheduler.config.prediction_type
     return {"sample": x0, "epsilon": epsilon, "v_prediction": abar**0.5 * epsilon - (1 - abar) ** 0.5 * x0}[kind]
+
+
+def load_program(name):
+    """training/<name>.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "training" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look up their types there
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_program(*arguments, cwd, **environment):

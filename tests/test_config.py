@@ -1,17 +1,14 @@
 """TrainConfig: checks, YAML, the command line, differences between runs."""
 
 import dataclasses
-import importlib.util
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, load_program
 
 from ddpm_hf.config import TrainConfig, read_yaml
 
-spec = importlib.util.spec_from_file_location("train_script", ROOT / "training" / "train.py")
-train_script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train_script)
+train_script = load_program("train")
 
 
 @pytest.mark.parametrize(

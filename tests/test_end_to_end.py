@@ -25,14 +25,17 @@ print(out.shape, hashlib.sha256(out.tobytes()).hexdigest())
     "config,name,shape", [("digits", "DDPMPipeline", (2, 8, 8, 1)), ("ecg", "DDPMPipeline1D", (2, 1, 64))]
 )
 def test_train_load_and_sample(config, name, shape, tmp_path):
-    extra = ["--sequence_length=64", "--dim_mults", "1", "2"] if config == "ecg" else []
+    extra = ["--eval_num_samples=32", f"--eval_cache_dir={tmp_path}/cache"]
+    extra += ["--sequence_length=64", "--dim_mults", "1", "2"] if config == "ecg" else []
     file = ROOT / "training" / "configs" / f"{config}.yaml"
     done = run_program(
         "-m", "accelerate.commands.launch", "--cpu", TRAIN, f"--config={file}", *SHORT, *extra, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / config
-    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert records[-1]["step"] == 120 and records[-1]["eval/num_samples"] == 32
     assert losses[-1] < 0.8 * losses[0]
     assert "loss" in done.stderr and "step/s" in done.stderr
     assert (folder / "samples" / "step-000120.png").exists()

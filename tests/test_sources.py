@@ -80,7 +80,7 @@ def test_pictures_in_a_folder_come_first(tmp_path):
     assert isinstance(build_dataset(TrainConfig(train_data_dir=str(tmp_path))).sources, list)
 
 
-def test_tables_that_cannot_be_read(tmp_path):
+def test_tables_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(b"no")
     with pytest.raises(ValueError, match="cannot read the .parquet files of"):
         build_dataset(TrainConfig(train_data_dir=str(tmp_path)))
@@ -90,6 +90,8 @@ def test_tables_that_cannot_be_read(tmp_path):
     (tmp_path / "x.parquet").unlink()
     with pytest.raises(ValueError, match="cannot read the .tar files"):
         build_dataset(TrainConfig(train_data_dir=str(tmp_path)))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # else it tries for a while
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="dataset_name 'no-such-data', split 'train', cannot be loaded"):
         build_dataset(TrainConfig(dataset_name="no-such-data"))
 

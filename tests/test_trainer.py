@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm_hf import DDPMPipeline, TrainConfig, train
 from ddpm_hf.sequences import SequenceDataset
@@ -166,12 +168,34 @@ def test_run_folder_and_tensorboard(tmp_path):
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert {"loss", "grad_norm", "lr", "epoch"} <= records[0].keys()
     assert records[-1]["epoch"] == pytest.approx(32 / 1797)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "logs" / "ddpm_hf")).Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in records])
     with Image.open(tmp_path / "samples" / "step-000004.png") as grid:
         assert grid.size == (132, 132)  # 2 x 2 cells of 64 pixels and a border
+
+
+def test_wandb_offline_beside_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(config(tmp_path / "run", max_train_steps=3, report_to=["wandb", "tensorboard"]))
+    (events,) = (tmp_path / "run" / "logs" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"grad_norm" in events.read_bytes()
+    scalars = EventAccumulator(str(tmp_path / "run" / "logs" / "ddpm_hf")).Reload().Scalars("loss")
+    assert [event.step for event in scalars] == [1, 2, 3]
+
+
+def test_trackers_that_cannot_be_started(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise RuntimeError("No API key")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", refused)
+    with pytest.raises(ValueError, match="report_to wandb cannot be started: No API key .*WANDB_MODE=offline"):
+        train(config(tmp_path / "run", max_train_steps=3, report_to=["wandb"]))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="names wandb, which must be installed"):
+        train(config(tmp_path / "other", max_train_steps=3, report_to=["wandb"]))
+    assert not (tmp_path / "other").exists()
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):

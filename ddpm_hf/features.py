@@ -1,0 +1,132 @@
+"""Features of pictures for FID and KID: clean-fid's resizing and Inception, any TorchScript network, or plain pixels.
+
+A network is had, or refused with what to do, before any long work.
+"""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+INCEPTION = "inception-2015-12-05.pt"
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/" + INCEPTION
+PIXELS = 8  # side of the pictures whose values are the features of "pixels"
+
+
+class FeatureNetwork:
+    """Pictures -> feature vectors.
+
+    Args:
+        name: "inception", clean-fid's network; the path of that file or of any TorchScript file, a network
+            (B, 3, S, S) float32 in [0, 255] -> (B, D); or "pixels", the values of the picture at 8x8 pixels, which
+            needs no file and compares runs with each other, not with anything published.
+        resolution: S of a TorchScript file, in pixels.
+
+    Attributes:
+        digest: what tells one network from another.
+
+    Raises:
+        ValueError: there is no such file (what to put where is told), or it is not such a network.
+    """
+
+    def __init__(self, name: str = "inception", resolution: int = 299, device: str | torch.device = "cpu"):
+        from cleanfid.resize import make_resizer
+
+        self.name, self.device = name, torch.device(device)
+        if name == "pixels":
+            resolution, self.network, self.digest = PIXELS, lambda x: x.flatten(1) / 255, "pixels"
+        else:
+            path = _inception_path() if name == "inception" else Path(name)
+            if path.name == INCEPTION:
+                resolution, self.network = 299, _inception(path, name, self.device)
+            else:
+                self.network = _torchscript(path, self.device)
+            self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.digest += f"-{resolution}"
+        self._resize = make_resizer("PIL", False, "bicubic", (resolution, resolution))
+        self.dimensions = self._check(resolution)
+
+    def _check(self, resolution: int) -> int:
+        blank = torch.zeros(2, 3, resolution, resolution)
+        try:
+            features = self._run(blank)
+        except Exception as error:  # whatever a network of the user raises
+            raise ValueError(
+                f"feature_network {self.name} must take float32 (B, 3, {resolution}, {resolution}), as "
+                f"feature_resolution says: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+            ) from error
+        if features.ndim != 2 or len(features) != 2:
+            raise ValueError(f"feature_network {self.name} must give (B, D), got {tuple(features.shape)} for B = 2")
+        return features.shape[1]
+
+    @torch.no_grad()
+    def _run(self, images: Tensor) -> Tensor:
+        features = self.network(images.to(self.device))
+        while features.ndim > 2 and features.shape[-1] == 1:
+            features = features[..., 0]
+        return features.float().cpu()
+
+    def __call__(self, images: np.ndarray) -> Tensor:
+        """8-bit pictures (B, H, W, C), C of 1, 3 or 4 -> float32 features (B, D).
+
+        Raises:
+            ValueError: another type or number of channels.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4):
+            raise ValueError(f"images must be 8-bit (B, H, W, 1, 3 or 4), got {images.dtype} {images.shape}")
+        resized = np.stack([self._resize(_to_rgb(image)) for image in images])
+        return self._run(torch.from_numpy(resized).movedim(-1, 1))
+
+
+def _to_rgb(image: np.ndarray) -> np.ndarray:
+    """Grey in three channels; transparency laid on white."""
+    if image.shape[2] == 1:
+        return image.repeat(3, axis=2)
+    if image.shape[2] == 4:
+        white = Image.new("RGBA", image.shape[1::-1], "white")
+        return np.asarray(Image.alpha_composite(white, Image.fromarray(image)).convert("RGB"))
+    return image
+
+
+def _inception_path() -> Path:
+    """Where clean-fid keeps its network."""
+    return Path("./" if platform.system() == "Windows" else "/tmp") / INCEPTION
+
+
+def _inception(path: Path, name: str, device: torch.device):
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    if not path.is_file():
+        reason = "not found"
+        if name == "inception" and os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("", "0", "false", "no"):
+            try:
+                from cleanfid.downloads_helper import check_download_inception
+
+                check_download_inception(fpath=str(path.parent))
+                reason = None
+            except Exception as error:
+                reason = f"its download failed: {error}"
+                path.unlink(missing_ok=True)  # half a file would be taken for a whole one
+        if reason:
+            raise ValueError(
+                f"feature_network {name} needs the file {path} ({reason}): put {INCEPTION_URL} there, or give another "
+                "TorchScript file, or 'pixels'"
+            )
+    try:
+        return InceptionV3W(str(path.parent), download=False).to(device).eval()
+    except Exception as error:
+        raise ValueError(f"feature_network: {path} cannot be loaded as clean-fid's Inception: {error}") from error
+
+
+def _torchscript(path: Path, device: torch.device):
+    if not path.is_file():
+        raise ValueError(f"feature_network must be 'inception', 'pixels' or a TorchScript file; {path} is no file")
+    try:
+        return torch.jit.load(str(path), map_location=device).eval()
+    except Exception as error:
+        raise ValueError(f"feature_network {path} is not a TorchScript file: {error}") from error

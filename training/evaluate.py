@@ -1,0 +1,206 @@
+"""Measure a saved pipeline against data: FID, KID, sequence distances, memorization, held-out loss.
+
+    python training/evaluate.py --pipeline runs/digits/pipeline --data digits --feature_network pixels
+    python training/evaluate.py --pipeline runs/ecg/pipeline --data ecg --num_inference_steps 10 25 50
+    accelerate launch training/evaluate.py --pipeline me/my-model --data photos/ --num_samples 10000
+
+Results go to evaluation.json in the pipeline's folder (--output_dir: elsewhere), which the model card reads; with
+several numbers of steps, steps-versus-metric.png shows them.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, SchedulerMixin
+from transformers import HfArgumentParser
+
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig
+from ddpm_hf.checkpoint import write_text
+from ddpm_hf.data import build_dataset
+from ddpm_hf.evaluation import EvalSettings, Evaluator
+from ddpm_hf.figures import save_steps_plot
+from ddpm_hf.stream import hold_out, load_item
+
+
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class EvaluateConfig:
+    """Options of this program; those with the names of training's mean the same."""
+
+    pipeline: str = _option("", "Folder or Hub name of a saved DDPMPipeline or DDPMPipeline1D.")
+    data: str = _option("", "'digits', 'ecg', a folder or file as training takes, or a data set's name on the Hub.")
+    metrics: list[str] | None = field(default=None, metadata={"help": "Default: all that the data allows."})
+    num_inference_steps: list[int] | None = field(
+        default=None, metadata={"help": "One or more. Default: the pipeline's."}
+    )
+    sampler: str | None = _option(None, "A scheduler class of diffusers instead of the pipeline's own.")
+    num_samples: int = _option(1000, "Samples generated; FID below 10,000 is biased.")
+    num_real: int = _option(50_000, "Real items that samples are compared with, at most.")
+    feature_network: str = _option("inception", "'inception', a TorchScript file, or 'pixels'.")
+    feature_resolution: int = _option(299, "Pixels of a TorchScript feature network's input.")
+    batch_size: int = _option(64, "Samples generated at once, per process.")
+    seed: int = _option(0, "Of samples, and of what is held out.")
+    holdout: int = _option(
+        0, "Items held out in training with this seed. 0: the held-out loss is of the data as given."
+    )
+    dataset_config_name: str | None = _option(None, "Configuration of a data set on the Hub.")
+    dataset_split: str = _option("train", "Split of a data set of the Hub, or of a folder of tables.")
+    image_column: str | None = _option(None, "Column of the images in a table.")
+    sequence_columns: list[str] | None = field(default=None, metadata={"help": "Columns of the sequences in a table."})
+    stride: int | None = _option(None, "Compare with windows of the data, every stride-th.")
+    dataloader_num_workers: int = _option(0, "Processes that load data.")
+    on_bad_image: str = _option("stop", "A picture that cannot be read: 'stop', or 'skip'.")
+    eval_cache_dir: str | None = _option(None, "Where statistics of real images are kept.")
+    output_dir: str | None = _option(
+        None, "Where results go. Default: the pipeline's folder; evaluation/ for a Hub name."
+    )
+
+
+def load(config: EvaluateConfig):
+    """The pipeline, whichever of the two it is, with the sampler asked for.
+
+    Raises:
+        ValueError: no such pipeline or scheduler.
+    """
+    try:
+        kind = DiffusionPipeline.load_config(config.pipeline)["_class_name"]
+        kind = (kind[1] if isinstance(kind, list) else kind).split(".")[-1]
+        pipeline = {"DDPMPipeline1D": DDPMPipeline1D}.get(kind, DDPMPipeline).from_pretrained(config.pipeline)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"--pipeline {config.pipeline!r} cannot be loaded: {error}") from error
+    own = pipeline.scheduler
+    if config.sampler is not None:
+        scheduler = getattr(diffusers, config.sampler, None)
+        if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
+            raise ValueError(f"--sampler must be a scheduler class of diffusers, got {config.sampler!r}")
+        pipeline.scheduler = scheduler.from_config(own.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, own
+
+
+def real_data(config: EvaluateConfig, pipeline):
+    """The data, shaped as what the pipeline generates."""
+    path, size = Path(config.data), pipeline._size()
+    if config.data in ("digits", "ecg") or not path.exists() or (path.is_dir() and len(size) == 1):
+        source = {"dataset_name": config.data}
+    else:
+        source = {"train_data_dir" if path.is_dir() else "train_data_file": config.data}
+    shared = ("dataset_config_name", "dataset_split", "image_column", "sequence_columns", "stride")
+    options = {name: getattr(config, name) for name in shared}
+    if len(size) == 2:
+        options |= {"resolution": list(size), "image_channels": pipeline.unet.config.in_channels}
+    else:
+        options |= {"sequence_length": size[0]}
+    dataset = build_dataset(TrainConfig(**source, **options, cache_gb=0))
+    shape, expected = tuple(load_item(dataset, 0).shape), (pipeline.unet.config.in_channels, *size)
+    if shape != expected:
+        raise ValueError(f"the pipeline generates {expected}, the data has {shape}")
+    return dataset, shape
+
+
+def evaluate(config: EvaluateConfig) -> list[dict]:
+    """All records of this evaluation, one a metric and number of steps.
+
+    Raises:
+        ValueError: options, pipeline or data that do not fit.
+    """
+    for name in ("pipeline", "data"):
+        if not getattr(config, name):
+            raise ValueError(f"--{name} must be given")
+    accelerator = Accelerator()
+    pipeline, own = load(config)
+    dataset, shape = real_data(config, pipeline)
+    held_out = None
+    if config.holdout:
+        dataset, held_out = hold_out(dataset, config.holdout, config.seed)
+    elif "held_out_loss" in (config.metrics or ()):
+        held_out = dataset
+    if held_out is not None and not isinstance(own, GaussianScheduler):
+        raise ValueError(f"the held-out loss needs a pipeline with a GaussianScheduler, got {type(own).__name__}")
+    steps = config.num_inference_steps or [pipeline.config.num_inference_steps or own.config.num_train_timesteps]
+    if not all(1 <= n <= own.config.num_train_timesteps for n in steps):
+        raise ValueError(f"--num_inference_steps must lie in 1 to {own.config.num_train_timesteps}, got {steps}")
+    settings = EvalSettings(
+        metrics=config.metrics, num_samples=config.num_samples, num_real=config.num_real,
+        feature_network=config.feature_network, feature_resolution=config.feature_resolution,
+        batch_size=config.batch_size, seed=config.seed, cache_dir=config.eval_cache_dir,
+        workers=config.dataloader_num_workers, on_bad_image=config.on_bad_image,
+    )  # fmt: skip
+    evaluator = Evaluator(accelerator, dataset, shape, settings, held_out)
+    pipeline.to(accelerator.device)
+    pipeline.unet.eval()
+    folder = Path(config.output_dir or (config.pipeline if Path(config.pipeline).is_dir() else "evaluation"))
+    earlier = read_records(folder)
+    evaluator.prepare()
+    records = []
+    for n in steps:
+        values = evaluator(pipeline, n, own)
+        accelerator.print(f"{n} steps:\n{evaluator.describe(values)}", flush=True)
+        records += evaluator.records(values, pipeline, n, data=config.data, split=config.dataset_split)
+        # it does not depend on the number of sampling steps
+        evaluator.metrics = [metric for metric in evaluator.metrics if metric != "held_out_loss"] or evaluator.metrics
+    if accelerator.is_main_process:
+        save(records, earlier, steps, config, folder)
+    accelerator.end_training()
+    return records
+
+
+def read_records(folder: Path) -> list[dict]:
+    """What an earlier evaluation left in the folder, which is made if it is not there.
+
+    Raises:
+        ValueError: evaluation.json holds something else, or the folder cannot be made.
+    """
+    file = folder / "evaluation.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = json.loads(file.read_text()) if file.exists() else []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read, and is left as it is: {error}") from error
+    if not (isinstance(earlier, list) and all(isinstance(record, dict) for record in earlier)):
+        raise ValueError(f"{file} holds something else than records of evaluations, and is left as it is")
+    return earlier
+
+
+def save(records: list[dict], earlier: list[dict], steps: list[int], config: EvaluateConfig, folder: Path) -> None:
+    """Add the records to evaluation.json, in the place of earlier ones of the same settings; draw the picture."""
+    file = folder / "evaluation.json"
+
+    def settings(record: dict) -> dict:
+        return {name: value for name, value in record.items() if name != "value"}
+
+    kept = [record for record in earlier if settings(record) not in [settings(new) for new in records]]
+    write_text(file, json.dumps(kept + records, indent=1))
+    print(f"results: {file}")
+    if len(steps) > 1:
+        names = list(dict.fromkeys(record["metric"] for record in records))
+        names = [name for name in names if "held_out" not in name and not name.endswith("_real")]
+        values = {name: [r["value"] for r in records if r["metric"] == name] for name in names}
+        picture = folder / "steps-versus-metric.png"
+        sampler = records[0]["scheduler"]
+        save_steps_plot(steps, values, f"{config.pipeline}, {sampler}, {config.num_samples:,} samples", picture)
+        print(f"picture: {picture}")
+
+
+def main(arguments: list) -> int:
+    parser = HfArgumentParser(EvaluateConfig, description=__doc__, allow_abbrev=False,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    (config,) = parser.parse_args_into_dataclasses(arguments)
+    try:
+        evaluate(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
