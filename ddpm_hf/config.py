@@ -87,6 +87,10 @@ class TrainConfig:
     )
     on_bad_image: str = _option("stop", "A picture that cannot be read: 'stop' with its name, or 'skip' and count it.")
     dataloader_num_workers: int = _option(0, "Processes that load data, per training process; 0: in the main one.")
+    streaming: bool = _option(
+        False, "Read tables of images (dataset_name, or train_data_dir) as they come, without a copy of them."
+    )
+    shuffle_buffer: int = _option(1000, "Images that streaming shuffles together, in memory, still undecoded.")
     cache_gb: float = _option(
         1.0, "Memory for decoded images, in GB per training process: as many as fit are decoded once only (Linux)."
     )
@@ -261,13 +265,20 @@ class TrainConfig:
         for name in ("eval_num_samples", "eval_num_real"):
             rule(getattr(self, name) >= 2, name, "a whole number of at least 2")
         rule(self.cache_gb >= 0, "cache_gb", "at least 0")
+        if self.streaming:
+            refused = [name for name in ("train_data_file", "sequence_columns", "holdout", "eval_steps")
+                       if getattr(self, name)]  # fmt: skip
+            refused += [self.dataset_name] if self.dataset_name in ("digits", "ecg") else []
+            if refused:
+                raise ValueError(f"streaming is for tables of images, and not with {', '.join(refused)} "
+                                 "(evaluate such a run with training/evaluate.py)")  # fmt: skip
         if self.stride is not None and self.sequence_length is None and self.dataset_name != "ecg":
             raise ValueError(f"stride needs sequence_length, the length of its windows; got stride {self.stride} alone")
         schedules = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
         rule(self.lr_scheduler in schedules, "lr_scheduler", f"one of {', '.join(schedules)}")
         for name in ("dim", "ddpm_num_steps", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
                      "ema_update_every", "logging_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size",
-                     "checkpointing_steps", "norm_groups", "feature_resolution"):  # fmt: skip
+                     "checkpointing_steps", "norm_groups", "feature_resolution", "shuffle_buffer"):  # fmt: skip
             rule(is_int(getattr(self, name)) and getattr(self, name) >= 1, name, "a whole number of at least 1")
         for name in ("init_dim", "sequence_length", "stride", "num_cpu_threads"):
             value = getattr(self, name)

@@ -281,15 +281,24 @@ def build_dataset(config):
         array = read_sequences(config.train_data_file, config.sequence_columns, config.stride is not None)
         return _sequences(config, array, config.train_data_file)
     if config.train_data_dir and not sources.table_folder(config.train_data_dir):
+        if config.streaming:
+            raise ValueError(
+                f"streaming is for tables; the pictures of {config.train_data_dir} are read as needed anyway"
+            )
         return image_folder(config.train_data_dir, size or (64, 64), config.image_channels or 3, **images)
     if not (config.train_data_dir or config.dataset_name):
         raise ValueError("no data: give one of dataset_name, train_data_dir, train_data_file, or a dataset from Python")
-    table, name = open_table(config)
+    table, name = open_table(config, config.streaming)
     if config.sequence_columns:
         return _sequences(
             config, table_sequences(table, config.sequence_columns, config.stride is not None, name), name
         )
-    column = sources.image_column(table.features, config.image_column, name)
+    column = sources.image_column(sources.features(table), config.image_column, name)
+    if config.streaming:
+        from ddpm_hf.streaming import ImageStream  # it builds on this module
+
+        images = ImageDataset((), size or (64, 64), config.image_channels or 3, config.center_crop, config.random_flip)
+        return ImageStream(table, column, images, config.shuffle_buffer, name)
     return ImageDataset(sources.ImageColumn(table, column), size or (64, 64), config.image_channels or 3, **images)
 
 

@@ -130,12 +130,20 @@ def image_column(features: Any, asked: str | None, name: str) -> str:
     )
 
 
+def features(table: Any) -> Any:
+    """The columns and their types; of a stream that does not say them, from its first rows."""
+    if table.features is not None or not hasattr(table, "_resolve_features"):
+        return table.features
+    return table._resolve_features().features
+
+
 def undecoded(table: Any, column: str) -> Any:
     """A table of that column alone, its pictures as files or bytes: workers decode them."""
     import datasets
 
+    is_image = isinstance((features(table) or {}).get(column), datasets.Image)
     table = table.select_columns([column])
-    if isinstance((table.features or {}).get(column), datasets.Image):
+    if is_image:
         table = table.cast_column(column, datasets.Image(decode=False))
     return table
 

@@ -23,20 +23,19 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ddpm_hf import checkpoint
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import build_dataset, fingerprint
 from ddpm_hf.evaluation import EvalSettings, Evaluator
+from ddpm_hf.feed import make_feed, merge_states
 from ddpm_hf.figures import save_image_grid, save_sequence_plot
 from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.scheduler import GaussianScheduler
 from ddpm_hf.seeding import Stream, derive_seed
-from ddpm_hf.stream import Batch, StreamSampler, TrainingView, collate, hold_out, load_item, underlying
+from ddpm_hf.stream import Batch, load_item
 from ddpm_hf.unet import UNet1D, UNet2D
 
 
@@ -79,39 +78,21 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset=None, model=None):
         self.config = config
         self.folder = Path(config.output_dir)
-        sources = [name for name in ("dataset_name", "train_data_dir", "train_data_file") if getattr(config, name)]
-        if dataset is not None and sources:
-            raise ValueError(f"give one source of data, got a dataset and {sources[0]}={getattr(config, sources[0])!r}")
-        self.dataset = build_dataset(config) if dataset is None else dataset
-        self.held_out = None
-        if config.holdout:
-            self.dataset, self.held_out = hold_out(self.dataset, config.holdout, config.seed)
-        self.shape = self._probe_data()
-        self.units = underlying(self.dataset)  # knows the scaling of sequences
+        self.feed = make_feed(config, dataset)
+        self.shape = self.feed.shape
         torch.manual_seed(derive_seed(config.seed, Stream.WEIGHTS))
         self.scheduler = GaussianScheduler(
             num_train_timesteps=config.ddpm_num_steps,
             beta_schedule=config.ddpm_beta_schedule,
             prediction_type=config.prediction_type,
             rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-            clip_sample_range=getattr(self.units, "data_range", 1.0),
+            clip_sample_range=getattr(self.feed.units, "data_range", 1.0),
         )
         self.model = self._build_model() if model is None else model
         self.model_name = type(self.model).__name__  # before accelerate wraps it
         self._check_model()
 
     # -- before anything is written ------------------------------------------------------------
-
-    def _probe_data(self) -> tuple:
-        """The shape of one item, (C, *spatial)."""
-        if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
-            raise ValueError(f"dataset must be map-style (len and indexing), got {type(self.dataset).__name__}")
-        if len(self.dataset) == 0:
-            raise ValueError("the data is empty: at least one item is needed")
-        first = collate([TrainingView(self.dataset, self.config.seed, self.config.on_bad_image)[0, 0]])
-        if first.error:
-            raise ValueError(first.error)
-        return tuple(first.x0.shape[1:])
 
     def _build_model(self):
         size = self.shape[1:]
@@ -134,11 +115,11 @@ class Trainer:
     def _global_batch(self, processes: int) -> int:
         c = self.config
         total = c.train_batch_size * c.gradient_accumulation_steps * processes
-        if total > len(self.dataset):
+        if self.feed.items is not None and total > self.feed.items:
             raise ValueError(
                 f"a batch must not be larger than the data: train_batch_size {c.train_batch_size} x "
                 f"gradient_accumulation_steps {c.gradient_accumulation_steps} x {processes} processes = {total}, "
-                f"the data has {len(self.dataset)} items"
+                f"the data has {self.feed.items} items"
             )
         return total
 
@@ -148,7 +129,7 @@ class Trainer:
         return (
             f"{self.config.to_yaml()}"
             f"model: {self.model_name}, {parameters:,} parameters\n"
-            f"data: {len(self.dataset):,} items of shape {self.shape}"
+            f"data: {'streamed' if self.feed.items is None else f'{self.feed.items:,}'} items of shape {self.shape}"
         )
 
     def _check_folder(self) -> bool:
@@ -248,7 +229,10 @@ class Trainer:
         if self.evaluator is not None:
             self.evaluator.prepare()
         acc.print(self.describe() if self.step == 0 else f"resuming {self.folder} after step {self.step}")
-        batches = iter(self._loader(start=self.step * global_batch))
+        place = {"process": acc.process_index, "processes": acc.num_processes}
+        batches = iter(
+            self.feed.loader(self.step, **place, state=self._feed_state, pin_memory=acc.device.type == "cuda")
+        )
         bar = tqdm(
             initial=self.step, total=c.max_train_steps, disable=not acc.is_main_process, desc="training", unit="step"
         )
@@ -278,7 +262,7 @@ class Trainer:
             feature_network=c.feature_network, feature_resolution=c.feature_resolution, batch_size=c.eval_batch_size,
             seed=c.seed, cache_dir=c.eval_cache_dir, workers=c.dataloader_num_workers, on_bad_image=c.on_bad_image,
         )  # fmt: skip
-        evaluator = Evaluator(self.accelerator, self.dataset, self.shape, settings, self.held_out)
+        evaluator = Evaluator(self.accelerator, self.feed.dataset, self.shape, settings, self.feed.held_out)
         if c.metric_for_best not in (None, *evaluator.metrics):
             raise ValueError(
                 f"metric_for_best must be one of those evaluated, {', '.join(evaluator.metrics)}; "
@@ -311,6 +295,7 @@ class Trainer:
         self.metrics = checkpoint.MetricsFile(self.folder / "metrics.jsonl")
         self.evaluation: list[dict] = []  # the newest evaluation, as records
         self.best: dict | None = None  # metric, value and step of the best so far
+        self._feed_state: dict = {}  # where the data is read on
 
     def _start_trackers(self) -> None:
         """A resumed run takes the place of what was logged after its checkpoint."""
@@ -329,23 +314,14 @@ class Trainer:
                 "(wandb works without an account or network with WANDB_MODE=offline)"
             ) from error
 
-    def _loader(self, start: int) -> DataLoader:
-        c, acc = self.config, self.accelerator
-        sampler = StreamSampler(
-            len(self.dataset), c.train_batch_size, c.seed, start, acc.process_index, acc.num_processes
-        )
-        return DataLoader(
-            TrainingView(self.dataset, c.seed, c.on_bad_image),
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=c.dataloader_num_workers,
-            pin_memory=acc.device.type == "cuda",
-            # its own, so that workers take nothing from the global generator
-            generator=torch.Generator(),
-        )
-
     def _next_batch(self, batches) -> torch.Tensor:
-        batch: Batch = next(batches)
+        try:
+            batch: Batch = next(batches)
+        except Exception as error:  # of a stream, or of a data set from Python
+            raise TrainingError(
+                f"step {self.step + 1}: the data cannot be read further: {type(error).__name__}: {error}. The newest "
+                f"whole checkpoint is {self._newest_checkpoint()}; the same command goes on from there"
+            ) from error
         for message in batch.skipped:
             self.skipped += 1
             if message not in self._skipped_names:
@@ -419,8 +395,9 @@ class Trainer:
             loss, grad_norm = np.mean(self._interval, axis=0).tolist()
             record = {
                 "step": self.step, "loss": loss, "grad_norm": grad_norm, "lr": self.lr_scheduler.get_last_lr()[0],
-                "epoch": self.step * global_batch / len(self.dataset),
-            }  # fmt: skip
+                }  # fmt: skip
+            if self.feed.items is not None:
+                record["epoch"] = self.step * global_batch / self.feed.items
             if self.skipped:
                 record["skipped_images"] = self.skipped
             self._interval = []
@@ -488,8 +465,8 @@ class Trainer:
         else:
             pipeline = DDPMPipeline1D(
                 model, scheduler, num_inference_steps=steps,
-                data_shift=getattr(self.units, "data_shift", None),
-                data_scale=getattr(self.units, "data_scale", None),
+                data_shift=getattr(self.feed.units, "data_shift", None),
+                data_scale=getattr(self.feed.units, "data_scale", None),
             )  # fmt: skip
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -515,8 +492,8 @@ class Trainer:
         else:
             rng = np.random.default_rng(c.seed)
             real = [
-                load_item(self.dataset, int(i))
-                for i in rng.choice(len(self.dataset), min(6, len(self.dataset)), replace=False)
+                load_item(self.feed.dataset, int(i))
+                for i in rng.choice(self.feed.items, min(6, self.feed.items), replace=False)
             ]
             pipeline_units = self._pipeline(self.accelerator.unwrap_model(self.model))
             save_sequence_plot(np.stack(samples), pipeline_units._decode(torch.stack(real), "np"), path)
@@ -567,6 +544,7 @@ class Trainer:
         acc.wait_for_everyone()
         aside = folder / f"step-{self.step:06d}{checkpoint.ASIDE}"
         acc.save_state(aside)
+        feed_state = merge_states(gather_object([self.feed.state(self.step)]))
         if acc.is_main_process:
             if self.ema is not None:
                 save_file(
@@ -575,7 +553,8 @@ class Trainer:
                 )
             progress = {
                 "step": self.step, "skipped_images": self.skipped, "interval": self._interval,
-                "evaluation": self.evaluation, "best": self.best, "data": fingerprint(self.units, self.shape),
+                "evaluation": self.evaluation, "best": self.best, "data": self.feed.fingerprint(),
+                "feed": feed_state, "global_batch": self._global_batch(acc.num_processes),
             }  # fmt: skip
             (aside / "progress.json").write_text(json.dumps(progress))
         acc.wait_for_everyone()
@@ -598,7 +577,7 @@ class Trainer:
                     p.copy_(shadow[f"{i:05d}"])
         except Exception as error:
             raise ValueError(f"the checkpoint {newest} cannot be loaded: {error}") from error
-        data = fingerprint(self.units, self.shape)
+        data = self.feed.fingerprint()
         if progress["data"] != data:
             what = {"items": "number of items", "shape": "shape", "digest": "content"}
             changed = ", ".join(
@@ -606,6 +585,13 @@ class Trainer:
                 for key in data if progress["data"][key] != data[key]
             )  # fmt: skip
             raise ValueError(f"the data is not that of the run in {self.folder} ({changed}): choose another output_dir")
+        self._feed_state = progress.get("feed", {})
+        now = self._global_batch(self.accelerator.num_processes)
+        if self._feed_state and progress["global_batch"] != now:
+            raise ValueError(
+                f"streamed data is resumed with the same global batch, {progress['global_batch']}; got {now} (another "
+                "number of processes)"
+            )
         self.step, self.skipped = progress["step"], progress["skipped_images"]
         self._interval = progress["interval"]
         self.evaluation, self.best = progress.get("evaluation", []), progress.get("best")

@@ -96,6 +96,10 @@ def after(function, count):
 place = sys.argv[1]
 if place == "in a step":
     trainer.Trainer._train_step = after(trainer.Trainer._train_step, 2)
+elif place == "in the middle of an accumulated step":
+    trainer.Trainer._next_batch = after(trainer.Trainer._next_batch, 4)
+elif place == "between best and checkpoint":
+    trainer.Trainer._evaluate = after(trainer.Trainer._evaluate, 1)
 elif place == "while a checkpoint is written":
     trainer.Accelerator.save_state = after(trainer.Accelerator.save_state, 1)
 elif place == "before a checkpoint has its name":
@@ -110,13 +114,15 @@ elif place == "after the samples":
     trainer.Trainer._save_samples = after(trainer.Trainer._save_samples, 1)
 train(TrainConfig(**json.loads(sys.argv[2])))
 """
-PLACES = ["in a step", "while a checkpoint is written", "in a line of metrics", "before a checkpoint has its name",
+PLACES = ["in a step", "between best and checkpoint", "while a checkpoint is written", "in a line of metrics", "before a checkpoint has its name",
           "between the names of the pipeline", "after the samples", "nowhere"]  # fmt: skip
 
 
 def test_killed_at_many_places(tmp_path):
-    """One run that is killed six times, at another place each, and started again: the bits of the run left alone."""
+    """One run that is killed seven times, at another place each, and started again: the bits of the run left alone."""
     options = {**SMALL, "dataset_name": "digits", "max_train_steps": 8, "logging_steps": 3, "random_flip": True}
+    options.update(eval_steps=1, eval_num_samples=4, feature_network="pixels", holdout=20, learning_rate=1e-2)
+    options.update(eval_cache_dir=str(tmp_path / "cache"))
     options.update(checkpointing_steps=2, save_samples_steps=2, checkpoints_total_limit=2, num_cpu_threads=2)
     statuses = []
     for place in PLACES:
@@ -124,7 +130,7 @@ def test_killed_at_many_places(tmp_path):
         done = run_program("-c", KILLED, place, text, cwd=tmp_path)
         statuses.append(done.returncode)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    assert statuses == [-signal.SIGKILL] * 6 + [0]
+    assert statuses == [-signal.SIGKILL] * 7 + [0]
     text = json.dumps({**options, "output_dir": str(tmp_path / "whole")})
     assert run_program("-c", KILLED, "nowhere", text, cwd=tmp_path).returncode == 0
     whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")

@@ -38,7 +38,9 @@ def state(folder):
     """Every file that a run leaves and that is to be the same bit for bit, by name."""
     files = ["metrics.jsonl", "pipeline/unet/diffusion_pytorch_model.safetensors"]
     newest = max((folder / "checkpoints").iterdir())
-    files += [str((newest / name).relative_to(folder)) for name in ("model.safetensors", "ema.safetensors")]
+    kept = ("model.safetensors", "ema.safetensors", "optimizer.bin", "progress.json")
+    files += [str((newest / name).relative_to(folder)) for name in kept]
+    files += [str(path.relative_to(folder)) for path in (folder / "best").rglob("*") if path.is_file()]
     files += [f"samples/{path.name}" for path in (folder / "samples").glob("*")]
     return {name: (folder / name).read_bytes() for name in files}
 

@@ -1,0 +1,113 @@
+"""What training is fed from: data that is stored or streamed, behind one face.
+
+Both are a `torch` loader of batches from any step on, and what must be kept to go on from there.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import DataLoader
+
+from ddpm_hf.data import build_dataset, fingerprint
+from ddpm_hf.stream import StreamSampler, TrainingView, collate, hold_out, underlying
+from ddpm_hf.streaming import ImageStream, StreamingSampler, StreamingView, probe
+
+
+class StoredFeed:
+    """A map-style data set, some of it held out.
+
+    Attributes:
+        dataset, held_out: what training sees, and what it does not (or None).
+        units: the data set that knows the scaling of sequences.
+        items: how many training sees; None where that is not known.
+        shape: of an item, (C, *spatial).
+
+    Raises:
+        ValueError: not map-style, empty, or a first item that cannot be had.
+    """
+
+    def __init__(self, dataset, config):
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise ValueError(f"dataset must be map-style (len and indexing), got {type(dataset).__name__}")
+        if len(dataset) == 0:
+            raise ValueError("the data is empty: at least one item is needed")
+        self.config, self.dataset, self.held_out = config, dataset, None
+        if config.holdout:
+            self.dataset, self.held_out = hold_out(dataset, config.holdout, config.seed)
+        self.units, self.items = underlying(dataset), len(self.dataset)
+        first = collate([self._view()[0, 0]])
+        if first.error:
+            raise ValueError(first.error)
+        self.shape = tuple(first.x0.shape[1:])
+
+    def _view(self) -> TrainingView:
+        return TrainingView(self.dataset, self.config.seed, self.config.on_bad_image)
+
+    def loader(self, step: int, process: int, processes: int, state: dict, pin_memory: bool) -> DataLoader:
+        """Batches of one process, from after `step` optimizer steps on; `state` as `state(step)` gave it."""
+        c = self.config
+        start = step * c.train_batch_size * c.gradient_accumulation_steps * processes
+        sampler = StreamSampler(len(self.dataset), c.train_batch_size, c.seed, start, process, processes)
+        return _loader(self._view(), sampler, c, pin_memory)
+
+    def state(self, step: int) -> dict:
+        """What this process must keep to go on after `step`: nothing, the order follows from the step."""
+        return {}
+
+    def fingerprint(self) -> dict:
+        """What tells other data from the same."""
+        return fingerprint(self.units, self.shape)
+
+
+class StreamedFeed:
+    """An `ImageStream`; the attributes and methods are those of `StoredFeed`."""
+
+    held_out = None
+
+    def __init__(self, stream: ImageStream, config):
+        self.config, self.dataset, self.units = config, stream, stream
+        self.items, self.shape = stream.length, probe(stream)
+
+    def loader(self, step: int, process: int, processes: int, state: dict, pin_memory: bool) -> DataLoader:
+        c = self.config
+        self.sampler = StreamingSampler(
+            self.dataset, c.train_batch_size, c.gradient_accumulation_steps, c.seed, process, processes, step, state,
+            ahead=2 * c.dataloader_num_workers,
+        )  # fmt: skip
+        return _loader(StreamingView(self.dataset, c.seed, c.on_bad_image), self.sampler, c, pin_memory)
+
+    def state(self, step: int) -> dict:
+        return self.sampler.state(step)
+
+    def fingerprint(self) -> dict:
+        return self.dataset.fingerprint(self.shape)
+
+
+def make_feed(config, dataset=None) -> StoredFeed | StreamedFeed:
+    """Of the data that a `TrainConfig` names, or of a data set from Python.
+
+    Raises:
+        ValueError: both, neither, or data that does not fit the options.
+    """
+    sources = [name for name in ("dataset_name", "train_data_dir", "train_data_file") if getattr(config, name)]
+    if dataset is not None and sources:
+        raise ValueError(f"give one source of data, got a dataset and {sources[0]}={getattr(config, sources[0])!r}")
+    dataset = build_dataset(config) if dataset is None else dataset
+    return (StreamedFeed if isinstance(dataset, ImageStream) else StoredFeed)(dataset, config)
+
+
+def merge_states(states: Sequence[dict]) -> dict:
+    """The states of all processes as one; what several of them have is the same in each."""
+    return {name: place for state in states for name, place in state.items()}
+
+
+def _loader(view, sampler, config, pin_memory: bool) -> DataLoader:
+    return DataLoader(
+        view,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=pin_memory,
+        # its own, so that workers take nothing from the global generator
+        generator=torch.Generator(),
+    )
