@@ -572,7 +572,7 @@ class Trainer:
             self.accelerator.load_state(newest)
             progress = json.loads((newest / "progress.json").read_text())
             if self.ema is not None:
-                shadow = load_file(newest / "ema.safetensors", device=str(self.accelerator.device))
+                shadow = load_file(newest / "ema.safetensors")
                 for i, p in enumerate(self.ema.shadow_params):
                     p.copy_(shadow[f"{i:05d}"])
         except Exception as error:

@@ -1,14 +1,20 @@
 """Signals: SIGTERM and Ctrl-C save and stop; SIGKILL anywhere costs nothing but time."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from random import Random
 
+import psutil
 import pytest
 from conftest import ROOT, run_program
+from test_sources import save_tars
+from test_streaming import PICTURES
 from test_trainer import SMALL, config, state
 
 from ddpm_hf import train
@@ -114,8 +120,10 @@ elif place == "after the samples":
     trainer.Trainer._save_samples = after(trainer.Trainer._save_samples, 1)
 train(TrainConfig(**json.loads(sys.argv[2])))
 """
-PLACES = ["in a step", "between best and checkpoint", "while a checkpoint is written", "in a line of metrics", "before a checkpoint has its name",
-          "between the names of the pipeline", "after the samples", "nowhere"]  # fmt: skip
+PLACES = [
+    "in a step", "between best and checkpoint", "while a checkpoint is written", "in a line of metrics",
+    "before a checkpoint has its name", "between the names of the pipeline", "after the samples", "nowhere",
+]  # fmt: skip
 
 
 def test_killed_at_many_places(tmp_path):
@@ -133,7 +141,91 @@ def test_killed_at_many_places(tmp_path):
     assert statuses == [-signal.SIGKILL] * 7 + [0]
     text = json.dumps({**options, "output_dir": str(tmp_path / "whole")})
     assert run_program("-c", KILLED, "nowhere", text, cwd=tmp_path).returncode == 0
-    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert_same(tmp_path)
+
+
+def assert_same(folder):
+    """The run in parts/ has left the bits of the one in whole/."""
+    whole, parts = state(folder / "whole"), state(folder / "parts")
     assert whole.keys() == parts.keys()
     for name, content in whole.items():
         assert parts[name] == content, name
+
+
+STREAMED = {
+    **SMALL, "train_data_dir": "tars", "streaming": True, "shuffle_buffer": 20, "resolution": [8], "random_flip": True,
+    "image_channels": 1, "train_batch_size": 2, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2,
+    "max_train_steps": 8, "logging_steps": 3, "checkpointing_steps": 3, "num_cpu_threads": 1,
+}  # fmt: skip
+
+
+def on_two_processes(place, options, folder):
+    (folder / "killed.py").write_text(KILLED)
+    return run_program(
+        "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "killed.py", place, json.dumps(options),
+        cwd=folder, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo over processes is tested on Linux")
+def test_two_processes_with_workers_killed_in_a_stream(tmp_path):
+    """In the middle of an accumulated step and of a save, on two processes of two workers each, with streamed data."""
+    save_tars(tmp_path / "tars", PICTURES, per_tar=4)
+    options = {**STREAMED, "checkpointing_steps": 1}
+    parts = {**options, "output_dir": "parts"}
+    for place in ("in the middle of an accumulated step", "before a checkpoint has its name"):
+        assert on_two_processes(place, parts, tmp_path).returncode != 0
+    done = on_two_processes("nowhere", parts, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert on_two_processes("nowhere", {**options, "output_dir": "whole"}, tmp_path).returncode == 0
+    assert_same(tmp_path)
+
+
+EVALUATED = {
+    **SMALL, "dataset_name": "digits", "random_flip": True, "logging_steps": 3, "checkpointing_steps": 5,
+    "save_samples_steps": 7, "max_train_steps": 150, "eval_steps": 6, "eval_num_samples": 8,
+    "feature_network": "pixels", "holdout": 20, "learning_rate": 1e-2, "num_cpu_threads": 1, "eval_cache_dir": "cache",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        (1, {**EVALUATED, "gradient_accumulation_steps": 2}),
+        (1, {**STREAMED, "max_train_steps": 150}),
+        (2, {**EVALUATED, "dataloader_num_workers": 2, "train_batch_size": 4}),
+    ],
+)
+def test_killed_at_random_instants(processes, options, tmp_path):
+    """Ten times each, all processes at once, up to two seconds after the run shows signs of life."""
+    save_tars(tmp_path / "tars", PICTURES, per_tar=4)
+    (tmp_path / "killed.py").write_text(KILLED)
+    random, kills = Random(processes), 0
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"] if processes == 2 else []
+
+    def command(name):
+        return [sys.executable, *launcher, "killed.py", "nowhere", json.dumps({**options, "output_dir": name})]
+
+    while kills < 10:
+        errors = tmp_path / "errors"
+        with (
+            errors.open("w") as err,
+            subprocess.Popen(command("parts"), cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=err) as run,
+        ):
+            run.stdout.readline()  # what the program prints when it begins
+            time.sleep(random.uniform(0, 2))
+            if run.poll() is None:
+                family = psutil.Process(run.pid)
+                for process in [*family.children(recursive=True), family]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                kills += 1
+            else:  # it had ended: begin again, so that every kill is of a run at work
+                assert run.returncode == 0, errors.read_text()
+                shutil.rmtree(tmp_path / "parts")
+    for name in ("parts", "whole"):
+        done = subprocess.run(command(name), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    assert_same(tmp_path)
