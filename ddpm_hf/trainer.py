@@ -4,7 +4,6 @@ Progress is counted in optimizer steps. Noise, timesteps and data order follow f
 batch), so a resumed run goes on as if it had not been stopped.
 """
 
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -20,12 +19,12 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ddpm_hf import checkpoint
+from ddpm_hf.averaging import WeightAverage
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.evaluation import EvalSettings, Evaluator
 from ddpm_hf.feed import make_feed, merge_states
@@ -274,10 +273,10 @@ class Trainer:
         c, acc = self.config, self.accelerator
         if c.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        if len(self.shape) == 3:
-            self.model.to(memory_format=torch.channels_last)
         self.model.to(acc.device)
-        self.ema = self._make_ema()
+        self.average = WeightAverage(self.model, acc, c)
+        if len(self.shape) == 3 and not self.average.sharded:  # FSDP takes the usual layout only
+            self.model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad], lr=c.learning_rate, eps=c.adam_epsilon,
             betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay, fused=True,
@@ -287,6 +286,7 @@ class Trainer:
         )
         acc.register_for_checkpointing(self.lr_scheduler)
         self.model, self.optimizer = acc.prepare(self.model, optimizer)
+        self.average.start(self.model)
         self.step = 0
         self.skipped = 0
         self._skipped_names = set()
@@ -358,23 +358,10 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.lr_scheduler.step()
-        self._update_ema()
+        self.average.update(self.step)
+        if hasattr(grad_norm, "full_tensor"):  # of weights that are spread over processes
+            grad_norm = grad_norm.full_tensor()
         return total, torch.as_tensor(grad_norm, device=acc.device).detach().float()
-
-    def _make_ema(self) -> EMAModel | None:
-        c = self.config
-        if not c.use_ema:
-            return None
-        return EMAModel(
-            self.model.parameters(), decay=c.ema_max_decay, use_ema_warmup=True, inv_gamma=c.ema_inv_gamma,
-            power=c.ema_power, update_after_step=c.ema_update_after_step, foreach=True,
-        )  # fmt: skip
-
-    def _update_ema(self) -> None:
-        # As ema-pytorch counts: the first update is step 1, and every `ema_update_every`-th from there.
-        if self.ema is not None and self.step % self.config.ema_update_every == 0:
-            self.ema.optimization_step = self.step
-            self.ema.step(self.model.parameters())
 
     def _any_process(self, flag: bool) -> bool:
         """Whether `flag` is set on any process; all get the same answer, so that all save together."""
@@ -442,21 +429,6 @@ class Trainer:
 
     # -- looking -------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _averaged_weights(self):
-        """The model, without wrappers, in eval mode and with the EMA weights (if there are any) for the time being."""
-        model = self.accelerator.unwrap_model(self.model)
-        model.eval()
-        if self.ema is not None:
-            self.ema.store(model.parameters())
-            self.ema.copy_to(model.parameters())
-        try:
-            yield model
-        finally:
-            if self.ema is not None:
-                self.ema.restore(model.parameters())
-            model.train()
-
     def _pipeline(self, model):
         steps = self.config.ddpm_num_inference_steps
         scheduler = GaussianScheduler.from_config(self.scheduler.config)
@@ -475,7 +447,7 @@ class Trainer:
         """Samples from the EMA weights, the same x_T every time, made by all processes."""
         c, acc = self.config, self.accelerator
         samples = []
-        with self._averaged_weights() as model, acc.split_between_processes(list(range(c.num_samples))) as indices:
+        with self.average.weights() as model, acc.split_between_processes(list(range(c.num_samples))) as indices:
             pipeline = self._pipeline(model)
             for start in range(0, len(indices), c.eval_batch_size):
                 part = indices[start : start + c.eval_batch_size]
@@ -502,7 +474,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Metrics of the EMA weights; where they are the best so far, the pipeline in best/."""
         c, acc = self.config, self.accelerator
-        with self._averaged_weights() as model:
+        with self.average.weights() as model:
             pipeline = self._pipeline(model)
             values = self.evaluator(pipeline, c.ddpm_num_inference_steps, self.scheduler)
         self.evaluation = self.evaluator.records(values, pipeline, c.ddpm_num_inference_steps, step=self.step)
@@ -522,14 +494,14 @@ class Trainer:
 
     def _save_pipeline(self, name: str = "pipeline") -> None:
         acc = self.accelerator
-        if acc.is_main_process:
-            aside = self.folder / f"{name}{checkpoint.ASIDE}"
-            shutil.rmtree(aside, ignore_errors=True)
-            with self._averaged_weights() as model:
+        with self.average.weights() as model:
+            if acc.is_main_process:
+                aside = self.folder / f"{name}{checkpoint.ASIDE}"
+                shutil.rmtree(aside, ignore_errors=True)
                 self._pipeline(model).save_pretrained(aside)
-            if self.evaluation:
-                (aside / "evaluation.json").write_text(json.dumps(self.evaluation, indent=1))
-            checkpoint.replace_folder(aside, self.folder / name)
+                if self.evaluation:
+                    (aside / "evaluation.json").write_text(json.dumps(self.evaluation, indent=1))
+                checkpoint.replace_folder(aside, self.folder / name)
         acc.wait_for_everyone()
 
     def _newest_checkpoint(self) -> str:
@@ -545,12 +517,10 @@ class Trainer:
         aside = folder / f"step-{self.step:06d}{checkpoint.ASIDE}"
         acc.save_state(aside)
         feed_state = merge_states(gather_object([self.feed.state(self.step)]))
+        average = self.average.state()
         if acc.is_main_process:
-            if self.ema is not None:
-                save_file(
-                    {f"{i:05d}": p.contiguous() for i, p in enumerate(self.ema.shadow_params)},
-                    aside / "ema.safetensors",
-                )
+            if average:
+                save_file(average, aside / "ema.safetensors")
             progress = {
                 "step": self.step, "skipped_images": self.skipped, "interval": self._interval,
                 "evaluation": self.evaluation, "best": self.best, "data": self.feed.fingerprint(),
@@ -571,10 +541,7 @@ class Trainer:
         try:
             self.accelerator.load_state(newest)
             progress = json.loads((newest / "progress.json").read_text())
-            if self.ema is not None:
-                shadow = load_file(newest / "ema.safetensors")
-                for i, p in enumerate(self.ema.shadow_params):
-                    p.copy_(shadow[f"{i:05d}"])
+            self.average.load(newest / "ema.safetensors")
         except Exception as error:
             raise ValueError(f"the checkpoint {newest} cannot be loaded: {error}") from error
         data = self.feed.fingerprint()

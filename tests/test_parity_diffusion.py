@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from denoising_diffusion_pytorch import GaussianDiffusion, GaussianDiffusion1D, Unet, Unet1D
 from denoising_diffusion_pytorch import denoising_diffusion_pytorch as peer_2d
 from denoising_diffusion_pytorch import denoising_diffusion_pytorch_1d as peer_1d
@@ -14,11 +15,11 @@ from ema_pytorch import EMA
 from PIL import Image
 
 from ddpm_hf import TrainConfig
+from ddpm_hf.averaging import WeightAverage
 from ddpm_hf.convert import from_denoising_diffusion_pytorch
 from ddpm_hf.data import image_folder
 from ddpm_hf.losses import diffusion_loss
 from ddpm_hf.scheduler import GaussianScheduler
-from ddpm_hf.trainer import Trainer
 
 TARGETS = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 # A schedule's values are float64 in both, kept as float32 buffers there.
@@ -200,17 +201,15 @@ def test_ema_is_ema_pytorchs():
     config = TrainConfig(
         dataset_name="digits", ema_max_decay=0.995, ema_update_every=10, ema_update_after_step=100, ema_power=2 / 3
     )
-    ours = SimpleNamespace(
-        config=config, model=model, ema=Trainer._make_ema(SimpleNamespace(config=config, model=model))
-    )
+    ours = WeightAverage(model, Accelerator(cpu=True), config)
+    ours.start(model)
     generator = torch.Generator().manual_seed(0)
     for step in range(300):
         with torch.no_grad():
             for a, b in zip(model.parameters(), twin.parameters()):
                 a.add_(torch.randn(a.shape, generator=generator, dtype=torch.float64))
                 b.copy_(a)
-        ours.step = step
-        Trainer._update_ema(ours)
+        ours.update(step)
         ema.update()
         for a, b in zip(ours.ema.shadow_params, ema.ema_model.parameters()):
             # it computes the decay in float32: 6e-8 of weights that have walked some 50 far

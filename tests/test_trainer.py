@@ -131,26 +131,6 @@ def test_other_data_in_the_place_of_the_first_is_refused(tmp_path):
         train(config(tmp_path / ("x" * 300)))
 
 
-def test_the_average_follows_its_definition(tmp_path, monkeypatch):
-    """e_n = d_n e_{n-1} + (1 - d_n) w_n with d_n = 1 - (1 + n - 1)^-power, from the weights of each step."""
-    history = []
-    update = Trainer._update_ema
-
-    def spy(self):
-        history.append([p.detach().double().clone() for p in self.model.parameters()])
-        update(self)
-
-    monkeypatch.setattr(Trainer, "_update_ema", spy)
-    train(config(tmp_path, max_train_steps=4, learning_rate=0.01))
-    expected = history[0]
-    for n, now in enumerate(history[1:], start=2):
-        decay = min(1 - (1 + (n - 1)) ** -0.75, 0.9999)
-        expected = [decay * e + (1 - decay) * w for e, w in zip(expected, now)]
-    saved = load_file(tmp_path / "checkpoints" / "step-000004" / "ema.safetensors")
-    for i, e in enumerate(expected):
-        torch.testing.assert_close(saved[f"{i:05d}"].double(), e, rtol=1e-5, atol=1e-7)
-
-
 def test_accumulation_of_two_is_a_batch_of_twice_the_size(tmp_path):
     train(config(tmp_path / "a", max_train_steps=3, train_batch_size=16, num_mem_kv=0))
     train(config(tmp_path / "b", max_train_steps=3, gradient_accumulation_steps=2, num_mem_kv=0))
