@@ -4,6 +4,7 @@ Progress is counted in optimizer steps. Noise, timesteps and data order follow f
 batch), so a resumed run goes on as if it had not been stopped.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -376,38 +377,50 @@ class Trainer:
         log = last or self.step % c.logging_steps == 0
         save = last or save_now or self.step % c.checkpointing_steps == 0
         sample = last or (c.save_samples_steps and self.step % c.save_samples_steps == 0)
-        if log or save or sample or self.evaluator is not None or acc.device.type == "cpu":
+        evaluate = self.evaluator is not None and (last or self.step % c.eval_steps == 0)
+        if log or save or sample or evaluate or acc.device.type == "cpu":
             self._look_at_losses()
-        if log:
-            loss, grad_norm = np.mean(self._interval, axis=0).tolist()
-            record = {
-                "step": self.step, "loss": loss, "grad_norm": grad_norm, "lr": self.lr_scheduler.get_last_lr()[0],
-                }  # fmt: skip
-            if self.feed.items is not None:
-                record["epoch"] = self.step * global_batch / self.feed.items
-            if self.skipped:
-                record["skipped_images"] = self.skipped
-            self._interval = []
-            bar.set_postfix_str(f"loss {loss:.4f}, lr {record['lr']:.2e}")
-            if acc.is_main_process:
-                self.metrics.append(record)
-            rate = bar.format_dict["rate"]
-            timing = {"samples_per_second": rate * global_batch} if rate else {}
-            acc.log({name: value for name, value in {**record, **timing}.items() if name != "step"}, step=self.step)
-        if sample:
-            self._save_samples()
-        if self.evaluator is not None and (last or self.step % c.eval_steps == 0):
-            self._evaluate()
+        with self._writing(OSError):
+            if log:
+                self._log(bar, global_batch)
+            if sample:
+                self._save_samples()
+            if evaluate:
+                self._evaluate()
         if save:
-            # The pipeline first: a run that is killed between the two saves it again.
-            try:
+            with self._writing(OSError, RuntimeError, SafetensorError):
+                # The pipeline first: a run that is killed between the two saves it again.
                 self._save_pipeline()
                 self._save_checkpoint()
-            except (OSError, RuntimeError, SafetensorError) as error:
-                raise TrainingError(
-                    f"step {self.step}: cannot save in {self.folder}: {error}. The newest whole checkpoint is "
-                    f"{self._newest_checkpoint()}; the same command goes on from there"
-                ) from error
+
+    @contextlib.contextmanager
+    def _writing(self, *errors: type):
+        """A full disk, or a folder that is read-only by now, ends the run with what is whole."""
+        try:
+            yield
+        except errors as error:
+            raise TrainingError(
+                f"step {self.step}: cannot save in {self.folder}: {error}. The newest whole checkpoint is "
+                f"{self._newest_checkpoint()}; the same command goes on from there"
+            ) from error
+
+    def _log(self, bar, global_batch: int) -> None:
+        """A line of metrics.jsonl and a point of the trackers, means over the interval; only the trackers see times."""
+        acc = self.accelerator
+        loss, grad_norm = np.mean(self._interval, axis=0).tolist()
+        lr = self.lr_scheduler.get_last_lr()[0]
+        record = {"step": self.step, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        if self.feed.items is not None:
+            record["epoch"] = self.step * global_batch / self.feed.items
+        if self.skipped:
+            record["skipped_images"] = self.skipped
+        self._interval = []
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}")
+        if acc.is_main_process:
+            self.metrics.append(record)
+        rate = bar.format_dict["rate"]
+        timing = {"samples_per_second": rate * global_batch} if rate else {}
+        acc.log({name: value for name, value in {**record, **timing}.items() if name != "step"}, step=self.step)
 
     def _look_at_losses(self) -> None:
         """Bring the pending losses to the host, as means over the processes; stop at one that is not finite."""

@@ -1,6 +1,8 @@
 """The training loop, at small size: exact resume, accumulation, averaging, refusals."""
 
+import errno
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpm_hf import DDPMPipeline, TrainConfig, train
+from ddpm_hf import DDPMPipeline, TrainConfig, checkpoint, train
 from ddpm_hf.sequences import SequenceDataset
 from ddpm_hf.trainer import Trainer, TrainingError
 
@@ -217,6 +219,40 @@ def test_truncated_pictures_in_the_middle(workers, tmp_path):
         train(config(tmp_path / "a", **options))
     train(config(tmp_path / "b", on_bad_image="skip", **options))
     assert metrics(tmp_path / "b")[-1]["skipped_images"] >= 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
+@pytest.mark.parametrize("what", ["weights", "metrics"])
+def test_a_full_disk(what, tmp_path, monkeypatch):
+    """No file may grow past 20 kB after step 2, or no line be added to the metrics. The run ends with a message, the
+    checkpoint of step 2 is whole, and with room again the same call ends with the bits of a run that had it."""
+    import resource
+
+    options = {"max_train_steps": 4, "checkpointing_steps": 1, "learning_rate": 1e-2}
+    train(config(tmp_path / "whole", **options))
+    step, before = Trainer._train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(self, batches):
+        if self.step == 2 and what == "weights":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        elif self.step == 2:
+            monkeypatch.setattr(checkpoint.MetricsFile, "append", no_space)
+        return step(self, batches)
+
+    def no_space(self, record):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "_train_step", full)
+    try:
+        with pytest.raises(TrainingError, match="step 3: cannot save in .*newest whole checkpoint is .*step-000002"):
+            train(config(tmp_path / "parts", **options))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.undo()
+    assert checkpoint.damage(tmp_path / "parts" / "checkpoints" / "step-000002") is None
+    assert DDPMPipeline.from_pretrained(tmp_path / "parts" / "pipeline")
+    train(config(tmp_path / "parts", **options))
+    assert state(tmp_path / "parts") == state(tmp_path / "whole")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
