@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ddpm_hf.data import BadImageError, to_tensor
+from ddpm_hf.data import BadImageError, ImageDataset, from_8bit, to_tensor
 from ddpm_hf.seeding import Stream, derive_seed
 
 Key = tuple[int, int]  # (epoch, index)
@@ -22,11 +22,25 @@ Key = tuple[int, int]  # (epoch, index)
 
 @dataclass
 class Batch:
-    """`x0`: (B, C, *spatial); `skipped`: messages of pictures left out; `error`: why the batch could not be made."""
+    """`items`: (B, C, *spatial), float32, or uint8 of pictures; `skipped`: messages of pictures left out; `error`: why
+    the batch could not be made (`items` is None then)."""
 
-    x0: Tensor | None
+    items: Tensor | None
     skipped: list[str]
     error: str | None = None
+
+    @property
+    def x0(self) -> Tensor:
+        """Float32, pictures in [-1, 1]."""
+        return from_8bit(self.items) if self.items.dtype == torch.uint8 else self.items
+
+    def to(self, device: torch.device) -> Tensor:
+        """x0 on a device; pictures go there as bytes."""
+        return Batch(self.items.to(device, non_blocking=True), []).x0
+
+    def pin_memory(self) -> "Batch":
+        """For the loader."""
+        return self if self.items is None else Batch(self.items.pin_memory(), self.skipped, self.error)
 
 
 def as_tensor(item: Any, limit: float = 1.0) -> Tensor:
@@ -47,7 +61,7 @@ def as_tensor(item: Any, limit: float = 1.0) -> Tensor:
     if isinstance(item, (tuple, list)) and item:
         item = item[0]
     if isinstance(item, Image.Image):
-        return to_tensor(item)
+        return from_8bit(to_tensor(item))
     if isinstance(item, np.ndarray):
         item = torch.from_numpy(item)
     if not isinstance(item, Tensor) or item.ndim not in (2, 3) or not item.is_floating_point():
@@ -83,8 +97,8 @@ def hold_out(dataset, count: int, seed: int) -> tuple[Part, Part]:
     return Part(dataset, np.sort(order[count:])), Part(dataset, np.sort(order[:count]))
 
 
-def load_item(dataset, index: int, rng: np.random.Generator | None = None) -> Tensor:
-    """Item `index` as a tensor; augmented by `rng` where the data set can (a method `load`).
+def load_item(dataset, index: int, rng: np.random.Generator | None = None, raw: bool = False) -> Tensor:
+    """Item `index` as float32; augmented by `rng` where the data set can. `raw`: pictures as uint8.
 
     Raises:
         BadImageError: a picture that cannot be read.
@@ -92,8 +106,8 @@ def load_item(dataset, index: int, rng: np.random.Generator | None = None) -> Te
     """
     while isinstance(dataset, Part):
         dataset, index = dataset.dataset, int(dataset.indices[index])
-    if hasattr(dataset, "load"):
-        return dataset.load(index, rng)
+    if isinstance(dataset, ImageDataset):
+        return dataset.load_8bit(index, rng) if raw else dataset.load(index, rng)
     return as_tensor(dataset[index], getattr(dataset, "data_range", 1.0))
 
 
@@ -125,7 +139,7 @@ class TrainingView(Dataset):
             try:
                 place = derive_seed(self.seed, Stream.AUGMENTATION, epoch, index)
                 rng = np.random.default_rng(place) if self.augment else None
-                return load_item(self.dataset, index, rng), skipped, None
+                return load_item(self.dataset, index, rng, raw=True), skipped, None
             except BadImageError as error:
                 if self.on_bad == "stop":
                     return None, skipped, f"{error}. To leave such pictures out: --on_bad_image skip"

@@ -60,7 +60,7 @@ class ImageStream:
             yield row[self.column]
 
     def load(self, row: Row, rng: np.random.Generator | None) -> Tensor:
-        """Float32 (C, H, W) in [-1, 1].
+        """uint8 (C, H, W).
 
         Raises:
             BadImageError: the picture cannot be read.

@@ -330,7 +330,7 @@ class Trainer:
                 tqdm.write(f"left out: {message}")
         if batch.error:
             raise TrainingError(f"step {self.step + 1}: {batch.error}")
-        return batch.x0.to(self.accelerator.device, non_blocking=True)
+        return batch.to(self.accelerator.device)
 
     def _train_step(self, batches) -> tuple:
         """One optimizer step -> (mean loss of this process, gradient norm), not synchronised with the host."""

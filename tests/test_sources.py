@@ -120,5 +120,6 @@ def test_cached_pictures_are_the_same(tmp_path):
                 a, b = (d.load(i, np.random.default_rng(i)) for d in (plain, cached))
                 assert torch.equal(a, b)
         assert (cached.cache.index[:-1, 0] > 0).sum() == (6 if size == 1e-3 else 3)
-        for i in range(6):
-            (tmp_path / f"{i}.jpg").touch()
+    assert len(build_dataset(TrainConfig(**{**options, "center_crop": True})).cache.memory) == 6 * 8 * 8 * 3
+    with pytest.raises(ValueError, match="cache_gb must be memory that there is, got 1000000000.0"):
+        build_dataset(TrainConfig(**options, cache_gb=1e9))

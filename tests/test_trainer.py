@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import sys
 
 import numpy as np
@@ -203,6 +204,25 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
         with pytest.raises(ValueError, match=message):
             train(config(run, **options))
         assert not run.exists()
+
+
+BAD_FILES = {
+    "train_data_file": ["x.npy", "x.npz", "x.csv", "x.parquet"],
+    "train_data_dir": ["d/x.png", "d/x.parquet", "d/x.arrow", "d/x.tar", "d/dataset_dict.json"],
+}
+
+
+@pytest.mark.parametrize(("option", "name"), [(option, name) for option, names in BAD_FILES.items() for name in names])
+@pytest.mark.parametrize("content", [b"", b"not what it says"])
+def test_a_bad_file_of_each_format(option, name, content, tmp_path):
+    """One clear error that names it; neither a run folder, nor the file touched."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    source = str(file if option == "train_data_file" else file.parent)
+    with pytest.raises(ValueError, match=re.escape(str(file.parent))):
+        train(config(tmp_path / "run", dataset_name=None, **{option: source}))
+    assert not (tmp_path / "run").exists() and file.read_bytes() == content
 
 
 @pytest.mark.parametrize("workers", [0, 1])
