@@ -1,0 +1,32 @@
+"""The benchmark's parts at small size: they run, and they measure what they say."""
+
+import json
+
+import pytest
+from conftest import load_program
+
+benchmark = load_program("benchmark")
+
+
+def test_the_loader_is_measured(tmp_path):
+    command = ["--only", "loader", "--images", "80", "--batch_size", "10", "--rounds", "1", "--resolutions", "16"]
+    assert benchmark.main([*command, "--workers", "1", "--output_dir", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "benchmark.json").read_text())["loader"]
+    assert row["ratio"] == pytest.approx(row["ours images/s"] / row["peer images/s"]) and row["ours images/s"] > 0
+
+
+def test_contenders_take_turns():
+    order = []
+
+    def contender(name, values):
+        values = iter(values)
+        return lambda: (order.append(name), next(values))[1]
+
+    assert benchmark.alternate({"a": contender("a", [3, 1, 2]), "b": contender("b", [6, 6, 9])}, 3) == {"a": 2, "b": 6}
+    assert order == ["a", "b"] * 3
+
+
+def test_flops_are_of_the_area():
+    """Four times the pixels cost four times as much, but for what does not grow with them (time embedding), and what
+    grows faster (attention of the last stage)."""
+    assert benchmark.training_flops(128) == pytest.approx(4 * benchmark.training_flops(64), rel=0.05)
