@@ -197,18 +197,19 @@ class Evaluator:
         return F.adaptive_avg_pool2d(x.float(), size).flatten(1)
 
     def _prepare_features(self) -> None:
-        file = self._cache_file()
-        if self.accelerator.num_processes > 1:
-            self.accelerator.wait_for_everyone()
-        cached = file is not None and file.exists()
-        if cached:
+        file, stored = self._cache_file(), None
+        self.accelerator.wait_for_everyone()
+        if file is not None and file.exists():
             try:
-                with np.load(file) as stored:
-                    self.real_gaussian = Gaussian(stored["mean"], stored["root"])
-                    self.real_features = stored["features"]
-                return
+                with np.load(file) as arrays:
+                    stored = {name: arrays[name] for name in ("mean", "root", "features")}
             except Exception as error:  # damaged: computed again
                 self.accelerator.print(f"{file} cannot be read ({error}); computing it again")
+        # all or none: the nodes of a cluster may each have their own cache
+        have = torch.tensor([stored is not None], device=self.accelerator.device)
+        if self.accelerator.gather(have).all():
+            self.real_gaussian, self.real_features = Gaussian(stored["mean"], stored["root"]), stored["features"]
+            return
         self.accelerator.print(
             f"features of {len(self.real):,} real pictures by {self.settings.feature_network}: computed once"
             + (f", kept in {file}" if file else "")
@@ -217,7 +218,7 @@ class Evaluator:
         self.real_gaussian = Gaussian.fit(features.numpy())
         chosen = np.random.default_rng(0).permutation(len(features))[:KID_FEATURES]
         self.real_features = features.numpy()[np.sort(chosen)]
-        if file is not None and self.accelerator.is_main_process:
+        if file is not None and self.accelerator.is_local_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
             aside = file.with_name(f"{file.stem}.{os.getpid()}.npz")
             np.savez(aside, mean=self.real_gaussian.mean, root=self.real_gaussian.root, features=self.real_features)
