@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpm_hf import DDPMPipeline, TrainConfig, checkpoint, train
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, TrainConfig, checkpoint, train
 from ddpm_hf.sequences import SequenceDataset
 from ddpm_hf.trainer import Trainer, TrainingError
 
@@ -204,6 +204,21 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
         with pytest.raises(ValueError, match=message):
             train(config(run, **options))
         assert not run.exists()
+
+
+def test_sequences_of_mean_zero_and_deviation_one(tmp_path):
+    """The scaling and the range of its values are saved; an untrained model's samples are in the data's own units."""
+    array = np.random.default_rng(0).normal(1000, 5, size=(30, 2, 16))
+    np.save(tmp_path / "x.npy", array)
+    options = {"dataset_name": None, "train_data_file": str(tmp_path / "x.npy"), "sequence_norm": "meanstd"}
+    train(config(tmp_path / "run", max_train_steps=2, **options))
+    pipe = DDPMPipeline1D.from_pretrained(tmp_path / "run" / "pipeline")
+    np.testing.assert_allclose(pipe.config.data_shift, array.mean(axis=(0, 2)), rtol=1e-12)
+    np.testing.assert_allclose(pipe.config.data_scale, array.std(axis=(0, 2)), rtol=1e-9)
+    widest = np.abs((array - array.mean(axis=(0, 2), keepdims=True)) / array.std(axis=(0, 2), keepdims=True)).max()
+    assert pipe.scheduler.config.clip_sample_range == pytest.approx(widest, rel=1e-9)
+    samples = pipe(batch_size=4, num_inference_steps=3, generator=torch.Generator().manual_seed(0)).sequences
+    assert np.abs(samples - 1000).max() <= widest * array.std(axis=(0, 2)).max() + 1
 
 
 BAD_FILES = {
