@@ -6,8 +6,12 @@ This file imports nothing of ddpm_hf: it ships inside saved pipelines.
 """
 
 import inspect
+import json
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +19,13 @@ import torch
 from diffusers import DiffusionPipeline, PNDMScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import create_repo
 from PIL import Image
 from torch import Tensor
 
+# Saved pipelines carry their code: unet_ddpm_hf_0_1_0.py is unet.py of version 0.1.0. diffusers keeps all such files of
+# a process in one namespace by their names, so the version is part of it.
+CARRIED = re.compile(r"(unet|scheduler|pipeline)_ddpm_hf_[0-9]\w*")
 IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -42,6 +50,20 @@ class SequenceOutput(BaseOutput):
     trajectory: np.ndarray | Tensor | None = None
 
 
+def _carried_name(cls: type) -> str | None:
+    """The name of the file of code that a class is saved with; None for classes of other libraries."""
+    package, stem = cls.__module__.split(".")[0], cls.__module__.split(".")[-1]
+    if CARRIED.fullmatch(stem):
+        return stem
+    if package == "ddpm_hf" and CARRIED.fullmatch(f"{stem}_ddpm_hf_0"):
+        return f"{stem}_ddpm_hf_" + re.sub(r"\W", "_", sys.modules[package].__version__)
+    return None
+
+
+def _source(cls: type) -> str:
+    return Path(sys.modules[cls.__module__].__file__).read_text()
+
+
 class _SamplingPipeline(DiffusionPipeline):
     """The sampling loop; what the data is (images, sequences) is in `_encode`, `_decode`, `_size` and `_output`."""
 
@@ -53,6 +75,58 @@ class _SamplingPipeline(DiffusionPipeline):
             raise ValueError(f"{type(self).__name__} was given a {type(unet).__name__}: use {other}")
         if num_inference_steps is not None and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_inference_steps!r}")
+
+    # -- the saved folder ----------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
+        """Save weights, configurations and the code that they need, so that the folder loads where ddpm_hf is not
+        installed (`trust_remote_code=True`), and after being saved again from there.
+
+        Args:
+            save_directory: a folder; made if it is not there.
+            push_to_hub: upload it, to the `repo_id` given; `token`, `private`, `commit_message` and `create_pr` as in
+                diffusers.
+        """
+        upload = {
+            name: kwargs.pop(name, None) for name in ("repo_id", "token", "private", "commit_message", "create_pr")
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self._carry_code(Path(save_directory))
+        if push_to_hub:
+            repo_id, private = upload.pop("repo_id") or Path(save_directory).name, upload.pop("private")
+            repo_id = create_repo(repo_id, exist_ok=True, private=private, token=upload["token"]).repo_id
+            self._upload_folder(save_directory, repo_id, **{**upload, "create_pr": bool(upload["create_pr"])})
+
+    def _carry_code(self, folder: Path) -> None:
+        """Put the code of our classes beside what was saved, name it in model_index.json, and take paths out."""
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text())
+        for name, component in self.components.items():
+            component = getattr(component, "_orig_mod", component)  # compiled
+            if code := _carried_name(type(component)):
+                (folder / name / f"{code}.py").write_text(_source(type(component)))
+                index[name] = [code, type(component).__name__]
+        if code := _carried_name(type(self)):
+            (folder / f"{code}.py").write_text(_source(type(self)))
+            index["_class_name"] = [code, type(self).__name__]
+        index.pop("_name_or_path", None)
+        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for file in folder.glob("*/*config.json"):
+            config = json.loads(file.read_text())
+            if config.pop("_name_or_path", None) is not None:
+                file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """The package reads carried code's names as its own classes: no trust in a folder's code is needed."""
+        index = super()._dict_from_json_file(json_file)
+        if __name__ != "ddpm_hf.pipeline":
+            return index
+        for name, value in index.items():
+            if isinstance(value, list) and len(value) == 2 and CARRIED.fullmatch(str(value[0])):
+                own = [f"ddpm_hf.{value[0].split('_ddpm_hf_')[0]}", value[1]]
+                index[name] = value[1] if name == "_class_name" else own
+        return index
 
     # -- what differs by data ------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ Dimensions differ only in the builders and in the constructors' defaults; `forwa
 This file imports nothing of ddpm_hf: it ships inside saved pipelines.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from torch import Tensor, nn
 NORMS = ("rms", "group")
 TIME_EMBEDDINGS = ("sinusoidal", "learned_fourier", "random_fourier")
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d}
+
+
+# What says where a model lies, of the options of from_pretrained.
+HUB_OPTIONS = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
 
 
 @dataclass
@@ -287,6 +292,33 @@ class UNetBody(ModelMixin, ConfigMixin):
     _no_split_modules = ["TimeEmbedding", "DownStage", "MidStage", "UpStage", "OutStage"]
     _repeated_blocks = ["ResidualBlock", "LinearAttention", "FullAttention"]
     _keep_in_fp32_modules = ["time_embed"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, output_loading_info: bool = False, **kwargs):
+        """As diffusers, which only warns of weights that do not fit.
+
+        Raises:
+            ValueError: tensors missing, left over or of another shape, or unknown keys in the configuration; named.
+        """
+        place = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
+        config = cls.load_config(pretrained_model_name_or_path, **place)
+        known = set(inspect.signature(cls.__init__).parameters)
+        unknown = sorted(name for name in config if name not in known and not name.startswith("_"))
+        if unknown:
+            raise ValueError(
+                f"the configuration of {pretrained_model_name_or_path} has keys that {cls.__name__} does not know: "
+                f"{', '.join(unknown)}"
+            )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        wrong = [
+            f"{kind.replace('_keys', '')} {', '.join(map(str, sorted(info[kind])[:5]))}"
+            + (f" and {len(info[kind]) - 5} more" if len(info[kind]) > 5 else "")
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)
+        ]  # fmt: skip
+        if wrong:
+            raise ValueError(f"the weights of {pretrained_model_name_or_path} are not those of {cls.__name__}: "
+                             f"{'; '.join(wrong)}")  # fmt: skip
+        return (model, info) if output_loading_info else model
 
     def _build(
         self, ndim, *, sample_size, in_channels, out_channels, dim, init_dim, dim_mults, self_condition,

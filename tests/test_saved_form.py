@@ -1,0 +1,122 @@
+"""One saved folder for all: the package, stock diffusers without it, and saved again from there."""
+
+import hashlib
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_program
+from safetensors.torch import load_file, save_file
+
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
+
+SMALL = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "attn_dim_head": 4}
+# Where the package cannot be imported.
+STOCK = """
+import sys
+sys.modules["ddpm_hf"] = None
+import hashlib, numpy as np, torch, diffusers
+name, folder, again = sys.argv[1:]
+pipe = getattr(diffusers, name).from_pretrained(folder, trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+out = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="np", return_dict=False)[0]
+print(hashlib.sha256(np.ascontiguousarray(out)).hexdigest())
+pipe.save_pretrained(again)
+"""
+
+
+def make(kind):
+    torch.manual_seed(0)
+    if kind == "images":
+        return DDPMPipeline(UNet2D(sample_size=8, in_channels=1, **SMALL), GaussianScheduler(), num_inference_steps=3)
+    unet = UNet1D(sample_size=16, in_channels=2, **SMALL)
+    return DDPMPipeline1D(unet, GaussianScheduler(), 3, data_shift=[1.0, 2.0], data_scale=[3.0, 4.0])
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("kind", "stock"), [("images", "DDPMPipeline"), ("sequences", "DiffusionPipeline")])
+def test_the_same_samples_in_every_way(kind, stock, tmp_path):
+    """Ours, and diffusers' classes in fresh processes without the package; saved from there, and loaded again."""
+    pipe = make(kind)
+    pipe.save_pretrained(tmp_path / "saved")
+    ours = type(pipe).from_pretrained(tmp_path / "saved")
+    assert type(ours.unet) is type(pipe.unet) and type(ours.scheduler) is GaussianScheduler
+    ours.set_progress_bar_config(disable=True)
+    samples = ours(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="np", return_dict=False)[0]
+    env = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    printed = []
+    for name, source, target in (("DiffusionPipeline", "saved", "again"), (stock, "again", "third")):
+        done = run_program("-c", STOCK, name, tmp_path / source, tmp_path / target, cwd=tmp_path, **env)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout.strip())
+    assert printed == [hashlib.sha256(np.ascontiguousarray(samples)).hexdigest()] * 2
+    ours.save_pretrained(tmp_path / "ours again")
+    for copy in ("again", "third", "ours again"):
+        assert files(tmp_path / copy) == files(tmp_path / "saved")
+    assert not any(str(tmp_path).encode() in content for content in files(tmp_path / "third").values())
+
+
+def test_two_versions_in_one_process_do_not_share_code(tmp_path, monkeypatch):
+    for version in ("0.1.0", "0.2.0.dev1"):
+        monkeypatch.setattr("ddpm_hf.__version__", version)
+        make("images").save_pretrained(tmp_path / version)
+    other = tmp_path / "0.2.0.dev1"
+    (code,) = other.glob("unet/unet_ddpm_hf_0_2_0_dev1.py")
+    code.write_text(code.read_text() + "\nUNet2D.later = True\n")
+    program = (
+        "import sys; sys.modules['ddpm_hf'] = None\nfrom diffusers import DiffusionPipeline\n"
+        "a, b = (DiffusionPipeline.from_pretrained(p, trust_remote_code=True).unet for p in sys.argv[1:])\n"
+        "print(hasattr(a, 'later'), hasattr(b, 'later'))"
+    )
+    done = run_program("-c", program, tmp_path / "0.1.0", other, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "m"))
+    assert done.stdout.strip() == "False True", done.stderr
+    assert DDPMPipeline.from_pretrained(other).unet.config.dim == 8  # the package's own classes read any version
+
+
+def test_without_trust_the_stock_class_says_so(tmp_path):
+    make("images").save_pretrained(tmp_path / "saved")
+    program = "import sys; from diffusers import DiffusionPipeline; DiffusionPipeline.from_pretrained(sys.argv[1])"
+    done = run_program("-c", program, tmp_path / "saved", cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "m"))
+    assert done.returncode != 0 and "trust_remote_code" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["missing", "left over", "shape", "damaged", "unknown key"])
+def test_weights_that_do_not_fit_are_refused(wrong, tmp_path):
+    """Never a silent random weight."""
+    make("images").save_pretrained(tmp_path)
+    file, config = (tmp_path / "unet" / name for name in ("diffusion_pytorch_model.safetensors", "config.json"))
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    if wrong == "missing":
+        del tensors[name]
+    elif wrong == "left over":
+        name = "one_more.weight"
+        tensors[name] = torch.zeros(3)
+    elif wrong == "shape":
+        tensors[name] = torch.zeros(*tensors[name].shape, 2)
+    save_file(tensors, file, metadata={"format": "pt"})
+    if wrong == "damaged":
+        file.write_bytes(file.read_bytes()[:-100])
+        name = "diffusion_pytorch_model.safetensors"
+    if wrong == "unknown key":
+        name = "dimm"
+        config.write_text(json.dumps({**json.loads(config.read_text()), name: 3}))
+    for load in (
+        lambda: UNet2D.from_pretrained(tmp_path, subfolder="unet"),
+        lambda: DDPMPipeline.from_pretrained(tmp_path),
+    ):
+        with pytest.raises((ValueError, OSError), match=re.escape(name)):
+            load()
+
+
+def test_the_parts_alone(tmp_path):
+    make("images").save_pretrained(tmp_path)
+    assert UNet2D.from_pretrained(tmp_path, subfolder="unet").config.dim == 8
+    assert GaussianScheduler.from_pretrained(tmp_path, subfolder="scheduler").config.beta_schedule == "sigmoid"
+    assert "ddpm_hf" in sys.modules
