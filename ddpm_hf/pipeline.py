@@ -128,6 +128,19 @@ class _SamplingPipeline(DiffusionPipeline):
                 index[name] = value[1] if name == "_class_name" else own
         return index
 
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As diffusers, which only warns of keys that it does not know.
+
+        Raises:
+            ValueError: they are named.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        unknown = sorted(name for name in config_dict if name not in known and not name.startswith("_"))
+        if unknown:
+            raise ValueError(f"the configuration has keys that {cls.__name__} does not know: {', '.join(unknown)}")
+        return super().extract_init_dict(config_dict, **kwargs)
+
     # -- what differs by data ------------------------------------------------------------------
 
     def _size(self) -> tuple:

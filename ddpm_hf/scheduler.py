@@ -291,6 +291,25 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         return betas, beta_schedule if named is not None and torch.equal(named, betas) else "trained"
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path=None, subfolder=None, return_unused_kwargs=False, **kwargs):
+        """As diffusers, which only warns of keys that it does not know.
+
+        Raises:
+            ValueError: keys that neither this class nor a stock scheduler knows; named.
+        """
+        config, kwargs = cls.load_config(
+            pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=True, **kwargs
+        )
+        known = cls._get_init_keys(cls).union(*(cls._get_init_keys(kind) for kind in cls._get_compatibles()))
+        unknown = sorted(name for name in config if name not in known and not name.startswith("_"))
+        if unknown:
+            raise ValueError(
+                f"the configuration of {pretrained_model_name_or_path} has keys that {cls.__name__} does not know: "
+                f"{', '.join(unknown)}"
+            )
+        return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
         """From our own configuration or a stock scheduler's, keeping the mathematics; `kwargs` override.
 

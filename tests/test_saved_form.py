@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_program
+from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
@@ -120,3 +121,25 @@ def test_the_parts_alone(tmp_path):
     assert UNet2D.from_pretrained(tmp_path, subfolder="unet").config.dim == 8
     assert GaussianScheduler.from_pretrained(tmp_path, subfolder="scheduler").config.beta_schedule == "sigmoid"
     assert "ddpm_hf" in sys.modules
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"])
+def test_unknown_keys_are_refused(file, tmp_path):
+    """By the package, and by the code that the folder carries."""
+    make("images").save_pretrained(tmp_path / "saved")
+    config = tmp_path / "saved" / file
+    config.write_text(json.dumps({**json.loads(config.read_text()), "misspelt": 1}))
+    with pytest.raises(ValueError, match="does not know: misspelt"):
+        DDPMPipeline.from_pretrained(tmp_path / "saved")
+    done = run_program("-c", STOCK, "DiffusionPipeline", tmp_path / "saved", tmp_path / "again", cwd=tmp_path,
+                       HF_MODULES_CACHE=str(tmp_path / "m"))  # fmt: skip
+    assert done.returncode != 0 and "does not know: misspelt" in done.stderr
+
+
+def test_a_stock_configuration_is_read(tmp_path):
+    """What stock schedulers know is no unknown key, also after their keys have been carried through ours."""
+    stock = DPMSolverMultistepScheduler.from_config(GaussianScheduler().config)
+    stock.save_pretrained(tmp_path / "stock")
+    ours = GaussianScheduler.from_pretrained(tmp_path / "stock")
+    ours.save_pretrained(tmp_path / "ours")
+    assert torch.equal(GaussianScheduler.from_pretrained(tmp_path / "ours").betas, GaussianScheduler().betas)
