@@ -12,11 +12,13 @@ from typing import Any
 
 import yaml
 from diffusers.optimization import SchedulerType
+from huggingface_hub.utils import validate_repo_id
 
 from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_ALIASES, PREDICTION_TYPES
 from ddpm_hf.sequences import NORMS as SEQUENCE_NORMS
 from ddpm_hf.unet import NORMS, TIME_EMBEDDINGS
 
+BUNDLED = {"digits": "scikit-learn's handwritten digits", "ecg": "PyWavelets' electrocardiogram"}
 TRACKERS = ("tensorboard", "wandb")
 CONSTANT_LR = ("constant", "constant_with_warmup")
 # What a resumed run may change: nothing here alters the weights that the steps done so far have led to.
@@ -26,6 +28,8 @@ CHANGEABLE = {
     "save_samples_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "eval_steps", "eval_metrics", "eval_num_samples",
     "eval_num_real", "feature_network", "feature_resolution", "eval_cache_dir", "metric_for_best",
+    "push_to_hub", "hub_model_id", "hub_every_save", "hub_upload_state", "hub_private_repo", "hub_revision",
+    "create_pr", "hub_license",
 }  # fmt: skip
 
 
@@ -199,6 +203,22 @@ class TrainConfig:
     checkpointing_steps: int = _option(1000, "Steps between checkpoints; the last step always has one.")
     checkpoints_total_limit: int = _option(2, "Newest checkpoints to keep; 0: all.")
 
+    # Publishing (the token: `hf auth login`, or the environment's HF_TOKEN)
+    push_to_hub: bool = _option(False, "Publish the pipeline, with its model card, on the Hub when training ends.")
+    hub_model_id: str | None = _option(
+        None, "The repo, 'user/name' or 'name'. Default: the name of the run folder, of the token's user."
+    )
+    hub_every_save: bool = _option(False, "Publish at every save too, in the background.")
+    hub_upload_state: bool = _option(
+        False, "Publish the newest checkpoint too (optimizer, random states), in training_state/."
+    )
+    hub_private_repo: bool | None = _option(None, "Make a new repo private. Default: as the account's settings say.")
+    hub_revision: str | None = _option(None, "Branch to publish on; made if it is not there. Default: the main one.")
+    create_pr: bool = _option(False, "Publish as a pull request (one a run) instead of writing to the branch.")
+    hub_license: str | None = _option(
+        None, "Licence of the weights, by its name on the Hub ('mit', 'cc-by-4.0', ...). Default: not stated."
+    )
+
     def __post_init__(self):
         if self.mixed_precision is False:  # YAML reads a bare no as false
             self.mixed_precision = "no"
@@ -268,10 +288,18 @@ class TrainConfig:
         if self.streaming:
             refused = [name for name in ("train_data_file", "sequence_columns", "holdout", "eval_steps")
                        if getattr(self, name)]  # fmt: skip
-            refused += [self.dataset_name] if self.dataset_name in ("digits", "ecg") else []
+            refused += [self.dataset_name] if self.dataset_name in BUNDLED else []
             if refused:
                 raise ValueError(f"streaming is for tables of images, and not with {', '.join(refused)} "
                                  "(evaluate such a run with training/evaluate.py)")  # fmt: skip
+        hub = ("hub_model_id", "hub_every_save", "hub_upload_state", "hub_private_repo", "hub_revision", "create_pr")
+        given = [name for name in hub if getattr(self, name)]
+        if given and not self.push_to_hub:
+            raise ValueError(f"{given[0]} needs push_to_hub; got {getattr(self, given[0])!r} without it")
+        if self.create_pr and self.hub_revision is not None:
+            raise ValueError(f"create_pr is for the main branch; got it with hub_revision {self.hub_revision!r}")
+        if self.hub_model_id is not None:
+            validate_repo_id(self.hub_model_id)
         if self.stride is not None and self.sequence_length is None and self.dataset_name != "ecg":
             raise ValueError(f"stride needs sequence_length, the length of its windows; got stride {self.stride} alone")
         schedules = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]

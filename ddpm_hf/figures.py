@@ -44,6 +44,20 @@ def save_sequence_plot(generated: np.ndarray, real: np.ndarray, path: Path, rows
     figure.savefig(path, dpi=100)
 
 
+def save_loss_plot(records: list[dict], path: Path) -> None:
+    """The training loss over optimizer steps, on a logarithmic scale, PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([record["step"] for record in records], [record["loss"] for record in records], linewidth=1.1)
+    axis.set_yscale("log")
+    axis.set_xlabel("optimizer steps")
+    axis.set_ylabel("training loss")
+    axis.grid(alpha=0.25, which="both")
+    figure.savefig(path, dpi=100)
+
+
 def save_steps_plot(steps: list[int], values: dict[str, list[float]], title: str, path: Path) -> None:
     """Each metric over the number of sampling steps, one panel a metric, PNG."""
     from matplotlib.figure import Figure

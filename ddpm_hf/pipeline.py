@@ -5,10 +5,12 @@ self-conditioning as in Chen et al. (arXiv:2208.04202).
 This file imports nothing of ddpm_hf: it ships inside saved pipelines.
 """
 
+import hashlib
 import inspect
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +21,25 @@ import torch
 from diffusers import DiffusionPipeline, PNDMScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import create_repo
+from huggingface_hub import create_repo, hf_hub_download, upload_folder
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from PIL import Image
 from torch import Tensor
 
 # Saved pipelines carry their code: unet_ddpm_hf_0_1_0.py is unet.py of version 0.1.0. diffusers keeps all such files of
 # a process in one namespace by their names, so the version is part of it.
 CARRIED = re.compile(r"(unet|scheduler|pipeline)_ddpm_hf_[0-9]\w*")
+OWN_CARD = re.compile(r"(.*)<!-- card of ddpm_hf ([0-9a-f]{16}): [^\n]*-->\s*", re.DOTALL)
+FIRST_CARD = """---
+library_name: diffusers
+tags: [ddpm_hf]
+---
+# {name}
+
+A pipeline of ddpm_hf. Where ddpm_hf is installed: `ddpm_hf.{name}.from_pretrained(this)`; where only diffusers is:
+`diffusers.DiffusionPipeline.from_pretrained(this, trust_remote_code=True)`, which runs the Python files that lie beside
+this card: read them first. How the model was trained was not recorded here.
+"""
 IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -61,7 +75,27 @@ def _carried_name(cls: type) -> str | None:
 
 
 def _source(cls: type) -> str:
-    return Path(sys.modules[cls.__module__].__file__).read_text()
+    return Path(sys.modules[cls.__module__].__file__).read_text(encoding="utf-8")
+
+
+def sign_card(text: str) -> str:
+    """A model card with a mark, by which it is known as written by a program and not edited since."""
+    digest = hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+    return f"{text.strip()}\n\n<!-- card of ddpm_hf {digest}: one that is edited is kept -->\n"
+
+
+def is_own_card(text: str) -> bool:
+    match = OWN_CARD.fullmatch(text)
+    return match is not None and hashlib.sha256(match[1].strip().encode()).hexdigest()[:16] == match[2]
+
+
+def card_to_keep(repo_id: str, revision: str | None = None, token: str | None = None) -> bool:
+    """Whether the repo has a model card that someone has written or edited."""
+    try:
+        card = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return False
+    return not is_own_card(Path(card).read_text(encoding="utf-8"))
 
 
 class _SamplingPipeline(DiffusionPipeline):
@@ -83,19 +117,37 @@ class _SamplingPipeline(DiffusionPipeline):
         installed (`trust_remote_code=True`), and after being saved again from there.
 
         Args:
-            save_directory: a folder; made if it is not there.
-            push_to_hub: upload it, to the `repo_id` given; `token`, `private`, `commit_message` and `create_pr` as in
-                diffusers.
+            save_directory: a folder; made if it is not there. A README.md in it stays.
+            push_to_hub: upload it, to the `repo_id` given, or of the folder's name; `token`, `private`,
+                `commit_message` and `create_pr` as in `push_to_hub`.
         """
-        upload = {
-            name: kwargs.pop(name, None) for name in ("repo_id", "token", "private", "commit_message", "create_pr")
-        }
+        names = ("repo_id", "token", "private", "commit_message", "create_pr")
+        upload = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         self._carry_code(Path(save_directory))
         if push_to_hub:
-            repo_id, private = upload.pop("repo_id") or Path(save_directory).name, upload.pop("private")
-            repo_id = create_repo(repo_id, exist_ok=True, private=private, token=upload["token"]).repo_id
-            self._upload_folder(save_directory, repo_id, **{**upload, "create_pr": bool(upload["create_pr"])})
+            self._upload(save_directory, **{"repo_id": Path(save_directory).name, **upload})
+
+    def push_to_hub(
+        self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token: str | None = None,
+        create_pr: bool = False, safe_serialization: bool = True, variant: str | None = None,
+    ) -> str:  # fmt: skip
+        """Save into a repo of the Hub, as `save_pretrained`; a model card that someone has written there stays.
+
+        Returns:
+            The commit's address, as huggingface_hub gives it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            return self._upload(folder, repo_id, commit_message, private, token, create_pr)
+
+    def _upload(self, folder, repo_id, commit_message=None, private=None, token=None, create_pr=False) -> str:
+        repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+        return upload_folder(
+            repo_id=repo_id, folder_path=folder, token=token, create_pr=create_pr,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            ignore_patterns=["README.md"] if card_to_keep(repo_id, token=token) else None,
+        )  # fmt: skip
 
     def _carry_code(self, folder: Path) -> None:
         """Put the code of our classes beside what was saved, name it in model_index.json, and take paths out."""
@@ -104,10 +156,10 @@ class _SamplingPipeline(DiffusionPipeline):
         for name, component in self.components.items():
             component = getattr(component, "_orig_mod", component)  # compiled
             if code := _carried_name(type(component)):
-                (folder / name / f"{code}.py").write_text(_source(type(component)))
+                (folder / name / f"{code}.py").write_text(_source(type(component)), encoding="utf-8")
                 index[name] = [code, type(component).__name__]
         if code := _carried_name(type(self)):
-            (folder / f"{code}.py").write_text(_source(type(self)))
+            (folder / f"{code}.py").write_text(_source(type(self)), encoding="utf-8")
             index["_class_name"] = [code, type(self).__name__]
         index.pop("_name_or_path", None)
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -115,18 +167,29 @@ class _SamplingPipeline(DiffusionPipeline):
             config = json.loads(file.read_text())
             if config.pop("_name_or_path", None) is not None:
                 file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if not (card := folder / "README.md").exists():
+            card.write_text(sign_card(FIRST_CARD.format(name=type(self).__name__)), encoding="utf-8")
+
+    # The package reads carried code's names as its own classes, so no trust in a folder's code is needed. Two places:
+    # a download looks for the components' files by the names in the index, and must still find them.
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
-        """The package reads carried code's names as its own classes: no trust in a folder's code is needed."""
         index = super()._dict_from_json_file(json_file)
-        if __name__ != "ddpm_hf.pipeline":
-            return index
-        for name, value in index.items():
-            if isinstance(value, list) and len(value) == 2 and CARRIED.fullmatch(str(value[0])):
-                own = [f"ddpm_hf.{value[0].split('_ddpm_hf_')[0]}", value[1]]
-                index[name] = value[1] if name == "_class_name" else own
+        name = index.get("_class_name")
+        if __name__ == "ddpm_hf.pipeline" and isinstance(name, list) and CARRIED.fullmatch(str(name[0])):
+            index["_class_name"] = name[1]
         return index
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if __name__ == "ddpm_hf.pipeline":
+            for name, value in index.items():
+                if isinstance(value, list) and len(value) == 2 and CARRIED.fullmatch(str(value[0])):
+                    index[name] = [f"ddpm_hf.{value[0].split('_ddpm_hf_')[0]}", value[1]]
+        return loaded
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):

@@ -26,13 +26,16 @@ from tqdm.auto import tqdm
 
 from ddpm_hf import checkpoint
 from ddpm_hf.averaging import WeightAverage
+from ddpm_hf.card import write_card
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.evaluation import EvalSettings, Evaluator
 from ddpm_hf.feed import make_feed, merge_states
 from ddpm_hf.figures import save_image_grid, save_sequence_plot
+from ddpm_hf.hub import check_token, make_publisher, target_of
 from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
+from ddpm_hf.record import RunRecord, data_facts
 from ddpm_hf.scheduler import GaussianScheduler
 from ddpm_hf.seeding import Stream, derive_seed
 from ddpm_hf.stream import Batch, load_item
@@ -52,7 +55,7 @@ class TrainResult:
     already_complete: bool = False
 
 
-def train(config: TrainConfig, dataset=None, model=None) -> TrainResult | None:
+def train(config: TrainConfig, dataset=None, model=None, command: list[str] | None = None) -> TrainResult | None:
     """Train as `config` says; the command-line program is this and a parser.
 
     Args:
@@ -61,6 +64,7 @@ def train(config: TrainConfig, dataset=None, model=None) -> TrainResult | None:
             `ImageDataset` / `SequenceDataset`; None: the one that `config` names.
         model: a model to train instead of a new U-Net: called as model(x_t, t), giving `.sample`, with a diffusers
             configuration; None: `UNet2D` or `UNet1D` by the data.
+        command: the command line that started it, for the model card.
 
     Returns:
         None after a dry run.
@@ -69,17 +73,18 @@ def train(config: TrainConfig, dataset=None, model=None) -> TrainResult | None:
         ValueError: options or data that do not fit, before anything is written.
         TrainingError: a loss that is not finite, or data that cannot be read, in the middle.
     """
-    return Trainer(config, dataset, model).run()
+    return Trainer(config, dataset, model, command).run()
 
 
 class Trainer:
     """One run. `run()` does all; the parts are methods in the order in which they happen."""
 
-    def __init__(self, config: TrainConfig, dataset=None, model=None):
+    def __init__(self, config: TrainConfig, dataset=None, model=None, command: list[str] | None = None):
         self.config = config
         self.folder = Path(config.output_dir)
         self.feed = make_feed(config, dataset)
         self.shape = self.feed.shape
+        self.record = RunRecord(config, data_facts(config, dataset, self.feed.items, self.shape), command)
         torch.manual_seed(derive_seed(config.seed, Stream.WEIGHTS))
         self.scheduler = GaussianScheduler(
             num_train_timesteps=config.ddpm_num_steps,
@@ -178,6 +183,8 @@ class Trainer:
             self._global_batch(1)
             self.accelerator = Accelerator()
             self._make_evaluator()
+            if c.push_to_hub:
+                check_token(target_of(c))
             self.accelerator.print(self.describe())
             return None
         missing = [name for name in c.report_to if name != "none" and importlib.util.find_spec(name) is None]
@@ -213,6 +220,7 @@ class Trainer:
         self._prepare()
         if resumable:
             self._resume()
+        self.publisher = make_publisher(c, acc, say=tqdm.write)
         # only now: a refused resume leaves the folder as it was
         if acc.is_main_process:
             checkpoint.write_text(self.folder / "config.yaml", c.to_yaml())
@@ -220,6 +228,9 @@ class Trainer:
         if self.step >= c.max_train_steps:
             if self.step > c.max_train_steps or not pipeline_dir.exists():
                 self._save_pipeline()
+            if self.publisher is not None and self.publisher.published_step() != self.step:
+                self.publisher.submit(self.step)
+                self.publisher.finish()
             acc.print(f"{self.folder}: the run is complete ({self.step} steps); nothing left to do")
             return TrainResult(pipeline_dir, self.step, already_complete=True)
 
@@ -229,6 +240,7 @@ class Trainer:
         if self.evaluator is not None:
             self.evaluator.prepare()
         acc.print(self.describe() if self.step == 0 else f"resuming {self.folder} after step {self.step}")
+        self.record.start(self._seconds_before)
         place = {"process": acc.process_index, "processes": acc.num_processes}
         batches = iter(
             self.feed.loader(self.step, **place, state=self._feed_state, pin_memory=acc.device.type == "cuda")
@@ -251,6 +263,8 @@ class Trainer:
                         "checkpoint is saved, and the same command goes on from there"
                     )
         acc.end_training()
+        if self.publisher is not None:
+            self.publisher.finish()
         return TrainResult(pipeline_dir, self.step)
 
     def _make_evaluator(self) -> Evaluator | None:
@@ -297,6 +311,7 @@ class Trainer:
         self.evaluation: list[dict] = []  # the newest evaluation, as records
         self.best: dict | None = None  # metric, value and step of the best so far
         self._feed_state: dict = {}  # where the data is read on
+        self._seconds_before = 0.0  # of training, as far as the checkpoint knows
 
     def _start_trackers(self) -> None:
         """A resumed run takes the place of what was logged after its checkpoint."""
@@ -392,6 +407,8 @@ class Trainer:
                 # The pipeline first: a run that is killed between the two saves it again.
                 self._save_pipeline()
                 self._save_checkpoint()
+            if self.publisher is not None and (c.hub_every_save or last):
+                self.publisher.submit(self.step)
 
     @contextlib.contextmanager
     def _writing(self, *errors: type):
@@ -514,6 +531,11 @@ class Trainer:
                 self._pipeline(model).save_pretrained(aside)
                 if self.evaluation:
                     (aside / "evaluation.json").write_text(json.dumps(self.evaluation, indent=1))
+                self.record.write(
+                    aside, self.metrics.read(), self.step, processes=acc.num_processes,
+                    global_batch=self._global_batch(acc.num_processes), mixed_precision=acc.mixed_precision,
+                )  # fmt: skip
+                write_card(aside)
                 checkpoint.replace_folder(aside, self.folder / name)
         acc.wait_for_everyone()
 
@@ -540,6 +562,7 @@ class Trainer:
                 "feed": feed_state, "global_batch": self._global_batch(acc.num_processes),
             }  # fmt: skip
             (aside / "progress.json").write_text(json.dumps(progress))
+            (aside / "clock.json").write_text(json.dumps({"seconds": self.record.seconds()}))
         acc.wait_for_everyone()
         if acc.is_main_process:
             checkpoint.finish(aside, c.checkpoints_total_limit or None)
@@ -575,3 +598,5 @@ class Trainer:
         self.step, self.skipped = progress["step"], progress["skipped_images"]
         self._interval = progress["interval"]
         self.evaluation, self.best = progress.get("evaluation", []), progress.get("best")
+        clock = newest / "clock.json"
+        self._seconds_before = json.loads(clock.read_text())["seconds"] if clock.exists() else 0.0

@@ -43,7 +43,9 @@ def state(folder):
     newest = max((folder / "checkpoints").iterdir())
     kept = ("model.safetensors", "ema.safetensors", "optimizer.bin", "progress.json")
     files += [str((newest / name).relative_to(folder)) for name in kept]
-    files += [str(path.relative_to(folder)) for path in (folder / "best").rglob("*") if path.is_file()]
+    timed = ("README.md", "training.json")  # they say how long it took
+    best = [path for path in (folder / "best").rglob("*") if path.is_file() and path.name not in timed]
+    files += [str(path.relative_to(folder)) for path in best]
     files += [f"samples/{path.name}" for path in (folder / "samples").glob("*")]
     return {name: (folder / name).read_bytes() for name in files}
 

@@ -20,10 +20,13 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig
+from ddpm_hf.card import write_card
 from ddpm_hf.checkpoint import write_text
+from ddpm_hf.config import BUNDLED
 from ddpm_hf.data import build_dataset
 from ddpm_hf.evaluation import EvalSettings, Evaluator
 from ddpm_hf.figures import save_steps_plot
+from ddpm_hf.record import without_folders
 from ddpm_hf.stream import hold_out, load_item
 
 
@@ -89,7 +92,7 @@ def load(config: EvaluateConfig):
 def real_data(config: EvaluateConfig, pipeline):
     """The data, shaped as what the pipeline generates."""
     path, size = Path(config.data), pipeline._size()
-    if config.data in ("digits", "ecg") or not path.exists() or (path.is_dir() and len(size) == 1):
+    if config.data in BUNDLED or not path.exists() or (path.is_dir() and len(size) == 1):
         source = {"dataset_name": config.data}
     else:
         source = {"train_data_dir" if path.is_dir() else "train_data_file": config.data}
@@ -144,7 +147,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     for n in steps:
         values = evaluator(pipeline, n, own)
         accelerator.print(f"{n} steps:\n{evaluator.describe(values)}", flush=True)
-        records += evaluator.records(values, pipeline, n, data=config.data, split=config.dataset_split)
+        records += evaluator.records(values, pipeline, n, data=without_folders(config.data), split=config.dataset_split)
         # it does not depend on the number of sampling steps
         evaluator.metrics = [metric for metric in evaluator.metrics if metric != "held_out_loss"] or evaluator.metrics
     if accelerator.is_main_process:
@@ -180,13 +183,16 @@ def save(records: list[dict], earlier: list[dict], steps: list[int], config: Eva
     kept = [record for record in earlier if settings(record) not in [settings(new) for new in records]]
     write_text(file, json.dumps(kept + records, indent=1))
     print(f"results: {file}")
+    if (folder / "model_index.json").exists():
+        write_card(folder)
     if len(steps) > 1:
         names = list(dict.fromkeys(record["metric"] for record in records))
         names = [name for name in names if "held_out" not in name and not name.endswith("_real")]
         values = {name: [r["value"] for r in records if r["metric"] == name] for name in names}
         picture = folder / "steps-versus-metric.png"
         sampler = records[0]["scheduler"]
-        save_steps_plot(steps, values, f"{config.pipeline}, {sampler}, {config.num_samples:,} samples", picture)
+        title = f"{without_folders(config.pipeline)}, {sampler}, {config.num_samples:,} samples"
+        save_steps_plot(steps, values, title, picture)
         print(f"picture: {picture}")
 
 

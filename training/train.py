@@ -8,6 +8,7 @@ Options come from --config (YAML), then from the command line; --help lists them
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def parse(arguments: list) -> TrainConfig:
     return config
 
 
+def launcher() -> list:
+    """What this process was started with."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return ["torchrun"] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
+    processes = os.environ.get("WORLD_SIZE", "1")
+    return ["accelerate", "launch", *(["--num_processes", processes] if processes != "1" else [])]
+
+
 def main(arguments: list) -> int:
     try:
         config = parse(arguments)
@@ -49,7 +58,7 @@ def main(arguments: list) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        result = train(config)
+        result = train(config, command=[*launcher(), "training/train.py", *arguments])
     except (ValueError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,99 @@
+"""What a run records of itself for the card of its pipeline: data, options, command, machine, time, pictures.
+
+Paths of the machine are left out: the folder of a pipeline is made to be published.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_hf.config import BUNDLED, TrainConfig
+from ddpm_hf.figures import save_loss_plot
+
+
+def without_folders(text: str) -> str:
+    """A path of this machine -> its last name; relative paths and other texts as they are."""
+    path = os.path.expanduser(text)
+    return Path(path).name if os.path.isabs(path) or ".." in Path(path).parts else text
+
+
+def public_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without the folders of the machine."""
+    return {name: without_folders(v) if isinstance(v, str) else v for name, v in options.items()}
+
+
+def public_command(arguments: list[str]) -> str:
+    """A command line in one line, without the folders of the machine."""
+    parts = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        parts.append(name + equals + without_folders(value) if equals else without_folders(argument))
+    return shlex.join(parts)
+
+
+def machine() -> str:
+    """What computes here, as one would say it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return f"{found[1].strip() if found else platform.processor() or platform.machine()}, CPU"
+
+
+def versions() -> dict[str, str]:
+    names = ("ddpm_hf", "torch", "diffusers", "accelerate")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def data_facts(config: TrainConfig, dataset, items: int | None, shape: tuple) -> dict:
+    """The name, number and shape of the data; `hub_id` where it is of the Hub."""
+    given = config.dataset_name or config.train_data_dir or config.train_data_file
+    name = without_folders(given) if given else f"a data set given from Python ({type(dataset).__name__})"
+    on_hub = config.dataset_name and config.dataset_name not in BUNDLED and not Path(config.dataset_name).exists()
+    return {"name": name, "hub_id": name if on_hub else None, "items": items, "shape": list(shape)}
+
+
+class RunRecord:
+    """Facts and time of a run; the time goes on over stops, as far as checkpoints carry it."""
+
+    def __init__(self, config: TrainConfig, data: dict, command: list[str] | None):
+        self.config, self.data, self.command = config, data, command
+        self._before = 0.0
+        self._started = time.monotonic()
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def start(self, before: float) -> None:
+        """The clock runs from now on; `before`: seconds that the run has already taken."""
+        self._before, self._started = before, time.monotonic()
+
+    def write(self, folder: Path, metrics: list[dict], step: int, **more) -> None:
+        """training.json and the pictures, into the folder of the pipeline saved at `step`."""
+        run = Path(self.config.output_dir)
+        pictures = sorted(p for p in (run / "samples").glob("step-*.png") if int(p.stem.split("-")[1]) <= step)
+        if pictures:
+            shutil.copyfile(pictures[-1], folder / "samples.png")
+        losses = [record for record in metrics if "loss" in record and record["step"] <= step]
+        if len(losses) > 1:
+            save_loss_plot(losses, folder / "loss.png")
+        facts = {
+            "name": run.resolve().name, "steps": step, "seconds": round(self.seconds(), 1), "machine": machine(),
+            "samples_step": int(pictures[-1].stem.split("-")[1]) if pictures else None,
+            "versions": versions(), "data": self.data, **more,
+            "command": public_command(self.command) if self.command else None,
+            "options": public_options(dataclasses.asdict(self.config)),
+        }  # fmt: skip
+        (folder / "training.json").write_text(json.dumps(facts, indent=1))
