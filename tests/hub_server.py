@@ -26,7 +26,7 @@ class Repo:
         self.commits = {}  # sha -> {path: sha256}
         self.messages = {}
         self.branches = {"main": self.add({}, "initial commit")}
-        self.pull_requests = 0
+        self.pull_requests, self.authors = 0, {}
 
     def add(self, tree: dict, message: str) -> str:
         sha = hashlib.sha1(json.dumps([tree, message, len(self.commits)]).encode()).hexdigest()
@@ -190,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.hub.url}/{'' if kind == 'models' else kind + '/'}{repo_id}"}
         if (kind, repo_id) in self.hub.repos:
             raise Answer(409, {"error": "You already created this repo", **url})
-        self.hub.repos[kind, repo_id] = Repo(bool(given.get("private")))
+        self.hub.repos[kind, repo_id] = Repo(given.get("private") is True or given.get("visibility") == "private")
         raise Answer(200, url)
 
     def _validate(self, body):
@@ -230,7 +230,8 @@ class Handler(BaseHTTPRequestHandler):
         return repo.commits[sha]
 
     def _batch(self, repo_id, body):
-        self._may_write(repo_id.removeprefix("spaces/"))
+        if self._user() is None:  # a pull request of anyone may bring large files
+            raise Answer(401, {"error": "Unauthorized"})
         objects = []
         for item in json.loads(body)["objects"]:
             actions = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}", "header": {}},
@@ -253,7 +254,8 @@ class Handler(BaseHTTPRequestHandler):
     def _commit(self, kind, repo_id, revision, body):
         repo = self._repo(kind, repo_id)
         as_pr = "create_pr=1" in urlsplit(self.path).query
-        if not as_pr:
+        user = self._user()
+        if not (as_pr and user) and repo.authors.get(unquote(revision)) != user:
             self._may_write(repo_id)
         tree = dict(self._tree_of(repo, revision))
         message = ""
@@ -278,6 +280,7 @@ class Handler(BaseHTTPRequestHandler):
         if as_pr:
             repo.pull_requests += 1
             repo.branches[f"refs/pr/{repo.pull_requests}"] = sha
+            repo.authors[f"refs/pr/{repo.pull_requests}"] = user
             done["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{repo.pull_requests}"
         else:
             repo.branches[unquote(revision)] = sha
