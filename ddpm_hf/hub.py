@@ -9,14 +9,17 @@ import inspect
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import yaml
 from accelerate.utils import broadcast_object_list
+from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
@@ -24,13 +27,22 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from ddpm_hf.card import card_text
 from ddpm_hf.checkpoint import ASIDE, list_checkpoints, write_text
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.pipeline import card_to_keep, is_own_card
+from ddpm_hf.pipeline import DDPMPipeline, DDPMPipeline1D, card_to_keep, is_own_card
 from ddpm_hf.record import public_options
 
 RETRY_AFTER = (2, 10, 60)  # seconds
 # Of an earlier upload, where this one has no file of that name: code of another version, shards of other sizes.
 STALE = ("pipeline_ddpm_hf_*.py", "*/*_ddpm_hf_*.py", "*/*-?????-of-?????.safetensors", "*/*.safetensors.index.json",
          "training_state/*", "samples.png", "loss.png", "training.json", "evaluation.json")  # fmt: skip
+
+SPACE_APP = '''"""The page of {repo_id}, with the code that lies in that repo."""
+
+from diffusers import DiffusionPipeline
+from page import build_page
+
+if __name__ == "__main__":
+    build_page(DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True), "{title}").launch()
+'''
 
 
 @dataclass(frozen=True)
@@ -172,6 +184,71 @@ def _may_pass(error: Exception) -> bool:
 def _short(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+def load_pipeline(place: str) -> DDPMPipeline | DDPMPipeline1D:
+    """Whichever of the two lies in a folder or in a repo of the Hub.
+
+    Raises:
+        ValueError: none can be loaded from there.
+    """
+    try:
+        kind = DiffusionPipeline.load_config(place)["_class_name"]
+        kind = (kind[1] if isinstance(kind, list) else kind).split(".")[-1]
+        return {"DDPMPipeline1D": DDPMPipeline1D}.get(kind, DDPMPipeline).from_pretrained(place)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"the pipeline {place!r} cannot be loaded: {error}") from error
+
+
+def write_space(folder: Path, repo_id: str, title: str) -> None:
+    """A Space that serves the page of a published pipeline: app.py, page.py, requirements.txt, README.md.
+
+    Args:
+        folder: an empty one, or one that is not there yet.
+        repo_id: of the pipeline.
+        title: of the page.
+
+    Raises:
+        ValueError: the folder holds something.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"a Space is written into a new or empty folder, {folder} is not")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "app.py").write_text(SPACE_APP.format(repo_id=repo_id, title=title), encoding="utf-8")
+    shutil.copyfile(Path(__file__).with_name("page.py"), folder / "page.py")
+    needed = ("torch", "diffusers", "accelerate", "safetensors", "matplotlib", "numpy", "pillow")
+    lines = [f"{name}>={metadata.version(name).split('+')[0]}" for name in needed]
+    (folder / "requirements.txt").write_text("\n".join(lines) + "\n")
+    head = {"title": title, "sdk": "gradio", "app_file": "app.py", "models": [repo_id]}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        head["sdk_version"] = metadata.version("gradio")
+    text = f"---\n{yaml.safe_dump(head, sort_keys=False)}---\nA page to try [{repo_id}](https://huggingface.co/{repo_id}).\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def publish_space(space_id: str, target: Target) -> str:
+    """Write the Space of a published pipeline into a Space repo, in one commit; its address.
+
+    Raises:
+        ValueError: as `open_repo`; or the Space has other files than such a Space's.
+    """
+    space, api = check_token(Target(space_id, private=target.private)), HfApi()
+    with _as_value_error(f"{space.repo_id} cannot be published to"):
+        api.create_repo(space.repo_id, repo_type="space", space_sdk="gradio", private=space.private, exist_ok=True)
+    present = set(api.list_repo_files(space.repo_id, repo_type="space"))
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "space"
+        write_space(place, target.repo_id, target.repo_id.split("/")[-1])
+        files = sorted(place.iterdir())
+        others = present - {f.name for f in files} - {".gitattributes"}
+        if others:
+            raise ValueError(
+                f"{space.repo_id} holds another Space ({', '.join(sorted(others)[:3])}): choose a new name"
+            )
+        operations = [CommitOperationAdd(f.name, str(f)) for f in files]
+        message = f"The page of {target.repo_id}"
+        api.create_commit(space.repo_id, operations, commit_message=message, repo_type="space")
+    return f"{api.endpoint}/spaces/{space.repo_id}"
 
 
 def target_of(config: TrainConfig) -> Target:

@@ -16,16 +16,17 @@ from pathlib import Path
 
 import diffusers
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from transformers import HfArgumentParser
 
-from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig
+from ddpm_hf import GaussianScheduler, TrainConfig
 from ddpm_hf.card import write_card
 from ddpm_hf.checkpoint import write_text
 from ddpm_hf.config import BUNDLED
 from ddpm_hf.data import build_dataset
 from ddpm_hf.evaluation import EvalSettings, Evaluator
 from ddpm_hf.figures import save_steps_plot
+from ddpm_hf.hub import load_pipeline
 from ddpm_hf.record import without_folders
 from ddpm_hf.stream import hold_out, load_item
 
@@ -73,12 +74,7 @@ def load(config: EvaluateConfig):
     Raises:
         ValueError: no such pipeline or scheduler.
     """
-    try:
-        kind = DiffusionPipeline.load_config(config.pipeline)["_class_name"]
-        kind = (kind[1] if isinstance(kind, list) else kind).split(".")[-1]
-        pipeline = {"DDPMPipeline1D": DDPMPipeline1D}.get(kind, DDPMPipeline).from_pretrained(config.pipeline)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"--pipeline {config.pipeline!r} cannot be loaded: {error}") from error
+    pipeline = load_pipeline(config.pipeline)
     own = pipeline.scheduler
     if config.sampler is not None:
         scheduler = getattr(diffusers, config.sampler, None)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ddpm_hf.card import Parts
-from ddpm_hf.hub import Target, open_repo, publish_with_patience
+from ddpm_hf.hub import Target, open_repo, publish_space, publish_with_patience
 
 
 def main(arguments: list) -> int:
@@ -24,6 +24,7 @@ def main(arguments: list) -> int:
     parser.add_argument("--hub_license", help="Licence of the weights, by its name on the Hub. Default: not stated.")
     parser.add_argument("--hub_upload_state", action="store_true",
                         help="The newest checkpoint of its run too, in training_state/.")  # fmt: skip
+    parser.add_argument("--space", help="Make this Space, 'user/name' or 'name', with a page to try the pipeline too.")
     parser.add_argument("--message", default="Upload pipeline", help="Of the commit. Default: %(default)s.")
     given = parser.parse_args(arguments)
     target = Target(given.hub_model_id, given.hub_revision, given.create_pr, given.hub_private_repo, given.hub_license)
@@ -32,10 +33,12 @@ def main(arguments: list) -> int:
         target = open_repo(target)
         run = given.pipeline.resolve().parent if given.hub_upload_state else None
         done = publish_with_patience(given.pipeline, target, given.message, run=run)
+        print(f"published: {done['url']}")
+        if given.space:
+            print(f"page: {publish_space(given.space, target)}")
     except Exception as error:  # the client's own kinds, and those of the HTTP library that it uses
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"published: {done['url']}")
     return 0
 
 
