@@ -71,6 +71,8 @@ class Parts:
     def _count_parameters(self) -> int:
         """From the headers of the weights' files, which tell a truncated file too."""
         files = sorted((self.folder / "unet").glob("*.safetensors"))
+        whole = re.compile(r"[^.]+\.safetensors")  # else a variant of the same weights: .fp16.safetensors
+        files = [file for file in files if whole.fullmatch(file.name)] or files
         if not files:
             raise ValueError(f"{self.folder} must be the folder of a saved pipeline: it has no weights in unet/")
         total = 0

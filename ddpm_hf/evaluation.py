@@ -31,6 +31,7 @@ from ddpm_hf.metrics import (
     sliced_wasserstein,
     too_close,
 )
+from ddpm_hf.record import without_folders
 from ddpm_hf.seeding import Stream, derive_seed
 from ddpm_hf.stream import Part, TrainingView, collate, underlying
 
@@ -389,7 +390,7 @@ class Evaluator:
             "seed": self.settings.seed,
         }  # fmt: skip
         if self.network is not None:
-            settings |= {"feature_network": self.network.name, "feature_digest": self.network.digest}
+            settings |= {"feature_network": without_folders(self.network.name), "feature_digest": self.network.digest}
         held_out = {"num_held_out": len(self.held_out)} if self.held_out is not None else {}
         return [
             {"metric": name, "value": value, **more, **settings, **(held_out if "held_out" in name else {})}

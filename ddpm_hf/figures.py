@@ -52,6 +52,8 @@ def save_loss_plot(records: list[dict], path: Path) -> None:
     axis = figure.subplots()
     axis.plot([record["step"] for record in records], [record["loss"] for record in records], linewidth=1.1)
     axis.set_yscale("log")
+    for plain in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        plain(lambda value, _: f"{value:g}")
     axis.set_xlabel("optimizer steps")
     axis.set_ylabel("training loss")
     axis.grid(alpha=0.25, which="both")

@@ -171,7 +171,7 @@ def build_page(pipe, title: str) -> gr.Blocks:
             steps = gr.Number(min(page.steps, total), label=f"Steps (1 to {total})", elem_id="steps")
             seed = gr.Number(0, label="Seed", elem_id="seed")
             eta = gr.Number(0, label="Eta: DDIM's noise (0 to 1)", elem_id="eta")
-            sampler = gr.Dropdown([OWN, *STOCK], value=OWN, label="Sampler", elem_id="sampler")
+        sampler = gr.Dropdown([OWN, *STOCK], value=OWN, label="Sampler", elem_id="sampler")
         with gr.Tab("Samples"):
             button = gr.Button("Generate", variant="primary", elem_id="generate")
             samples = gr.Image(label="Samples", format="png", elem_id="samples")
@@ -183,7 +183,8 @@ def build_page(pipe, title: str) -> gr.Blocks:
                 other = gr.Number(1, label="Other seed", elem_id="other")
                 points = gr.Number(8, label=f"Points (2 to {MOST_POINTS})", elem_id="points")
             walk = gr.Button("Interpolate", variant="primary", elem_id="walk")
-            line = gr.Image(label="First sample of one seed to that of the other", format="png", elem_id="line")
+            gr.Markdown("From the first sample of one seed to that of the other.")
+            line = gr.Image(show_label=False, format="png", elem_id="line")
         trajectory = gr.State()
         button.click(page.generate, [count, steps, sampler, seed, eta], [samples, trajectory, step, frame])
         step.input(page.look_back, [trajectory, step], frame, trigger_mode="always_last", show_progress="hidden")

@@ -110,6 +110,9 @@ def test_program(trained, tmp_path):
     done = run_program(program, path, "--output_dir", "mine", "--image_size", "8", "16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "dim_mults: [1, 2]" in done.stdout and "sample_size: [8, 16] (given)" in done.stdout
+    index = (tmp_path / "mine" / "model_index.json").read_text()
+    assert "pipeline_ddpm_hf_" in index and str(tmp_path) not in index  # the form that loads without the package
+    assert list((tmp_path / "mine" / "unet").glob("unet_ddpm_hf_*.py"))
     pipe = DDPMPipeline.from_pretrained(tmp_path / "mine")
     pipe.set_progress_bar_config(disable=True)
     assert pipe().images[0].size == (16, 8)

@@ -90,7 +90,11 @@ def test_trained_published_and_loaded_in_every_way(hub, at, tmp_path):
         assert str(tmp_path).encode() not in content and b"hf_alice" not in content
     assert not any("training_state" in name or "optimizer" in name for name in published)
     card = published["README.md"].decode()
-    assert validate_card(card) == [] and 'from_pretrained("alice/digits")' in card
+    validate = "import sys; from huggingface_hub import ModelCard; ModelCard(open(sys.argv[1]).read()).validate()"
+    assert at("-c", validate, tmp_path / "run" / "pipeline" / "README.md").returncode == 0
+    (tmp_path / "bad.md").write_text(card.replace("pipeline_tag: ", "pipeline_tag: my-"))
+    assert '"pipeline_tag" must be a known task' in at("-c", validate, tmp_path / "bad.md").stderr
+    assert 'from_pretrained("alice/digits")' in card
 
     for way in ("ours", "parts", "DiffusionPipeline", "DDPMPipeline"):
         loaded = at("-c", LOAD, way, "alice/digits", "main", token=None, home=f"home {way}")
@@ -104,6 +108,30 @@ def test_trained_published_and_loaded_in_every_way(hub, at, tmp_path):
         loaded = at("-c", LOAD, "DiffusionPipeline", "alice/digits", revision, token=None, home="home new")
         assert loaded.stdout.split()[-1] == digest, loaded.stderr
     assert "training.json" not in hub.files("alice/digits")  # how the changed one was trained is not known
+
+
+def test_sequences_by_name(hub, at, tmp_path):
+    pipe = make("sequences")
+    pipe.save_pretrained(tmp_path / "saved")
+    assert publish(at, tmp_path / "saved").returncode == 0
+    for way, code in (("ours", LOAD.replace("ddpm_hf.DDPMPipeline.", "ddpm_hf.DDPMPipeline1D.")), ("stock", LOAD)):
+        code = code.replace("ddpm_hf.UNet2D", "ddpm_hf.UNet1D")
+        name = "ours" if way == "ours" else "DiffusionPipeline"
+        loaded = at("-c", code, name, "alice/digits", "main", token=None, home=way)
+        assert loaded.returncode == 0 and loaded.stdout.split()[-1] == samples(pipe), loaded.stderr
+
+
+def test_two_processes_publish_once(hub, at, tmp_path):
+    """And where the Hub refuses, both end."""
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", TRAIN, *OPTIONS, "--output_dir=run"]
+    launch += ["--train_batch_size=2", "--push_to_hub", "--hub_model_id=alice/digits"]
+    cpu = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = at(*launch, token="hf_wrong", **cpu)
+    assert done.returncode != 0 and "does not accept the token" in done.stderr and not hub.repos
+    done = at(*launch, **cpu)
+    assert done.returncode == 0, done.stderr
+    assert [path for method, path, _ in hub.requests if "/commit/" in path] == ["/api/models/alice/digits/commit/main"]
+    assert "2 processes" in hub.files("alice/digits")["README.md"].decode()
 
 
 def test_the_code_in_a_card_runs(hub, at, tmp_path):
