@@ -47,7 +47,7 @@ def between(a: torch.Tensor, b: torch.Tensor, points: int) -> torch.Tensor:
     """`points` noises on the great circle from a to b: (C, ...) each -> (points, C, ...), of the norm of noise."""
     cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1 + 1e-6, 1 - 1e-6)
     angle = torch.arccos(cosine)
-    weights = torch.linspace(0, 1, points).view(-1, *(1,) * a.ndim)
+    weights = torch.linspace(0, 1, points, dtype=a.dtype).view(-1, *(1,) * a.ndim)
     return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
 
 

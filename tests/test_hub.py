@@ -21,28 +21,52 @@ from ddpm_hf.hub import Publisher, Target
 TRAIN = ROOT / "training" / "train.py"
 OPTIONS = [f"--{name}={value}" for name, value in SMALL.items() if not isinstance(value, list)]
 OPTIONS += ["--dim_mults", "1", "2", "--dataset_name=digits"]
-# Sample from a repo by its name; prints a digest. "ours": the package's class; else a stock one, without the package.
+# Sample from repos by name; prints a digest of each. "ours" and "parts": the package's classes; else stock ones, in a
+# process where the package cannot be imported. Arguments: class, and (way, name, revision) as JSON.
 LOAD = """
-import hashlib, sys
-way, name, revision = sys.argv[1:4]
-if way != "ours":
+import hashlib, json, sys
+ours, calls = sys.argv[1], json.loads(sys.argv[2])
+if calls[0][0] not in ("ours", "parts"):
     sys.modules["ddpm_hf"] = None
 import numpy as np, torch, diffusers
-if way == "ours":
-    import ddpm_hf
-    pipe = ddpm_hf.DDPMPipeline.from_pretrained(name, revision=revision)
-    assert type(pipe.unet) is ddpm_hf.UNet2D
-elif way == "parts":
-    sys.modules.pop("ddpm_hf")
-    from ddpm_hf import DDPMPipeline, GaussianScheduler, UNet2D
-    options = {"revision": revision}
-    unet = UNet2D.from_pretrained(name, subfolder="unet", **options)
-    pipe = DDPMPipeline(unet, GaussianScheduler.from_pretrained(name, subfolder="scheduler", **options), 3)
-else:
-    pipe = getattr(diffusers, way).from_pretrained(name, trust_remote_code=True, revision=revision)
-pipe.set_progress_bar_config(disable=True)
-out = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="np", return_dict=False)[0]
-print(hashlib.sha256(np.ascontiguousarray(out)).hexdigest())
+for way, name, revision in calls:
+    if way in ("ours", "parts"):
+        import ddpm_hf
+        cls = getattr(ddpm_hf, ours)
+    if way == "ours":
+        pipe = cls.from_pretrained(name, revision=revision)
+        assert type(pipe.unet) in (ddpm_hf.UNet2D, ddpm_hf.UNet1D)
+    elif way == "parts":
+        unet = ddpm_hf.UNet2D.from_pretrained(name, subfolder="unet", revision=revision)
+        scheduler = ddpm_hf.GaussianScheduler.from_pretrained(name, subfolder="scheduler", revision=revision)
+        pipe = cls(unet, scheduler, 3)
+    else:
+        pipe = getattr(diffusers, way).from_pretrained(name, trust_remote_code=True, revision=revision)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="np", return_dict=False)[0]
+    print("digest", hashlib.sha256(np.ascontiguousarray(out)).hexdigest())
+"""
+
+# Programs, one after the other in one process: imports take longer than what is tested here. A call is
+# [token, program, arguments...]; a program that ends in .py, or code.
+SESSION = """
+import contextlib, io, json, os, runpy, sys
+import ddpm_hf.hub
+from accelerate.state import AcceleratorState
+ddpm_hf.hub.RETRY_AFTER = (0, 0, 0)
+results = []
+for token, program, *arguments in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token or ""
+    sys.argv = [program, *arguments]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(program, run_name="__main__") if program.endswith(".py") else exec(program, {})
+        except SystemExit as end:
+            status = end.code or 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    results.append([status, out.getvalue() + err.getvalue()])
+print(json.dumps(results))
 """
 
 
@@ -63,8 +87,36 @@ def at(hub, tmp_path):
     return run
 
 
+@pytest.fixture
+def session(at):
+    """Runs calls in one process; gives (status, what was printed) of each."""
+
+    def run(*calls):
+        done = at("-c", SESSION, json.dumps([[c if c is None else str(c) for c in call] for call in calls]))
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def load(at):
+    """Digests of samples from repos, by (way, name, revision), without a token."""
+
+    def run(*calls, cls="DDPMPipeline", home="home of a reader"):
+        done = at("-c", LOAD, cls, json.dumps(calls), token=None, home=home)
+        assert done.returncode == 0, done.stderr
+        return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("digest")]
+
+    return run
+
+
+PUBLISH = ROOT / "training" / "publish.py"
+TO_DIGITS = ["--hub_model_id", "alice/digits"]
+
+
 def publish(at, folder, *more, **options):
-    return at(ROOT / "training" / "publish.py", folder, "--hub_model_id", "alice/digits", *more, **options)
+    return at(PUBLISH, folder, *TO_DIGITS, *more, **options)
 
 
 def samples(pipe):
@@ -73,10 +125,10 @@ def samples(pipe):
     return hashlib.sha256(np.ascontiguousarray(out)).hexdigest()
 
 
-def test_trained_published_and_loaded_in_every_way(hub, at, tmp_path):
+def test_trained_published_and_loaded_in_every_way(hub, at, load, session, tmp_path):
     """Trained with --push_to_hub; every way of loading gives the samples of the local folder; so does the old revision
     after other weights were pushed."""
-    done = at(TRAIN, *OPTIONS, "--output_dir=run", "--push_to_hub", "--hub_model_id=alice/digits")
+    done = at(TRAIN, *OPTIONS, "--output_dir=run", "--push_to_hub", *TO_DIGITS)
     assert done.returncode == 0, done.stderr
     assert "published step 4" in done.stderr + done.stdout
     pipe = DDPMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
@@ -90,35 +142,34 @@ def test_trained_published_and_loaded_in_every_way(hub, at, tmp_path):
         assert str(tmp_path).encode() not in content and b"hf_alice" not in content
     assert not any("training_state" in name or "optimizer" in name for name in published)
     card = published["README.md"].decode()
-    validate = "import sys; from huggingface_hub import ModelCard; ModelCard(open(sys.argv[1]).read()).validate()"
-    assert at("-c", validate, tmp_path / "run" / "pipeline" / "README.md").returncode == 0
-    (tmp_path / "bad.md").write_text(card.replace("pipeline_tag: ", "pipeline_tag: my-"))
-    assert '"pipeline_tag" must be a known task' in at("-c", validate, tmp_path / "bad.md").stderr
     assert 'from_pretrained("alice/digits")' in card
 
-    for way in ("ours", "parts", "DiffusionPipeline", "DDPMPipeline"):
-        loaded = at("-c", LOAD, way, "alice/digits", "main", token=None, home=f"home {way}")
-        assert loaded.returncode == 0 and loaded.stdout.split()[-1] == expected, (way, loaded.stderr)
+    for ways in (("ours", "parts"), ("DiffusionPipeline",), ("DDPMPipeline",)):
+        digests = load(*((way, "alice/digits", "main") for way in ways), home=f"home {ways[0]}")
+        assert digests == [expected] * len(ways), ways
 
     with torch.no_grad():
         next(pipe.unet.parameters()).add_(0.5)
     pipe.save_pretrained(tmp_path / "changed")
-    assert publish(at, tmp_path / "changed").returncode == 0
-    for revision, digest in (("main", samples(pipe)), (first, expected)):
-        loaded = at("-c", LOAD, "DiffusionPipeline", "alice/digits", revision, token=None, home="home new")
-        assert loaded.stdout.split()[-1] == digest, loaded.stderr
+    (tmp_path / "bad.md").write_text(card.replace("pipeline_tag: ", "pipeline_tag: my-"))
+    validate = "from huggingface_hub import ModelCard; print(ModelCard(open('FILE').read()).validate())"
+    whole, bad, publish = session(
+        ["hf_alice", validate.replace("FILE", "run/pipeline/README.md")],
+        ["hf_alice", f"try:\n {validate.replace('FILE', 'bad.md')}\nexcept ValueError as error:\n print(error)"],
+        ["hf_alice", PUBLISH, "changed", *TO_DIGITS],
+    )
+    assert whole == [0, "None\n"] and "must be a known task" in bad[1] and publish[0] == 0
+    both = load(("DiffusionPipeline", "alice/digits", "main"), ("DiffusionPipeline", "alice/digits", first))
+    assert both == [samples(pipe), expected]
     assert "training.json" not in hub.files("alice/digits")  # how the changed one was trained is not known
 
 
-def test_sequences_by_name(hub, at, tmp_path):
+def test_sequences_by_name(hub, at, load, tmp_path):
     pipe = make("sequences")
     pipe.save_pretrained(tmp_path / "saved")
     assert publish(at, tmp_path / "saved").returncode == 0
-    for way, code in (("ours", LOAD.replace("ddpm_hf.DDPMPipeline.", "ddpm_hf.DDPMPipeline1D.")), ("stock", LOAD)):
-        code = code.replace("ddpm_hf.UNet2D", "ddpm_hf.UNet1D")
-        name = "ours" if way == "ours" else "DiffusionPipeline"
-        loaded = at("-c", code, name, "alice/digits", "main", token=None, home=way)
-        assert loaded.returncode == 0 and loaded.stdout.split()[-1] == samples(pipe), loaded.stderr
+    for way in ("ours", "DiffusionPipeline"):
+        assert load((way, "alice/digits", "main"), cls="DDPMPipeline1D") == [samples(pipe)]
 
 
 def test_two_processes_publish_once(hub, at, tmp_path):
@@ -142,29 +193,29 @@ def test_the_code_in_a_card_runs(hub, at, tmp_path):
     ours, stock = (part.split("```")[0] for part in card.split("```python\n")[1:])
     show = "\nimport numpy as np; print([np.asarray(image).sum() for image in images])"
     without = "import sys; sys.modules['ddpm_hf'] = None\n"
-    runs = [at("-c", code + show, token=None) for code in (ours, without + stock)]
-    assert runs[0].returncode == 0 and runs[0].stdout.splitlines()[-1] == runs[1].stdout.splitlines()[-1], runs[
-        1
-    ].stderr
-    refused = at("-c", without + stock.replace(", trust_remote_code=True", ""), token=None, home="other")
-    assert refused.returncode != 0 and "trust_remote_code" in refused.stderr
+    untrusted = stock.replace(", trust_remote_code=True", "").replace("\n", "\n    ")
+    untrusted = f"try:\n    {untrusted}\nexcept ValueError as error:\n    assert 'trust_remote_code' in str(error)\n"
+    runs = [at("-c", code + show, token=None) for code in (ours, without + untrusted + "else: raise\n" + stock)]
+    assert runs[0].returncode == runs[1].returncode == 0, runs[0].stderr + runs[1].stderr
+    assert runs[0].stdout.splitlines()[-1] == runs[1].stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("token", "says"),
-    [("hf_wrong", "does not accept the token"), (None, "needs a token"), ("hf_reader", "may only read"),
-     ("hf_bob", "cannot be published to")],
-)  # fmt: skip
-def test_refused_before_training(token, says, hub, at, tmp_path):
-    run = [TRAIN, *OPTIONS, "--output_dir=run", "--push_to_hub", "--hub_model_id=alice/digits"]
-    for more in ([], ["--dry_run"])[: 1 if token == "hf_bob" else 2]:
-        done = at(*run, *more, token=token)
-        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
-        assert not (tmp_path / "run" / "config.yaml").exists() and not hub.repos
+REFUSED = [("hf_wrong", "does not accept the token"), (None, "needs a token"), ("hf_reader", "may only read"),
+           ("hf_bob", "cannot be published to")]  # fmt: skip
+
+
+def test_refused_before_training(hub, session, tmp_path):
     make("images").save_pretrained(tmp_path / "saved")
     before = {p: p.read_bytes() for p in (tmp_path / "saved").rglob("*") if p.is_file()}
-    done = publish(at, tmp_path / "saved", token=token)
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr and not hub.repos
+    train = [TRAIN, *OPTIONS, "--output_dir=run", "--push_to_hub", *TO_DIGITS]
+    calls = []
+    for token, says in REFUSED:
+        calls += [((token, *train), says), ((token, PUBLISH, "saved", *TO_DIGITS), says)]
+        if token != "hf_bob":  # where one may write is not asked without a repo
+            calls.append(((token, *train, "--dry_run"), says))
+    for (status, said), (call, says) in zip(session(*(call for call, _ in calls)), calls, strict=True):
+        assert status == 2 and says in said and "Traceback" not in said, (call, said)
+    assert not hub.repos and not (tmp_path / "run" / "config.yaml").exists()
     assert before == {p: p.read_bytes() for p in (tmp_path / "saved").rglob("*") if p.is_file()}
 
 
@@ -181,69 +232,63 @@ def test_a_lost_connection_is_tried_again(hub, at, tmp_path):
     assert [len(tree) > 0 for tree in repo.commits.values()] == [False, True]
 
 
-def test_an_upload_that_fails_does_not_end_the_run(hub, at, tmp_path):
+def test_an_upload_that_fails_does_not_end_the_run(hub, session, tmp_path):
     """Every attempt fails: training ends well, the files are whole, nothing is published; the same command uploads."""
     hub.fail_next("POST", "/commit/", how=503, times=4)
-    quick = "import ddpm_hf.hub as h; h.RETRY_AFTER = (0, 0, 0); import runpy, sys; "
-    program = quick + f"sys.argv = sys.argv[1:]; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
-    arguments = ["train.py", *OPTIONS, "--output_dir=run", "--push_to_hub", "--hub_model_id=alice/digits"]
-    done = at("-c", program, *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "step 4 could not be published on alice/digits" in done.stderr + done.stdout
-    assert hub.files("alice/digits") == {} and not (tmp_path / "run" / "published.json").exists()
-    again = at("-c", program, *arguments)
-    assert again.returncode == 0 and "published step 4" in again.stderr + again.stdout
-    assert "nothing left to do" in again.stdout and "model_index.json" in hub.files("alice/digits")
-    commits = len(hub.repos["models", "alice/digits"].commits)
-    assert at("-c", program, *arguments).returncode == 0  # a third time: it is there already
-    assert len(hub.repos["models", "alice/digits"].commits) == commits
+    train = ["hf_alice", TRAIN, *OPTIONS, "--output_dir=run", "--push_to_hub", *TO_DIGITS]
+    look = "import pathlib; print(pathlib.Path('run/published.json').exists())"
+    done, noted, again, third = session(train, [None, look], train, train)
+    assert done[0] == 0 and "step 4 could not be published on alice/digits" in done[1], done
+    assert noted[1].strip() == "False" and DDPMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert again[0] == 0 and "published step 4" in again[1] and "nothing left to do" in again[1]
+    assert third[0] == 0 and "published" not in third[1]  # it is there already
+    assert "model_index.json" in hub.files("alice/digits")
+    assert [status for _, path, status in hub.requests if "/commit/" in path] == [503] * 4 + [200]
 
 
-def test_every_save_with_state_on_a_branch_of_a_private_repo(hub, at, tmp_path):
+def test_every_save_with_state_on_a_branch_of_a_private_repo(hub, session, tmp_path):
     """The state that was uploaded is that which a run goes on from, elsewhere, to the same bits."""
-    more = ["--checkpointing_steps=2", "--hub_every_save", "--hub_upload_state", "--hub_private_repo=True"]
-    more += ["--hub_revision=trial", "--push_to_hub", "--hub_model_id=digits"]
-    run = [*OPTIONS, "--lr_scheduler=constant"]
-    done = at(TRAIN, *run, "--output_dir=run", *more)
-    assert done.returncode == 0, done.stderr
+    run = ["hf_alice", TRAIN, *OPTIONS, "--lr_scheduler=constant", "--checkpointing_steps=2"]
+    more = ["--hub_every_save", "--hub_upload_state", "--hub_private_repo=True", "--hub_revision=trial"]
+    ((status, said),) = session([*run, "--output_dir=run", *more, "--push_to_hub", "--hub_model_id=digits"])
+    assert status == 0 and "published step 4" in said, said
     repo = hub.repos["models", "alice/digits"]
-    assert repo.private and hub.files("alice/digits") == {}
-    said = done.stderr + done.stdout
-    assert "published step 4" in said and "Training step 4" in repo.messages.values()
+    assert repo.private and hub.files("alice/digits") == {} and "Training step 4" in repo.messages.values()
     files = hub.files("alice/digits", "trial")
     state = {name for name in files if name.startswith("training_state/")}
     assert {f"training_state/checkpoints/step-000004/{n}" for n in ("optimizer.bin", "progress.json")} <= state
-    assert not any("step-000002" in name for name in files)
-    folders = tmp_path / "run", tmp_path / "elsewhere" / "training_state"
+    assert not any("step-000002" in name or str(tmp_path).encode() in files[name] for name in files)
     for name in state:
-        (tmp_path / "elsewhere" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "elsewhere" / name).write_bytes(files[name])
-    for folder in folders:
-        done = at(TRAIN, *run, f"--output_dir={folder}", "--checkpointing_steps=2", "--max_train_steps=6")
-        assert done.returncode == 0 and "after step 4" in done.stdout, done.stderr
-    weights = [f / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors" for f in folders]
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(files[name])
+    folders = "run", "training_state"
+    for status, said in session(*([*run, f"--output_dir={folder}", "--max_train_steps=6"] for folder in folders)):
+        assert status == 0 and "after step 4" in said, said
+    weights = [tmp_path / f / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors" for f in folders]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_a_pull_request_is_one_a_run(hub, at, tmp_path):
+def test_a_pull_request_is_one_a_run(hub, session, tmp_path):
     """Bob has no right to write: his run opens a pull request, and its second save goes there too."""
     make("images").save_pretrained(tmp_path / "saved")
-    assert publish(at, tmp_path / "saved").returncode == 0
+    train = ["hf_bob", TRAIN, *OPTIONS, "--output_dir=run", "--push_to_hub", *TO_DIGITS, "--create_pr"]
+    train += ["--lr_scheduler=constant"]
+    runs = [[*train, f"--max_train_steps={steps}"] for steps in (2, 4)]
+    first, *others = session(["hf_alice", PUBLISH, "saved", *TO_DIGITS], *runs)
+    assert first[0] == 0
+    for steps, (status, said) in zip((2, 4), others):
+        assert status == 0 and f"published step {steps}" in said, said
     repo = hub.repos["models", "alice/digits"]
-    main = repo.branches["main"]
-    more = ["--push_to_hub", "--hub_model_id=alice/digits", "--create_pr", "--lr_scheduler=constant"]
-    for steps in (2, 4):
-        done = at(TRAIN, *OPTIONS, "--output_dir=run", *more, f"--max_train_steps={steps}", token="hf_bob")
-        assert done.returncode == 0 and f"published step {steps}" in done.stderr + done.stdout, done.stderr
     noted = json.loads((tmp_path / "run" / "published.json").read_text())
     assert noted["pull_request"] == "refs/pr/1" and noted["step"] == 4
-    assert repo.branches["main"] == main and repo.pull_requests == 1
+    assert "training.json" not in hub.files("alice/digits") and repo.pull_requests == 1
     assert json.loads(hub.files("alice/digits", "refs/pr/1")["training.json"])["steps"] == 4
 
 
-def test_an_edited_card_stays(hub, at, tmp_path):
+def test_an_edited_card_stays(hub, session, tmp_path):
     make("images").save_pretrained(tmp_path / "saved")
-    assert publish(at, tmp_path / "saved").returncode == 0
+    publish = ["hf_alice", PUBLISH, "saved", *TO_DIGITS]
+    assert session(publish)[0][0] == 0
     repo = hub.repos["models", "alice/digits"]
     tree = dict(repo.commits[repo.branches["main"]])
     edited = hub.files("alice/digits")["README.md"].replace(b"## Model", b"## My words\n\n## Model")
@@ -252,17 +297,13 @@ def test_an_edited_card_stays(hub, at, tmp_path):
     tree["unet/unet_ddpm_hf_0_0_1.py"] = tree["README.md"]  # code of an older version
     hub.blobs[tree["README.md"]] = edited
     repo.branches["main"] = repo.add(tree, "by hand")
-    push = (
-        "import sys; from ddpm_hf import DDPMPipeline as P; P.from_pretrained(sys.argv[1]).push_to_hub('alice/digits')"
-    )
-    assert publish(at, tmp_path / "saved").returncode == 0
-    done = at("-c", push, tmp_path / "saved")
-    assert done.returncode == 0, done.stderr
+    push = "import ddpm_hf; ddpm_hf.DDPMPipeline.from_pretrained('saved').push_to_hub('alice/digits')"
+    assert [status for status, _ in session(publish, ["hf_alice", push])] == [0, 0]
     files = hub.files("alice/digits")
     assert files["README.md"] == edited and "notes.txt" in files and "unet/unet_ddpm_hf_0_0_1.py" not in files
 
 
-def test_pushed_from_python_it_loads_everywhere(hub, at, tmp_path):
+def test_pushed_from_python_it_loads_everywhere(hub, at, load, tmp_path):
     """`push_to_hub` and `save_pretrained(push_to_hub=True)` leave the one form, with a first card."""
     pipe = make("images")
     pipe.save_pretrained(tmp_path / "saved")
@@ -275,18 +316,17 @@ def test_pushed_from_python_it_loads_everywhere(hub, at, tmp_path):
     assert hub.repos["models", "alice/one"].private
     for name in ("alice/one", "alice/two"):
         assert validate_card(hub.files(name)["README.md"].decode()) == []
-        loaded = at("-c", LOAD, "DiffusionPipeline", name, "main")
-        assert loaded.stdout.split()[-1] == samples(pipe), loaded.stderr
+    hub.repos["models", "alice/one"].private = False
+    assert load(*(("DiffusionPipeline", f"alice/{n}", "main") for n in ("one", "two"))) == [samples(pipe)] * 2
 
 
-def test_a_damaged_folder_is_not_published(hub, at, tmp_path):
+def test_a_damaged_folder_is_not_published(hub, session, tmp_path):
     make("images").save_pretrained(tmp_path / "saved")
     weights = tmp_path / "saved" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
-    done = publish(at, tmp_path / "saved")
-    assert done.returncode == 2 and "damaged" in done.stderr and not hub.repos
-    done = publish(at, tmp_path / "nowhere")
-    assert done.returncode == 2 and "must be the folder of a saved pipeline" in done.stderr
+    calls = [["hf_alice", PUBLISH, folder, *TO_DIGITS] for folder in ("saved", "nowhere")]
+    for (status, said), says in zip(session(*calls), ("damaged", "must be the folder of a saved pipeline")):
+        assert status == 2 and says in said and not hub.repos
 
 
 def test_saves_that_come_faster_than_uploads(tmp_path, monkeypatch):
