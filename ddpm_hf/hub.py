@@ -75,8 +75,12 @@ def check_token(target: Target) -> Target:
         raise ValueError(f"a pull request is for the main branch; got the branch {target.revision!r} too")
     if get_token() is None:
         raise ValueError("publishing needs a token of the Hub: `hf auth login`, or the environment's HF_TOKEN")
-    with _as_value_error("the Hub does not accept the token"):
+    try:
         user = HfApi().whoami()
+    except Exception as error:  # the client's own kinds, and those of the HTTP library that it uses
+        refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
+        what = "does not accept the token" if refused else "cannot be asked whether it accepts the token"
+        raise ValueError(f"the Hub {what}: {error}") from error
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(f"publishing needs a token that may write; this one of {user['name']} may only read")
     repo_id = target.repo_id if "/" in target.repo_id else f"{user['name']}/{target.repo_id}"

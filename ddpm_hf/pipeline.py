@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline, PNDMScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo, hf_hub_download, upload_folder
-from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 from PIL import Image
 from torch import Tensor
 
@@ -92,7 +92,10 @@ def is_own_card(text: str) -> bool:
 def card_to_keep(repo_id: str, revision: str | None = None, token: str | None = None) -> bool:
     """Whether the repo has a model card that someone has written or edited."""
     try:
-        card = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
+        # not from the cache: where there is no connection, that must be an error
+        card = hf_hub_download(repo_id, "README.md", revision=revision, token=token, force_download=True)
+    except LocalEntryNotFoundError:
+        raise
     except (EntryNotFoundError, RevisionNotFoundError):
         return False
     return not is_own_card(Path(card).read_text(encoding="utf-8"))

@@ -53,6 +53,17 @@ class Hub:
         repo = self.repos[kind, repo_id]
         return {path: self.blobs[oid] for path, oid in repo.commits[repo.resolve(revision)].items()}
 
+    def put(self, repo_id: str, folder) -> None:
+        """A model repo with the files of a folder, as if it had been uploaded."""
+        repo = self.repos["models", repo_id] = Repo(private=False)
+        tree = {}
+        for file in folder.rglob("*"):
+            if file.is_file():
+                oid = hashlib.sha256(file.read_bytes()).hexdigest()
+                self.blobs[oid] = file.read_bytes()
+                tree[file.relative_to(folder).as_posix()] = oid
+        repo.branches["main"] = repo.add(tree, "put")
+
     def environment(self, token: str | None, home) -> dict[str, str]:
         """For a process that is to use this Hub."""
         env = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",

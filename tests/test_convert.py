@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_program
+from conftest import ROOT, load_program, run_program
 from denoising_diffusion_pytorch import GaussianDiffusion, GaussianDiffusion1D, Trainer, Trainer1D, Unet, Unet1D
 from denoising_diffusion_pytorch.denoising_diffusion_pytorch_1d import Dataset1D
 from PIL import Image
@@ -104,7 +104,7 @@ def test_other_schedules_keep_their_betas():
     assert torch.equal(pipe.scheduler.betas.float(), diffusion.betas)
 
 
-def test_program(trained, tmp_path):
+def test_program(trained, tmp_path, monkeypatch, capsys):
     path, _ = trained["2d"]
     program = ROOT / "training" / "convert.py"
     done = run_program(program, path, "--output_dir", "mine", "--image_size", "8", "16", cwd=tmp_path)
@@ -116,10 +116,11 @@ def test_program(trained, tmp_path):
     pipe = DDPMPipeline.from_pretrained(tmp_path / "mine")
     pipe.set_progress_bar_config(disable=True)
     assert pipe().images[0].size == (16, 8)
-    again = run_program(program, path, "--output_dir", "mine", cwd=tmp_path)
-    assert again.returncode == 2 and "new or empty" in again.stderr
-    one = run_program(program, trained["1d"][0], "--output_dir", "one", "--seq_length", "32", cwd=tmp_path)
-    assert one.returncode == 0 and DDPMPipeline1D.from_pretrained(tmp_path / "one").unet.config.sample_size == 32
+    monkeypatch.chdir(tmp_path)
+    main = load_program("convert").main
+    assert main([str(path), "--output_dir", "mine"]) == 2 and "new or empty" in capsys.readouterr().err
+    assert main([str(trained["1d"][0]), "--output_dir", "one", "--seq_length", "32"]) == 0
+    assert DDPMPipeline1D.from_pretrained(tmp_path / "one").unet.config.sample_size == 32
 
 
 class Evil:

@@ -205,7 +205,7 @@ def test_the_program(sequences, capsys):
         ("--num_inference_steps=2000", "1 to 1000, got [2000]"),
         ("--sampler=Nothing", "got 'Nothing'"),
         ("--data=digits", "the data has (1, 8, 8)"),
-        ("--pipeline=.", "--pipeline '.' cannot be loaded"),
+        ("--pipeline=.", "the pipeline '.' cannot be loaded"),
         ("--metrics=fid", "metrics of sequences are"),
         ("--data=", "--data must be given"),
     ],

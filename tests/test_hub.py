@@ -16,6 +16,7 @@ from test_saved_form import make
 
 from ddpm_hf import DDPMPipeline
 from ddpm_hf import hub as hub_module
+from ddpm_hf.card import card_text
 from ddpm_hf.hub import Publisher, Target
 
 TRAIN = ROOT / "training" / "train.py"
@@ -164,12 +165,12 @@ def test_trained_published_and_loaded_in_every_way(hub, at, load, session, tmp_p
     assert "training.json" not in hub.files("alice/digits")  # how the changed one was trained is not known
 
 
-def test_sequences_by_name(hub, at, load, tmp_path):
+def test_sequences_by_name(hub, load, tmp_path):
     pipe = make("sequences")
     pipe.save_pretrained(tmp_path / "saved")
-    assert publish(at, tmp_path / "saved").returncode == 0
+    hub.put("alice/waves", tmp_path / "saved")
     for way in ("ours", "DiffusionPipeline"):
-        assert load((way, "alice/digits", "main"), cls="DDPMPipeline1D") == [samples(pipe)]
+        assert load((way, "alice/waves", "main"), cls="DDPMPipeline1D") == [samples(pipe)]
 
 
 def test_two_processes_publish_once(hub, at, tmp_path):
@@ -188,8 +189,8 @@ def test_two_processes_publish_once(hub, at, tmp_path):
 def test_the_code_in_a_card_runs(hub, at, tmp_path):
     """Both snippets, the second one where the package is not installed; and without trust diffusers stops."""
     make("images").save_pretrained(tmp_path / "saved")
-    assert publish(at, tmp_path / "saved").returncode == 0
-    card = hub.files("alice/digits")["README.md"].decode()
+    hub.put("alice/digits", tmp_path / "saved")
+    card = card_text(tmp_path / "saved", "alice/digits")
     ours, stock = (part.split("```")[0] for part in card.split("```python\n")[1:])
     show = "\nimport numpy as np; print([np.asarray(image).sum() for image in images])"
     without = "import sys; sys.modules['ddpm_hf'] = None\n"
@@ -213,6 +214,8 @@ def test_refused_before_training(hub, session, tmp_path):
         calls += [((token, *train), says), ((token, PUBLISH, "saved", *TO_DIGITS), says)]
         if token != "hf_bob":  # where one may write is not asked without a repo
             calls.append(((token, *train, "--dry_run"), says))
+    hub.fail_next("GET", "/whoami", how=503)  # the first call
+    calls.insert(0, (("hf_alice", PUBLISH, "saved", *TO_DIGITS), "cannot be asked whether it accepts"))
     for (status, said), (call, says) in zip(session(*(call for call, _ in calls)), calls, strict=True):
         assert status == 2 and says in said and "Traceback" not in said, (call, said)
     assert not hub.repos and not (tmp_path / "run" / "config.yaml").exists()
@@ -301,6 +304,8 @@ def test_an_edited_card_stays(hub, session, tmp_path):
     assert [status for status, _ in session(publish, ["hf_alice", push])] == [0, 0]
     files = hub.files("alice/digits")
     assert files["README.md"] == edited and "notes.txt" in files and "unet/unet_ddpm_hf_0_0_1.py" not in files
+    hub.fail_next("HEAD", "README.md", how=503, times=20)  # not known whether it was edited: nothing is overwritten
+    assert session(publish)[0][0] == 2 and hub.files("alice/digits")["README.md"] == edited
 
 
 def test_pushed_from_python_it_loads_everywhere(hub, at, load, tmp_path):

@@ -167,6 +167,7 @@ def on_two_processes(place, options, folder):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over processes is tested on Linux")
 def test_two_processes_with_workers_killed_in_a_stream(tmp_path):
     """In the middle of an accumulated step and of a save, on two processes of two workers each, with streamed data."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -123,17 +124,28 @@ def test_the_parts_alone(tmp_path):
     assert "ddpm_hf" in sys.modules
 
 
-@pytest.mark.parametrize("file", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"])
-def test_unknown_keys_are_refused(file, tmp_path):
+def test_unknown_keys_are_refused(tmp_path):
     """By the package, and by the code that the folder carries."""
     make("images").save_pretrained(tmp_path / "saved")
-    config = tmp_path / "saved" / file
-    config.write_text(json.dumps({**json.loads(config.read_text()), "misspelt": 1}))
-    with pytest.raises(ValueError, match="does not know: misspelt"):
-        DDPMPipeline.from_pretrained(tmp_path / "saved")
-    done = run_program("-c", STOCK, "DiffusionPipeline", tmp_path / "saved", tmp_path / "again", cwd=tmp_path,
-                       HF_MODULES_CACHE=str(tmp_path / "m"))  # fmt: skip
-    assert done.returncode != 0 and "does not know: misspelt" in done.stderr
+    names = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
+    for i, name in enumerate(names):
+        shutil.copytree(tmp_path / "saved", tmp_path / str(i))
+        config = tmp_path / str(i) / name
+        config.write_text(json.dumps({**json.loads(config.read_text()), "misspelt": 1}))
+        with pytest.raises(ValueError, match="does not know: misspelt"):
+            DDPMPipeline.from_pretrained(tmp_path / str(i))
+    program = """
+import sys; sys.modules["ddpm_hf"] = None
+import diffusers
+for folder in sys.argv[1:]:
+    try:
+        diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    except ValueError as error:
+        print(error)
+"""
+    folders = [tmp_path / str(i) for i in range(len(names))]
+    done = run_program("-c", program, *folders, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "m"))
+    assert done.stdout.count("does not know: misspelt") == len(names), done.stdout + done.stderr
 
 
 def test_a_stock_configuration_is_read(tmp_path):
