@@ -19,6 +19,7 @@ import torch
 
 from ddpm_hf.config import BUNDLED, TrainConfig
 from ddpm_hf.figures import save_loss_plot
+from ddpm_hf.version import __version__
 
 
 def without_folders(text: str) -> str:
@@ -41,10 +42,12 @@ def public_command(arguments: list[str]) -> str:
     return shlex.join(parts)
 
 
-def machine() -> str:
-    """What computes here, as one would say it."""
-    if torch.cuda.is_available():
+def machine(device: str = "cpu") -> str:
+    """What computes on a kind of device here, as one would say it."""
+    if device == "cuda":
         return torch.cuda.get_device_name()
+    if device != "cpu":
+        return f"{device} ({platform.platform()})"
     try:
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -53,8 +56,8 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    names = ("ddpm_hf", "torch", "diffusers", "accelerate")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    libraries = {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate")}
+    return {"python": platform.python_version(), "ddpm_hf": __version__, **libraries}
 
 
 def data_facts(config: TrainConfig, dataset, items: int | None, shape: tuple) -> dict:
@@ -80,7 +83,7 @@ class RunRecord:
         """The clock runs from now on; `before`: seconds that the run has already taken."""
         self._before, self._started = before, time.monotonic()
 
-    def write(self, folder: Path, metrics: list[dict], step: int, **more) -> None:
+    def write(self, folder: Path, metrics: list[dict], step: int, device: str, **more) -> None:
         """training.json and the pictures, into the folder of the pipeline saved at `step`."""
         run = Path(self.config.output_dir)
         pictures = sorted(p for p in (run / "samples").glob("step-*.png") if int(p.stem.split("-")[1]) <= step)
@@ -90,7 +93,7 @@ class RunRecord:
         if len(losses) > 1:
             save_loss_plot(losses, folder / "loss.png")
         facts = {
-            "name": run.resolve().name, "steps": step, "seconds": round(self.seconds(), 1), "machine": machine(),
+            "name": run.resolve().name, "steps": step, "seconds": round(self.seconds(), 1), "machine": machine(device),
             "samples_step": int(pictures[-1].stem.split("-")[1]) if pictures else None,
             "versions": versions(), "data": self.data, **more,
             "command": public_command(self.command) if self.command else None,

@@ -532,7 +532,7 @@ class Trainer:
                 if self.evaluation:
                     (aside / "evaluation.json").write_text(json.dumps(self.evaluation, indent=1))
                 self.record.write(
-                    aside, self.metrics.read(), self.step, processes=acc.num_processes,
+                    aside, self.metrics.read(), self.step, acc.device.type, processes=acc.num_processes,
                     global_batch=self._global_batch(acc.num_processes), mixed_precision=acc.mixed_precision,
                 )  # fmt: skip
                 write_card(aside)
