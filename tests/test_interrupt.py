@@ -120,6 +120,28 @@ elif place == "after the samples":
     trainer.Trainer._save_samples = after(trainer.Trainer._save_samples, 1)
 train(TrainConfig(**json.loads(sys.argv[2])))
 """
+# A process for each (place, options), forked where the imports are done and nothing has been computed: they take longer
+# than the runs. Prints the statuses.
+FORKED = """
+import json, os, sys, traceback
+from ddpm_hf import TrainConfig, checkpoint, train, trainer
+code, calls = sys.argv[1], json.loads(sys.argv[2])
+statuses = []
+for place, options in calls:
+    child = os.fork()
+    if child == 0:
+        sys.argv, status = ["", place, json.dumps(options)], 1
+        try:
+            exec(code)
+            status = 0
+        except Exception:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(statuses))
+"""
 PLACES = [
     "in a step", "between best and checkpoint", "while a checkpoint is written", "in a line of metrics",
     "before a checkpoint has its name", "between the names of the pipeline", "after the samples", "nowhere",
@@ -132,15 +154,10 @@ def test_killed_at_many_places(tmp_path):
     options.update(eval_steps=1, eval_num_samples=4, feature_network="pixels", holdout=20, learning_rate=1e-2)
     options.update(eval_cache_dir=str(tmp_path / "cache"))
     options.update(checkpointing_steps=2, save_samples_steps=2, checkpoints_total_limit=2, num_cpu_threads=2)
-    statuses = []
-    for place in PLACES:
-        text = json.dumps({**options, "output_dir": str(tmp_path / "parts")})
-        done = run_program("-c", KILLED, place, text, cwd=tmp_path)
-        statuses.append(done.returncode)
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    assert statuses == [-signal.SIGKILL] * 7 + [0]
-    text = json.dumps({**options, "output_dir": str(tmp_path / "whole")})
-    assert run_program("-c", KILLED, "nowhere", text, cwd=tmp_path).returncode == 0
+    calls = [(place, {**options, "output_dir": str(tmp_path / "parts")}) for place in PLACES]
+    calls.append(("nowhere", {**options, "output_dir": str(tmp_path / "whole")}))
+    done = run_program("-c", FORKED, KILLED, json.dumps(calls), cwd=tmp_path)
+    assert json.loads(done.stdout.splitlines()[-1]) == [-signal.SIGKILL] * 7 + [0, 0], done.stderr
     assert_same(tmp_path)
 
 
