@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_program
+from conftest import ROOT, load_program, run_program
 from hub_server import serving, validate_card
 from safetensors.torch import load_file, save_file
 from test_card import SMALL
@@ -325,13 +325,14 @@ def test_pushed_from_python_it_loads_everywhere(hub, at, load, tmp_path):
     assert load(*(("DiffusionPipeline", f"alice/{n}", "main") for n in ("one", "two"))) == [samples(pipe)] * 2
 
 
-def test_a_damaged_folder_is_not_published(hub, session, tmp_path):
+def test_a_damaged_folder_is_not_published(tmp_path, capsys):
+    """It is refused before the Hub is asked anything."""
     make("images").save_pretrained(tmp_path / "saved")
     weights = tmp_path / "saved" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
-    calls = [["hf_alice", PUBLISH, folder, *TO_DIGITS] for folder in ("saved", "nowhere")]
-    for (status, said), says in zip(session(*calls), ("damaged", "must be the folder of a saved pipeline")):
-        assert status == 2 and says in said and not hub.repos
+    for folder, says in (("saved", "damaged"), ("nowhere", "must be the folder of a saved pipeline")):
+        assert load_program("publish").main([str(tmp_path / folder), *TO_DIGITS]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_saves_that_come_faster_than_uploads(tmp_path, monkeypatch):

@@ -65,6 +65,7 @@ def test_the_same_samples_in_every_way(kind, stock, tmp_path):
 
 
 def test_two_versions_in_one_process_do_not_share_code(tmp_path, monkeypatch):
+    """And without trust, the stock class says so."""
     for version in ("0.1.0", "0.2.0.dev1"):
         monkeypatch.setattr("ddpm_hf.__version__", version)
         make("images").save_pretrained(tmp_path / version)
@@ -74,18 +75,13 @@ def test_two_versions_in_one_process_do_not_share_code(tmp_path, monkeypatch):
     program = (
         "import sys; sys.modules['ddpm_hf'] = None\nfrom diffusers import DiffusionPipeline\n"
         "a, b = (DiffusionPipeline.from_pretrained(p, trust_remote_code=True).unet for p in sys.argv[1:])\n"
-        "print(hasattr(a, 'later'), hasattr(b, 'later'))"
+        "print(hasattr(a, 'later'), hasattr(b, 'later'))\n"
+        "DiffusionPipeline.from_pretrained(sys.argv[1])"
     )
     done = run_program("-c", program, tmp_path / "0.1.0", other, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "m"))
     assert done.stdout.strip() == "False True", done.stderr
-    assert DDPMPipeline.from_pretrained(other).unet.config.dim == 8  # the package's own classes read any version
-
-
-def test_without_trust_the_stock_class_says_so(tmp_path):
-    make("images").save_pretrained(tmp_path / "saved")
-    program = "import sys; from diffusers import DiffusionPipeline; DiffusionPipeline.from_pretrained(sys.argv[1])"
-    done = run_program("-c", program, tmp_path / "saved", cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "m"))
     assert done.returncode != 0 and "trust_remote_code" in done.stderr
+    assert DDPMPipeline.from_pretrained(other).unet.config.dim == 8  # the package's own classes read any version
 
 
 @pytest.mark.parametrize("wrong", ["missing", "left over", "shape", "damaged", "unknown key"])
