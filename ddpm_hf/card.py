@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ddpm_hf.config import BUNDLED
 from ddpm_hf.pipeline import CARRIED, is_own_card, sign_card
+from ddpm_hf.record import duration
 
 # Beside the package in a checkout, inside it where it is installed.
 TEMPLATES = [folder / "model_cards" / "template.md" for folder in (Path(__file__).parent, Path(__file__).parents[1])]
@@ -28,14 +29,6 @@ PAPERS = {
     "  author={Song, Jiaming and Meng, Chenlin and Ermon, Stefano},\n"
     "  booktitle={International Conference on Learning Representations},\n  year={2021}\n}",
 }
-
-
-def duration(seconds: float) -> str:
-    """Seconds -> "3 h 12 min", "4 min 5 s" or "12 s"."""
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
 
 
 class Parts:

@@ -31,7 +31,7 @@ from ddpm_hf.metrics import (
     sliced_wasserstein,
     too_close,
 )
-from ddpm_hf.record import without_folders
+from ddpm_hf.record import duration, without_folders
 from ddpm_hf.seeding import Stream, derive_seed
 from ddpm_hf.stream import Part, TrainingView, collate, underlying
 
@@ -302,7 +302,7 @@ class Evaluator:
         biased = ", ".join(metric for metric in self.metrics if metric in BIASED)
         few = f"; warning: below {FEW:,} samples {biased} is biased upwards" if self.settings.num_samples < FEW else ""
         self.accelerator.print(
-            f"evaluation: {self.settings.num_samples:,} samples of {steps} steps, about {_duration(seconds)}{few}"
+            f"evaluation: {self.settings.num_samples:,} samples of {steps} steps, about {duration(seconds)}{few}"
         )
 
     def _of_images(self, pipeline, steps: int) -> dict[str, float]:
@@ -423,13 +423,3 @@ def numpy_seed(seed: int):
         yield
     finally:
         np.random.set_state(state)
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

@@ -10,6 +10,7 @@ import diffusers
 import gradio as gr
 import numpy as np
 import torch
+from diffusers.utils import make_image_grid
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -137,14 +138,13 @@ class Page:
         rows = math.ceil(len(images) / columns)
         height, width = images.shape[1:3]
         zoom = max(1, WIDTH // (columns * width))
-        canvas = Image.new("RGB", (columns * (width * zoom + 2), rows * (height * zoom + 2)), "white")
-        for i, image in enumerate((images * 255).round().astype(np.uint8)):
+        cells = [Image.new("RGB", (width * zoom + 2, height * zoom + 2), "white") for _ in range(rows * columns)]
+        for cell, image in zip(cells, (images * 255).round().astype(np.uint8)):
             tile = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
             tile = tile.convert("RGBA" if image.shape[-1] in (2, 4) else "RGB")
             tile = tile.resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
-            place = (i % columns * (width * zoom + 2) + 1, i // columns * (height * zoom + 2) + 1)
-            canvas.paste(tile, place, tile if tile.mode == "RGBA" else None)
-        return canvas
+            cell.paste(tile, (1, 1), tile if tile.mode == "RGBA" else None)
+        return make_image_grid(cells, rows, columns)
 
     def _plots(self, sequences: np.ndarray, columns: int) -> Image.Image:
         rows = math.ceil(len(sequences) / columns)

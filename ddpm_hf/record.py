@@ -60,6 +60,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "ddpm_hf": __version__, **libraries}
 
 
+def duration(seconds: float) -> str:
+    """Seconds -> "3 h 12 min", "4 min 5 s" or "12 s"."""
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
+
+
 def data_facts(config: TrainConfig, dataset, items: int | None, shape: tuple) -> dict:
     """The name, number and shape of the data; `hub_id` where it is of the Hub."""
     given = config.dataset_name or config.train_data_dir or config.train_data_file

@@ -13,9 +13,9 @@ from PIL import Image
 from test_saved_form import make
 
 from ddpm_hf import TrainConfig, UNet2D, train
-from ddpm_hf.card import card_text, duration, write_card
+from ddpm_hf.card import card_text, write_card
 from ddpm_hf.config import BUNDLED
-from ddpm_hf.record import public_command, without_folders
+from ddpm_hf.record import duration, public_command, without_folders
 
 SMALL = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "attn_dim_head": 4, "report_to": "none", "num_samples": 4,
          "ddpm_num_inference_steps": 3, "logging_steps": 1, "max_train_steps": 4, "train_batch_size": 4}  # fmt: skip
