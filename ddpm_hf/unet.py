@@ -41,19 +41,68 @@ class UNetOutput(BaseOutput):
 # Building blocks. `x` is (B, C, *spatial) everywhere; `temb` is (B, 4 * dim), SiLU already applied.
 
 
+class _NormalizeCPU(torch.autograd.Function):
+    """SiLU(x / rms(x) * gain + shift), the last two optional, in few passes over memory, keeping x alone for the
+    backward pass: PyTorch's own, a kernel a pass, take three times the memory and half of the time again on CPU.
+
+    x: (B, C, *spatial); gain and shift: (B or 1, C, 1, ...), of x's type.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, shift: Tensor | None, silu: bool) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
+        inverse = norm.clamp_min_(1e-12).reciprocal_().mul_(math.sqrt(x.shape[1])).to(x.dtype)
+        ctx.save_for_backward(x, inverse, gain, shift)
+        ctx.silu = silu
+        out = (x * inverse).mul_(gain)
+        if shift is not None:
+            out.add_(shift)
+        return F.silu(out, inplace=True) if silu else out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, inverse, gain, shift = ctx.saved_tensors
+        normal = x * inverse
+        if ctx.silu:
+            before = normal * gain if shift is None else torch.addcmul(shift, normal, gain)
+            grad = torch.ops.aten.silu_backward(grad, before)
+            del before
+        grad_shift = None if shift is None else grad.sum_to_size(shift.shape)
+        product = grad * normal
+        grad_gain = product.sum_to_size(gain.shape)
+        # d normal / d x projects out the part of the gradient along x
+        along = product.movedim(1, -1).flatten(1, -2) @ gain.flatten(1).unsqueeze(2)  # (B, N, 1)
+        along = along.view(len(x), 1, *x.shape[2:]).div_(-x.shape[1])
+        del product
+        grad_x = (grad * gain).addcmul_(normal, along).mul_(inverse)
+        return grad_x, grad_gain, grad_shift, None
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x over channels) * weight, at every position."""
+    """x / rms(x over channels) * weight, at every position; with scale and shift (B or 1, C) and SiLU if asked for."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
-        # x / max(|x|, 1e-12) in the form x / sqrt(mean(x^2) + eps)
-        self.eps = 1e-24 / channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.movedim(1, -1)
-        # under autocast x is narrower than the weight, and the fused kernel wants one type
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).movedim(-1, 1)
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False):
+        # under autocast x is narrower than the weight
+        gain = self.weight.to(x.dtype).unsqueeze(0)
+        gain = _per_channel(gain if scale is None else gain * (scale + 1), x)
+        shift = None if shift is None else _per_channel(shift, x)
+        if x.device.type == "cpu" and x.dtype != torch.float16:  # whose range is too small for 1 / rms
+            return _NormalizeCPU.apply(x, gain, shift, silu)
+        # x / max(|x|, 1e-12) in the form x / sqrt(mean(x^2) + eps)
+        out = F.rms_norm(x.movedim(1, -1), self.weight.shape, None, 1e-24 / x.shape[1]).movedim(-1, 1)
+        out = out * gain if shift is None else torch.addcmul(shift, out, gain)
+        return F.silu(out) if silu else out
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """(B or 1, C) -> what broadcasts against x, (B, C, *spatial)."""
+    return values.reshape(values.shape + (1,) * (x.ndim - 2))
 
 
 class ConvBlock(nn.Module):
@@ -66,9 +115,12 @@ class ConvBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        x = self.norm(self.conv(x))
+        x = self.conv(x)
+        if isinstance(self.norm, RMSNorm):
+            return self.dropout(self.norm(x, scale, shift, silu=True))
+        x = self.norm(x)
         if scale is not None:
-            x = torch.addcmul(shift, x, scale + 1)
+            x = torch.addcmul(_per_channel(shift, x), x, _per_channel(scale + 1, x))
         return self.dropout(F.silu(x))
 
 
@@ -85,9 +137,9 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if channels_in == channels else CONVS[ndim](channels_in, channels, 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        scale_shift = self.time_proj(temb)
-        scale, shift = scale_shift.unflatten(1, (-1,) + (1,) * (x.ndim - 2)).chunk(2, dim=1)
-        return self.block2(self.block1(x, scale, shift)) + self.skip(x)
+        scale, shift = self.time_proj(temb).chunk(2, dim=1)
+        # in place: nothing keeps what the activation gave
+        return self.block2(self.block1(x, scale, shift)).add_(self.skip(x))
 
 
 class _AttentionBase(nn.Module):
@@ -101,16 +153,9 @@ class _AttentionBase(nn.Module):
         self.to_out = nn.Linear(heads * dim_head, channels)
         self.mem_kv = nn.Parameter(torch.randn(2, heads, *memory_shape)) if 0 not in memory_shape else None
 
-    def _qkv(self, x: Tensor) -> tuple:
-        """(B, C, *spatial) -> q, k, v of (B, heads, N, dim_head), N positions."""
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
-        qkv = self.to_qkv(tokens).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, dim_head)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
-
-    def _join(self, out: Tensor, x: Tensor) -> Tensor:
-        """(B, heads, N, dim_head) -> projected back to (B, C, *spatial)."""
-        out = self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, C)
-        return out.transpose(1, 2).unflatten(2, x.shape[2:])
+    def _tokens(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) -> normalized (B, N, C), N positions."""
+        return self.norm(x).flatten(2).transpose(1, 2)
 
 
 class FullAttention(_AttentionBase):
@@ -120,15 +165,23 @@ class FullAttention(_AttentionBase):
         super().__init__(channels, heads, dim_head, (num_mem_kv, dim_head))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._qkv(x)
+        qkv = self.to_qkv(self._tokens(x)).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, dim_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.mem_kv is not None:
             mem_k, mem_v = self.mem_kv.to(k.dtype).unsqueeze(1).expand(-1, len(x), -1, -1, -1)
             k, v = torch.cat((mem_k, k), dim=2), torch.cat((mem_v, v), dim=2)
-        return self._join(F.scaled_dot_product_attention(q, k, v), x) + x
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, dim_head)
+        out = self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, C)
+        return out.transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)
 
 
 class LinearAttention(_AttentionBase):
-    """softmax(q over features) · (softmax(k over positions)ᵀ v), linear in positions; adds its input."""
+    """softmax(q over features) · (softmax(k over positions)ᵀ v), linear in positions; adds its input.
+
+    v and the output are linear in the normalized input and in q: their projections are multiplied into the small
+    matrix between them, so neither v nor the heads' outputs are ever made, and no big tensor is copied to another
+    layout. (A wrapper of `to_qkv` or `to_out`, such as an adapter, must be merged into the weight to have an effect.)
+    """
 
     def __init__(self, channels: int, heads: int, dim_head: int, num_mem_kv: int):
         super().__init__(channels, heads, dim_head, (dim_head, num_mem_kv))
@@ -136,14 +189,31 @@ class LinearAttention(_AttentionBase):
         self.scale = dim_head**-0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._qkv(x)
+        n = self._tokens(x)
+        w_q, w_k, w_v = self.to_qkv.weight.chunk(3)  # (heads * dim_head, C) each
+        q = F.linear(n, w_q).unflatten(2, (self.heads, -1)).softmax(dim=-1).flatten(2)  # (B, N, heads * dim_head)
+        # (B, heads * dim_head, N); matmul would give it another layout, and copies after it
+        k = torch.bmm(w_k.expand(len(x), -1, -1), n.transpose(1, 2))
+        highest = k.detach().amax(dim=-1, keepdim=True)
         if self.mem_kv is not None:
-            # stored (2, heads, dim_head, n), as in the checkpoints of denoising-diffusion-pytorch
-            mem_k, mem_v = self.mem_kv.to(k.dtype).transpose(-1, -2).unsqueeze(1).expand(-1, len(x), -1, -1, -1)
-            k, v = torch.cat((mem_k, k), dim=2), torch.cat((mem_v, v), dim=2)
-        context = k.softmax(dim=2).transpose(-1, -2) @ v  # (B, heads, dim_head, dim_head)
-        out = (q.softmax(dim=-1) * self.scale) @ context.to(q.dtype)
-        return self.norm_out(self._join(out, x)) + x
+            # (2, heads, dim_head, number), as in the checkpoints of denoising-diffusion-pytorch
+            mem_k, mem_v = self.mem_kv.to(k.dtype)
+            highest = torch.maximum(highest, mem_k.detach().flatten(0, 1).amax(dim=-1, keepdim=True))
+        k = (k - highest).exp_()
+        total = k.sum(dim=-1, keepdim=True, dtype=torch.promote_types(k.dtype, torch.float32))
+        # the sum over positions times 1 / sqrt(N): within the range of float16 whether k is flat or peaked
+        share = k.shape[-1] ** -0.5
+        context = torch.baddbmm(k.new_zeros(()), k, n, beta=0, alpha=share)  # (B, heads * dim_head, C)
+        context = context.unflatten(1, (self.heads, -1)) @ w_v.unflatten(0, (self.heads, -1)).transpose(1, 2)
+        if self.mem_kv is not None:
+            memory = (mem_k - highest.unflatten(1, (self.heads, -1))).exp()  # (B, heads, dim_head, number)
+            context = context + share * (memory @ mem_v.transpose(1, 2))
+            total = total + memory.sum(dim=-1, dtype=total.dtype).flatten(1).unsqueeze(2)
+        # (B, heads, dim_head, dim_head) · (heads, dim_head, C) -> (B, heads * dim_head, C)
+        w_out = self.to_out.weight.t().unflatten(0, (self.heads, -1))
+        context = (context.to(w_out.dtype) @ w_out).flatten(1, 2) * (self.scale / share / total)
+        out = torch.baddbmm(self.to_out.bias.to(n.dtype), q.to(n.dtype), context.to(n.dtype))
+        return self.norm_out(out.transpose(1, 2).unflatten(2, x.shape[2:])).add_(x)
 
 
 class TimeEmbedding(nn.Module):
@@ -183,15 +253,33 @@ def _downsample(ndim: int, channels_in: int, channels: int) -> nn.Module:
     return nn.Conv1d(channels_in, channels, 4, stride=2, padding=1)
 
 
+# Rows: the window sums of a mirrored kernel (w2, w1, w0).
+_WINDOWS = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+
+
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3-wide convolution."""
+    """Nearest-neighbour doubling, then a 3-wide convolution.
+
+    Of many positions, as one transposed convolution of stride 2, which has 4 of 9 multiplications in 2D, 2 of 3 in 1D:
+    an output sees every input twice, so its kernel is the mirrored one summed over windows of 2 along each axis.
+    """
+
+    MANY = 256  # below, making the kernel costs more than it saves
 
     def __init__(self, ndim: int, channels_in: int, channels: int):
         super().__init__()
         self.conv = CONVS[ndim](channels_in, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if x[0, 0].numel() < self.MANY:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        ndim = x.ndim - 2
+        sums = _WINDOWS.to(self.conv.weight)
+        weight = self.conv.weight.movedim(1, -1).flatten(1, -2)  # (out, 3 or 9, in)
+        weight = (sums if ndim == 1 else torch.kron(sums, sums)) @ weight
+        weight = weight.unflatten(1, (4,) * ndim).movedim(-1, 0)  # (in, out, 4, ...)
+        transposed = F.conv_transpose2d if ndim == 2 else F.conv_transpose1d
+        return transposed(x, weight, self.conv.bias, stride=2, padding=1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -433,7 +521,7 @@ class UNetBody(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"timestep must be a number or have the shape ({len(sample)},), got {tuple(timestep.shape)}"
             )
-        timestep = timestep.reshape(-1).expand(len(sample))
+        timestep = timestep.reshape(-1)  # one for all: its embedding is made once
         if self.config.self_condition:
             x_self_cond = torch.zeros_like(sample) if x_self_cond is None else x_self_cond
             if x_self_cond.shape != sample.shape:
