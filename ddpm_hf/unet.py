@@ -5,7 +5,8 @@ in the form of denoising-diffusion-pytorch: residual blocks with a time-dependen
 linear attention (Shen et al., arXiv:1812.01243) where full attention is off, RMS norms, memory
 key-values (Sukhbaatar et al., arXiv:1907.01470) and two skips a stage.
 
-Dimensions differ only in the builders and in the constructors' defaults; `forward` is the same.
+Dimensions differ only in the builders and in the constructors' defaults; `forward` is the same: inside, a sequence is
+an image of height 1, (B, C, 1, length), because convolutions are faster there with the channels last in memory.
 This file imports nothing of ddpm_hf: it ships inside saved pipelines.
 """
 
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 
 NORMS = ("rms", "group")
 TIME_EMBEDDINGS = ("sinusoidal", "learned_fourier", "random_fourier")
-CONVS = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
 # What says where a model lies, of the options of from_pretrained.
@@ -38,20 +38,31 @@ class UNetOutput(BaseOutput):
 
 
 # ---------------------------------------------------------------------------------------------
-# Building blocks. `x` is (B, C, *spatial) everywhere; `temb` is (B, 4 * dim), SiLU already applied.
+# Building blocks. `x` is (B, C, H, W) everywhere, H = 1 for sequences, channels last in memory; `temb` is
+# (B or 1, 4 * dim), SiLU already applied.
+
+
+class RowConv(nn.Conv1d):
+    """A `Conv1d` of images of height 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.unsqueeze(2), self.bias, (1, *self.stride), (0, *self.padding))
+
+
+CONVS = {1: RowConv, 2: nn.Conv2d}
 
 
 class _NormalizeCPU(torch.autograd.Function):
     """SiLU(x / rms(x) * gain + shift), the last two optional, in few passes over memory, keeping x alone for the
     backward pass: PyTorch's own, a kernel a pass, take three times the memory and half of the time again on CPU.
 
-    x: (B, C, *spatial); gain and shift: (B or 1, C, 1, ...), of x's type.
+    x: (B, C, H, W); gain and shift: (B or 1, C, 1, 1), of x's type.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, shift: Tensor | None, silu: bool) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).to(wide)
         inverse = norm.clamp_min_(1e-12).reciprocal_().mul_(math.sqrt(x.shape[1])).to(x.dtype)
         ctx.save_for_backward(x, inverse, gain, shift)
         ctx.silu = silu
@@ -89,20 +100,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False):
         # under autocast x is narrower than the weight
-        gain = self.weight.to(x.dtype).unsqueeze(0)
-        gain = _per_channel(gain if scale is None else gain * (scale + 1), x)
-        shift = None if shift is None else _per_channel(shift, x)
+        gain = self.weight.to(x.dtype)[:, None, None].unsqueeze(0)
+        if scale is not None:
+            gain, shift = gain * (scale + 1)[..., None, None], shift[..., None, None]
         if x.device.type == "cpu" and x.dtype != torch.float16:  # whose range is too small for 1 / rms
             return _NormalizeCPU.apply(x, gain, shift, silu)
         # x / max(|x|, 1e-12) in the form x / sqrt(mean(x^2) + eps)
         out = F.rms_norm(x.movedim(1, -1), self.weight.shape, None, 1e-24 / x.shape[1]).movedim(-1, 1)
         out = out * gain if shift is None else torch.addcmul(shift, out, gain)
         return F.silu(out) if silu else out
-
-
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """(B or 1, C) -> what broadcasts against x, (B, C, *spatial)."""
-    return values.reshape(values.shape + (1,) * (x.ndim - 2))
 
 
 class ConvBlock(nn.Module):
@@ -120,7 +126,7 @@ class ConvBlock(nn.Module):
             return self.dropout(self.norm(x, scale, shift, silu=True))
         x = self.norm(x)
         if scale is not None:
-            x = torch.addcmul(_per_channel(shift, x), x, _per_channel(scale + 1, x))
+            x = torch.addcmul(shift[..., None, None], x, (scale + 1)[..., None, None])
         return self.dropout(F.silu(x))
 
 
@@ -154,7 +160,7 @@ class _AttentionBase(nn.Module):
         self.mem_kv = nn.Parameter(torch.randn(2, heads, *memory_shape)) if 0 not in memory_shape else None
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """(B, C, *spatial) -> normalized (B, N, C), N positions."""
+        """(B, C, H, W) -> normalized (B, N, C), N positions."""
         return self.norm(x).flatten(2).transpose(1, 2)
 
 
@@ -178,9 +184,9 @@ class FullAttention(_AttentionBase):
 class LinearAttention(_AttentionBase):
     """softmax(q over features) · (softmax(k over positions)ᵀ v), linear in positions; adds its input.
 
-    v and the output are linear in the normalized input and in q: their projections are multiplied into the small
-    matrix between them, so neither v nor the heads' outputs are ever made, and no big tensor is copied to another
-    layout. (A wrapper of `to_qkv` or `to_out`, such as an adapter, must be merged into the weight to have an effect.)
+    With more positions than channels, the projections to v and of the output are multiplied into the small matrix
+    between them: neither v nor the heads' outputs are made, and nothing big is copied to another layout. (A wrapper
+    of `to_qkv` or `to_out`, such as an adapter, must be merged into the weight to have an effect.)
     """
 
     def __init__(self, channels: int, heads: int, dim_head: int, num_mem_kv: int):
@@ -190,8 +196,10 @@ class LinearAttention(_AttentionBase):
 
     def forward(self, x: Tensor) -> Tensor:
         n = self._tokens(x)
+        positions, channels = n.shape[1:]
+        by_head = (self.heads, -1)
         w_q, w_k, w_v = self.to_qkv.weight.chunk(3)  # (heads * dim_head, C) each
-        q = F.linear(n, w_q).unflatten(2, (self.heads, -1)).softmax(dim=-1).flatten(2)  # (B, N, heads * dim_head)
+        q = F.linear(n, w_q).unflatten(2, by_head).softmax(dim=-1)  # (B, N, heads, dim_head)
         # (B, heads * dim_head, N); matmul would give it another layout, and copies after it
         k = torch.bmm(w_k.expand(len(x), -1, -1), n.transpose(1, 2))
         highest = k.detach().amax(dim=-1, keepdim=True)
@@ -201,18 +209,25 @@ class LinearAttention(_AttentionBase):
             highest = torch.maximum(highest, mem_k.detach().flatten(0, 1).amax(dim=-1, keepdim=True))
         k = (k - highest).exp_()
         total = k.sum(dim=-1, keepdim=True, dtype=torch.promote_types(k.dtype, torch.float32))
-        # the sum over positions times 1 / sqrt(N): within the range of float16 whether k is flat or peaked
-        share = k.shape[-1] ** -0.5
-        context = torch.baddbmm(k.new_zeros(()), k, n, beta=0, alpha=share)  # (B, heads * dim_head, C)
-        context = context.unflatten(1, (self.heads, -1)) @ w_v.unflatten(0, (self.heads, -1)).transpose(1, 2)
+        # the sum over positions, times 1 / sqrt(N): within the range of float16 whether k is flat or peaked
+        share = positions**-0.5
+        if positions > channels:
+            context = torch.baddbmm(k.new_zeros(()), k, n, beta=0, alpha=share)  # (B, heads * dim_head, C)
+            context = context.unflatten(1, by_head) @ w_v.unflatten(0, by_head).transpose(1, 2)
+        else:
+            v = F.linear(n, w_v).unflatten(2, by_head).transpose(1, 2)  # (B, heads, N, dim_head)
+            context = (k * share).unflatten(1, by_head) @ v
         if self.mem_kv is not None:
-            memory = (mem_k - highest.unflatten(1, (self.heads, -1))).exp()  # (B, heads, dim_head, number)
+            memory = (mem_k - highest.unflatten(1, by_head)).exp()  # (B, heads, dim_head, number)
             context = context + share * (memory @ mem_v.transpose(1, 2))
             total = total + memory.sum(dim=-1, dtype=total.dtype).flatten(1).unsqueeze(2)
-        # (B, heads, dim_head, dim_head) · (heads, dim_head, C) -> (B, heads * dim_head, C)
-        w_out = self.to_out.weight.t().unflatten(0, (self.heads, -1))
-        context = (context.to(w_out.dtype) @ w_out).flatten(1, 2) * (self.scale / share / total)
-        out = torch.baddbmm(self.to_out.bias.to(n.dtype), q.to(n.dtype), context.to(n.dtype))
+        context = context * (self.scale / share / total).unflatten(1, by_head)  # (B, heads, dim_head, dim_head)
+        context, q = context.to(n.dtype), q.to(n.dtype)
+        if positions > channels:
+            context = (context @ self.to_out.weight.t().unflatten(0, by_head)).flatten(1, 2)
+            out = torch.baddbmm(self.to_out.bias.to(n.dtype), q.flatten(2), context.to(n.dtype))
+        else:
+            out = self.to_out((q.transpose(1, 2) @ context).transpose(1, 2).flatten(2))
         return self.norm_out(out.transpose(1, 2).unflatten(2, x.shape[2:])).add_(x)
 
 
@@ -250,7 +265,7 @@ def _downsample(ndim: int, channels_in: int, channels: int) -> nn.Module:
     # In 2D a 2x2 convolution of stride 2: space-to-depth followed by a 1x1 convolution, in one operation.
     if ndim == 2:
         return nn.Conv2d(channels_in, channels, 2, stride=2)
-    return nn.Conv1d(channels_in, channels, 4, stride=2, padding=1)
+    return RowConv(channels_in, channels, 4, stride=2, padding=1)
 
 
 # Rows: the window sums of a mirrored kernel (w2, w1, w0).
@@ -271,15 +286,15 @@ class Upsample(nn.Module):
         self.conv = CONVS[ndim](channels_in, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        rows = isinstance(self.conv, RowConv)
         if x[0, 0].numel() < self.MANY:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        ndim = x.ndim - 2
+            return self.conv(F.interpolate(x, scale_factor=(1.0, 2.0) if rows else 2.0, mode="nearest"))
         sums = _WINDOWS.to(self.conv.weight)
         weight = self.conv.weight.movedim(1, -1).flatten(1, -2)  # (out, 3 or 9, in)
-        weight = (sums if ndim == 1 else torch.kron(sums, sums)) @ weight
-        weight = weight.unflatten(1, (4,) * ndim).movedim(-1, 0)  # (in, out, 4, ...)
-        transposed = F.conv_transpose2d if ndim == 2 else F.conv_transpose1d
-        return transposed(x, weight, self.conv.bias, stride=2, padding=1)
+        weight = (sums if rows else torch.kron(sums, sums)) @ weight
+        weight = weight.unflatten(1, (1, 4) if rows else (4, 4)).movedim(-1, 0)  # (in, out, 1 or 4, 4)
+        stride, padding = ((1, 2), (0, 1)) if rows else (2, 1)
+        return F.conv_transpose2d(x, weight, self.conv.bias, stride, padding)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -532,9 +547,10 @@ class UNetBody(ModelMixin, ConfigMixin):
         elif x_self_cond is not None:
             raise ValueError("x_self_cond was given to a model whose configuration has self_condition=False")
 
-        if self.ndim == 2:
-            # every norm and attention works on the last axis in memory; convolutions keep the format
-            sample = sample.contiguous(memory_format=torch.channels_last)
+        if self.ndim == 1:
+            sample = sample.unsqueeze(2)
+        # every norm and attention works on the last axis in memory; convolutions keep the format
+        sample = sample.contiguous(memory_format=torch.channels_last)
         x = first = self.conv_in(sample)
         temb = F.silu(self.time_embed(timestep)).to(x.dtype)  # in float32 when loaded in half precision
         skips = []
@@ -545,6 +561,8 @@ class UNetBody(ModelMixin, ConfigMixin):
         for stage in self.up_stages:
             x = stage(x, *skips.pop(), temb)
         x = self.out_stage(x, first, temb)
+        if self.ndim == 1:
+            x = x.squeeze(2)
         return UNetOutput(sample=x) if return_dict else (x,)
 
 
