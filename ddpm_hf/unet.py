@@ -151,12 +151,14 @@ class ResidualBlock(nn.Module):
 class _AttentionBase(nn.Module):
     """What both attentions share: pre-norm, one projection to q, k and v, memory key-values."""
 
+    linear: type = nn.Linear
+
     def __init__(self, channels: int, heads: int, dim_head: int, memory_shape: tuple):
         super().__init__()
         self.heads = heads
         self.norm = RMSNorm(channels)
-        self.to_qkv = nn.Linear(channels, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, channels)
+        self.to_qkv = self.linear(channels, 3 * heads * dim_head, bias=False)
+        self.to_out = self.linear(heads * dim_head, channels)
         self.mem_kv = nn.Parameter(torch.randn(2, heads, *memory_shape)) if 0 not in memory_shape else None
 
     def _tokens(self, x: Tensor) -> Tensor:
@@ -181,6 +183,13 @@ class FullAttention(_AttentionBase):
         return out.transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)
 
 
+class _Weights(nn.Linear):
+    """A linear layer whose caller multiplies the weights; called, not read, so that hooks bring offloaded ones."""
+
+    def forward(self) -> tuple:
+        return self.weight, self.bias
+
+
 class LinearAttention(_AttentionBase):
     """softmax(q over features) · (softmax(k over positions)ᵀ v), linear in positions; adds its input.
 
@@ -188,6 +197,8 @@ class LinearAttention(_AttentionBase):
     between them: neither v nor the heads' outputs are made, and nothing big is copied to another layout. (A wrapper
     of `to_qkv` or `to_out`, such as an adapter, must be merged into the weight to have an effect.)
     """
+
+    linear = _Weights
 
     def __init__(self, channels: int, heads: int, dim_head: int, num_mem_kv: int):
         super().__init__(channels, heads, dim_head, (dim_head, num_mem_kv))
@@ -198,7 +209,7 @@ class LinearAttention(_AttentionBase):
         n = self._tokens(x)
         positions, channels = n.shape[1:]
         by_head = (self.heads, -1)
-        w_q, w_k, w_v = self.to_qkv.weight.chunk(3)  # (heads * dim_head, C) each
+        w_q, w_k, w_v = self.to_qkv()[0].chunk(3)  # (heads * dim_head, C) each
         q = F.linear(n, w_q).unflatten(2, by_head).softmax(dim=-1)  # (B, N, heads, dim_head)
         # (B, heads * dim_head, N); matmul would give it another layout, and copies after it
         k = torch.bmm(w_k.expand(len(x), -1, -1), n.transpose(1, 2))
@@ -223,11 +234,12 @@ class LinearAttention(_AttentionBase):
             total = total + memory.sum(dim=-1, dtype=total.dtype).flatten(1).unsqueeze(2)
         context = context * (self.scale / share / total).unflatten(1, by_head)  # (B, heads, dim_head, dim_head)
         context, q = context.to(n.dtype), q.to(n.dtype)
+        w_out, bias = self.to_out()
         if positions > channels:
-            context = (context @ self.to_out.weight.t().unflatten(0, by_head)).flatten(1, 2)
-            out = torch.baddbmm(self.to_out.bias.to(n.dtype), q.flatten(2), context.to(n.dtype))
+            context = (context @ w_out.t().unflatten(0, by_head)).flatten(1, 2)
+            out = torch.baddbmm(bias.to(n.dtype), q.flatten(2), context.to(n.dtype))
         else:
-            out = self.to_out((q.transpose(1, 2) @ context).transpose(1, 2).flatten(2))
+            out = F.linear((q.transpose(1, 2) @ context).transpose(1, 2).flatten(2), w_out, bias)
         return self.norm_out(out.transpose(1, 2).unflatten(2, x.shape[2:])).add_(x)
 
 
@@ -283,18 +295,32 @@ class Upsample(nn.Module):
 
     def __init__(self, ndim: int, channels_in: int, channels: int):
         super().__init__()
-        self.conv = CONVS[ndim](channels_in, channels, 3, padding=1)
+        self.conv = (_DoublingRow if ndim == 1 else _Doubling)(channels_in, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = isinstance(self.conv, RowConv)
-        if x[0, 0].numel() < self.MANY:
-            return self.conv(F.interpolate(x, scale_factor=(1.0, 2.0) if rows else 2.0, mode="nearest"))
-        sums = _WINDOWS.to(self.conv.weight)
-        weight = self.conv.weight.movedim(1, -1).flatten(1, -2)  # (out, 3 or 9, in)
-        weight = (sums if rows else torch.kron(sums, sums)) @ weight
-        weight = weight.unflatten(1, (1, 4) if rows else (4, 4)).movedim(-1, 0)  # (in, out, 1 or 4, 4)
-        stride, padding = ((1, 2), (0, 1)) if rows else (2, 1)
-        return F.conv_transpose2d(x, weight, self.conv.bias, stride, padding)
+        return self.conv(x)
+
+
+class _Doubling(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0].numel() < Upsample.MANY:
+            return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        sums = _WINDOWS.to(self.weight)
+        return F.conv_transpose2d(x, _sum_windows(self.weight, torch.kron(sums, sums)), self.bias, 2, 1)
+
+
+class _DoublingRow(RowConv):
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0].numel() < Upsample.MANY:
+            return super().forward(F.interpolate(x, scale_factor=(1.0, 2.0), mode="nearest"))
+        weight = _sum_windows(self.weight.unsqueeze(2), _WINDOWS.to(self.weight))
+        return F.conv_transpose2d(x, weight, self.bias, (1, 2), (0, 1))
+
+
+def _sum_windows(weight: Tensor, sums: Tensor) -> Tensor:
+    """(out, in, 1 or 3, 3) -> (in, out, 1 or 4, 4)"""
+    weight = sums @ weight.movedim(1, -1).flatten(1, -2)  # (out, 4 or 16, in)
+    return weight.unflatten(1, (-1, 4)).movedim(-1, 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -421,6 +447,11 @@ class UNetBody(ModelMixin, ConfigMixin):
         if wrong:
             raise ValueError(f"the weights of {pretrained_model_name_or_path} are not those of {cls.__name__}: "
                              f"{'; '.join(wrong)}")  # fmt: skip
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu":
+                # a file's tensors begin anywhere, and products of matrices round by where their operands begin: the
+                # loaded model would not give the saved one's numbers to the last bit
+                parameter.data = parameter.data.clone()
         return (model, info) if output_loading_info else model
 
     def _build(

@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm_hf.unet import FullAttention, LinearAttention, RMSNorm, TimeEmbedding, UNet1D, UNet2D
+from ddpm_hf.unet import (
+    FullAttention,
+    LinearAttention,
+    RMSNorm,
+    TimeEmbedding,
+    UNet1D,
+    UNet2D,
+    Upsample,
+    _NormalizeCPU,
+)
 
 SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4}
 
@@ -106,11 +115,51 @@ def test_options_give_the_right_shapes_and_survive_saving(options, ndim, tmp_pat
 
 
 def test_forms_of_timesteps_agree():
-    model = small().eval()
-    x = torch.randn(2, 3, 8, 8)
+    model = small().double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         outputs = [model(x, t).sample for t in (7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor([7.0, 7.0]))]
-    assert all(torch.equal(out, outputs[0]) for out in outputs)
+    assert all(torch.equal(out, outputs[0]) for out in outputs[:-1])
+    # embedded once for each sample, the same in other products of matrices
+    torch.testing.assert_close(outputs[-1], outputs[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("ndim,size", [(2, (16, 20)), (1, (1, 300))])
+def test_upsampling_as_one_transposed_convolution(ndim, size, double):
+    layer, x = Upsample(ndim, 3, 5), torch.randn(2, 3, *size, requires_grad=True)
+    assert x[0, 0].numel() >= Upsample.MANY
+    doubled = x.repeat_interleave(2, dim=3)
+    expected = layer.conv(doubled if ndim == 1 else doubled.repeat_interleave(2, dim=2))
+    got = layer(x)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    direction = torch.randn_like(got)
+    pairs = [torch.autograd.grad(out, (x, *layer.parameters()), direction) for out in (got, expected)]
+    for mine, plain in zip(*pairs):
+        torch.testing.assert_close(mine, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+def test_the_norms_gradient_is_its_derivative(silu, scaled, double):
+    x, gain, shift = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 1, 1), torch.randn(2, 5, 1, 1)
+    inputs = [v.requires_grad_() for v in (x, gain, shift if scaled else None) if v is not None]
+    assert torch.autograd.gradcheck(
+        lambda *v: _NormalizeCPU.apply(v[0], v[1], v[2] if scaled else None, silu), inputs, eps=1e-6, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("memory", [0, 4])
+@pytest.mark.parametrize("size", [(2, 3), (6, 7)])  # fewer positions than the 12 channels, and more
+def test_linear_attention_by_its_definition(size, memory, double):
+    layer = LinearAttention(12, heads=2, dim_head=5, num_mem_kv=memory)
+    x = torch.randn(3, 12, *size)
+    normal = layer.norm(x).flatten(2)
+    q, k, v = (layer.to_qkv.weight @ normal).reshape(3, 3, 2, 5, -1).unbind(1)  # (B, heads, dim_head, N)
+    if memory:
+        k, v = (torch.cat((m.expand(3, -1, -1, -1), w), dim=-1) for m, w in zip(layer.mem_kv, (k, v)))
+    out = torch.einsum("bhdn,bhen,bhdm->bhem", k.softmax(-1), v, q.softmax(2) / 5**0.5)
+    out = (layer.to_out.weight @ out.flatten(1, 2) + layer.to_out.bias[:, None]).unflatten(2, size)
+    torch.testing.assert_close(layer(x), layer.norm_out(out) + x, rtol=1e-10, atol=1e-12)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
