@@ -290,8 +290,8 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         self.model.to(acc.device)
         self.average = WeightAverage(self.model, acc, c)
-        if len(self.shape) == 3 and not self.average.sharded:  # FSDP takes the usual layout only
-            self.model.to(memory_format=torch.channels_last)
+        if hasattr(self.model, "channels_last") and not self.average.sharded:  # FSDP takes the usual layout only
+            self.model.channels_last()
         optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad], lr=c.learning_rate, eps=c.adam_epsilon,
             betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay, fused=True,

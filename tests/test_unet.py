@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from ddpm_hf.unet import (
     FullAttention,
@@ -249,3 +250,17 @@ def test_bad_inputs():
             model(*arguments)
     with pytest.raises(ValueError, match="x_self_cond"):
         small(self_condition=True)(x, 1, x[:1])
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_channels_last_keeps_the_numbers_and_the_file(ndim, tmp_path, double):
+    model = small(ndim).eval()
+    x = torch.randn(2, 3, *(8, 8)[:ndim])
+    with torch.no_grad():
+        before = model(x, 5).sample
+        assert model.channels_last() is model
+        assert model.conv_in.weight.stride(1) == 1
+        torch.testing.assert_close(model(x, 5).sample, before, rtol=1e-10, atol=1e-12)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())

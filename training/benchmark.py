@@ -1,11 +1,15 @@
 """Measure ddpm_hf against what people use now, side by side in one process: alternating, medians.
 
+    python training/benchmark.py                               # everything
+    python training/benchmark.py --only call step              # a model call, a training step
     python training/benchmark.py --only loader                 # images per second of the loaders alone
+    python training/benchmark.py --only call step --check      # fail where a ratio is 15% worse than recorded
 
 Prints a table and writes it to --output_dir as JSON. Needs the extra [bench].
 """
 
 import argparse
+import copy
 import itertools
 import json
 import platform
@@ -18,12 +22,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_hf import UNet2D
 from ddpm_hf.data import image_folder
+from ddpm_hf.losses import diffusion_loss, training_draws
+from ddpm_hf.scheduler import GaussianScheduler
 from ddpm_hf.stream import StreamSampler, TrainingView, collate
 
 
@@ -123,26 +130,198 @@ def training_flops(resolution: int) -> float:
     return float(counter.get_total_flops())
 
 
-BENCHMARKS = {"loader": benchmark_loader}
+# -- the model and a training step, against denoising-diffusion-pytorch with the same weights
+
+# Ratios of speed to keep, measured on two CPU threads (README); --check allows 15% less.
+RECORDED = {
+    "call 4x3x64x64 float32": 1.35, "call 4x3x64x64 bfloat16": 2.4,
+    "step 8x3x32x32 float32": 1.4, "step 8x3x32x32 bfloat16": 2.0,
+    "step 4x3x64x64 float32": 1.4, "step 4x3x64x64 bfloat16": 2.2,
+    "step 32x32x128 float32": 1.3, "step 32x32x128 bfloat16": 1.9,
+    "step 4x32x4096 float32": 1.5, "step 4x32x4096 bfloat16": 2.6,
+}  # fmt: skip
+
+
+def matrix_rate(dtype: torch.dtype, device: str, size: int = 2048) -> float:
+    """Operations per second of this machine in products of square matrices."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = alternate({"product": lambda: timed(lambda: a @ b, device)}, 9)["product"]
+    return 2 * size**3 / seconds
+
+
+def timed(run: Callable[[], object], device: str) -> float:
+    """Seconds of one call."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def same_models(shape: tuple, device: str) -> tuple:
+    """The peer's U-Net (dim 64, multipliers 1-2-4-8) and ours, with the same weights."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, GaussianDiffusion1D, Unet, Unet1D
+
+    from ddpm_hf.convert import from_denoising_diffusion_pytorch
+
+    torch.manual_seed(0)
+    if len(shape) == 4:
+        peer = Unet(dim=64, dim_mults=(1, 2, 4, 8), channels=shape[1])
+        diffusion = GaussianDiffusion(peer, image_size=shape[-1])
+    else:
+        peer = Unet1D(dim=64, dim_mults=(1, 2, 4, 8), channels=shape[1])
+        diffusion = GaussianDiffusion1D(peer, seq_length=shape[-1])
+    ours = from_denoising_diffusion_pytorch(
+        diffusion.state_dict(), seq_length=shape[-1] if len(shape) == 3 else None
+    ).unet.train()
+    return diffusion.to(device), ours.to(device).channels_last()
+
+
+def benchmark_call(options) -> list[dict]:
+    """One call of the model, batch 4 at 64 x 64."""
+    shape, device = (4, 3, 64, 64), options.device
+    diffusion, ours = same_models(shape, device)
+    x, t = torch.randn(shape, device=device), torch.full((4,), 500, device=device)
+    with torch.no_grad():
+        expected = diffusion.model(x, t)
+        rows, seconds = [], {}
+        for dtype in options.dtype:
+            kind = getattr(torch, dtype)
+            model = copy.deepcopy(ours).to(kind)
+            model.time_embed.float()
+            error = (model(x.to(kind), t).sample.float() - expected).norm() / expected.norm()
+            allowed = 1e-4 if kind == torch.float32 else 0.02
+            if not error <= allowed:
+                raise SystemExit(f"outputs differ by {error:.1e} of their norm in {dtype}, more than {allowed}")
+            run = torch.compile(model) if options.compile else model
+            seconds[dtype] = lambda run=run, kind=kind: timed(lambda: run(x.to(kind), t), device)
+            rows.append({"what": f"call 4x3x64x64 {dtype}", "error": error.item(), "dtype": dtype})
+        found = alternate({"peer": lambda: timed(lambda: diffusion.model(x, t), device), **seconds}, options.rounds)
+    return report(rows, found, forward_flops(ours, shape, device), options)
+
+
+def benchmark_step(options) -> list[dict]:
+    """One training step: loss, gradient, clipping, AdamW, and the average of the weights at each side's default."""
+    rows = []
+    for shape in ((8, 3, 32, 32), (4, 3, 64, 64), (32, 32, 128), (4, 32, 4096)):
+        diffusion, ours = same_models(shape, options.device)
+        x = torch.rand(shape, device=options.device) * 2 - 1
+        check_gradients(diffusion.model, ours, x)
+        contenders = {"peer": peer_step(diffusion, (x + 1) / 2)}
+        found_rows = []
+        for dtype in options.dtype:
+            contenders[dtype] = our_step(copy.deepcopy(ours), x, dtype, options)
+            found_rows.append({"what": f"step {'x'.join(map(str, shape))} {dtype}", "dtype": dtype})
+        clocks = {k: lambda v=v: timed(v, options.device) for k, v in contenders.items()}
+        for clock in clocks.values():
+            clock()  # optimizers make their state in the first step
+        found = alternate(clocks, options.rounds)
+        rows += report(found_rows, found, 3 * forward_flops(ours, shape, options.device), options)
+    return rows
+
+
+def check_gradients(peer, ours, x: torch.Tensor) -> None:
+    """That both give the same loss and the same norm of the gradient."""
+    t = torch.full((len(x),), 500, device=x.device)
+    norms = []
+    for model in (lambda: peer(x, t), lambda: ours(x, t).sample):
+        model().square().mean().backward()
+    for model in (peer, ours):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        model.zero_grad()
+    if abs(norms[0] - norms[1]) > 1e-4 * norms[0]:
+        raise SystemExit(f"the norms of the gradients differ: {norms}")
+
+
+def peer_step(diffusion, images: torch.Tensor) -> Callable[[], None]:
+    from ema_pytorch import EMA
+
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    average = EMA(diffusion, beta=0.995, update_every=10)  # as its Trainer
+
+    def step() -> None:
+        diffusion(images).backward()
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+
+    return step
+
+
+def our_step(model, x: torch.Tensor, dtype: str, options) -> Callable[[], None]:
+    """As `Trainer._train_step`, without its data."""
+    scheduler = GaussianScheduler(beta_schedule="sigmoid", prediction_type="v_prediction")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    average = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75, foreach=True)
+    run = torch.compile(model) if options.compile else model
+
+    def step() -> None:
+        timesteps, noise = training_draws(scheduler, x, range(len(x)))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = diffusion_loss(run, scheduler, x, timesteps, noise).loss.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(model.parameters())
+
+    return step
+
+
+def forward_flops(model, shape: tuple, device: str) -> float:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.zeros(shape, device=device), torch.zeros(shape[0], dtype=torch.long, device=device))
+    return float(counter.get_total_flops())
+
+
+def report(rows: list[dict], found: dict[str, float], flops: float, options) -> list[dict]:
+    """Rows with seconds, the ratio to the peer and the share of the machine's matrix rate; printed."""
+    for row in rows:
+        seconds = found[row["dtype"]]
+        row |= {"peer s": found["peer"], "ours s": seconds, "ratio": found["peer"] / seconds}
+        row["share of matrix rate"] = flops / seconds / matrix_rate(getattr(torch, row["dtype"]), options.device)
+        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else v for k, v in row.items() if k != "dtype"))
+    return rows
+
+
+BENCHMARKS = {"call": benchmark_call, "step": benchmark_step, "loader": benchmark_loader}
 
 
 def main(arguments: list) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="parts to measure")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each contender is measured")
+    parser.add_argument("--rounds", type=int, default=9, help="times that each contender is measured")
+    parser.add_argument("--device", default="cpu", help="of the model's measurements: cpu or cuda")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=2, help="of the model's measurements on CPU")
+    parser.add_argument("--compile", action="store_true", help="our model through torch.compile")
+    parser.add_argument("--check", action="store_true", help="fail where a ratio is 15%% worse than recorded")
     parser.add_argument("--images", type=int, default=10_000, help="JPEGs of the loader's measurement")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[64, 128], help="that the loader resizes to")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes of the loader")
     parser.add_argument("--batch_size", type=int, default=64, help="of the loader")
     parser.add_argument("--output_dir", default="benchmark", help="where benchmark.json goes")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # of the main process, beside the workers
-    results = {name: BENCHMARKS[name](options) for name in options.only}
+    if options.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device must be cpu on a machine without CUDA, got {options.device}")
+    results = {}
+    for name in options.only:
+        torch.set_num_threads(1 if name == "loader" else options.threads)  # the loader's workers have the others
+        results[name] = BENCHMARKS[name](options)
     machine = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "benchmark.json").write_text(json.dumps({**machine, **results}, indent=1))
     print(f"results: {folder / 'benchmark.json'}")
+    worse = [row for rows in results.values() for row in rows if row["ratio"] < 0.85 * RECORDED.get(row.get("what"), 0)]
+    if options.check and worse:
+        print("worse than recorded by more than 15%: " + ", ".join(row["what"] for row in worse), file=sys.stderr)
+        return 1
     return 0
 
 
