@@ -290,8 +290,11 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         self.model.to(acc.device)
         self.average = WeightAverage(self.model, acc, c)
-        if hasattr(self.model, "channels_last") and not self.average.sharded:  # FSDP takes the usual layout only
-            self.model.channels_last()
+        if not self.average.sharded:  # FSDP takes the usual layout only
+            if hasattr(self.model, "channels_last"):
+                self.model.channels_last()
+            else:  # someone's own model
+                self.model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad], lr=c.learning_rate, eps=c.adam_epsilon,
             betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay, fused=True,

@@ -53,8 +53,8 @@ CONVS = {1: RowConv, 2: nn.Conv2d}
 
 
 class _NormalizeCPU(torch.autograd.Function):
-    """SiLU(x / rms(x) * gain + shift), the last two optional, in few passes over memory, keeping x alone for the
-    backward pass: PyTorch's own, a kernel a pass, take three times the memory and half of the time again on CPU.
+    """SiLU(x / rms(x) * gain + shift), the last two optional, working in place and keeping x alone of the big tensors:
+    on CPU PyTorch's own norm is a chain of operations that each make, and keep, a tensor. No second derivatives.
 
     x: (B, C, H, W); gain and shift: (B or 1, C, 1, 1), of x's type.
     """
