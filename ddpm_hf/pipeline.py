@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, PNDMScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo, hf_hub_download, upload_folder
@@ -206,6 +206,23 @@ class _SamplingPipeline(DiffusionPipeline):
         if unknown:
             raise ValueError(f"the configuration has keys that {cls.__name__} does not know: {', '.join(unknown)}")
         return super().extract_init_dict(config_dict, **kwargs)
+
+    # -- samplers ------------------------------------------------------------------------------
+
+    def use_fast_sampler(self, num_inference_steps: int = 15):
+        """Sample by DPM-Solver++ of order 2 (Lu et al., arXiv:2211.01095), stock, on the model's own schedule.
+
+        Args:
+            num_inference_steps: from now on where a call gives none.
+
+        Returns:
+            self
+        """
+        self.scheduler = DPMSolverMultistepScheduler.from_config(
+            self.scheduler.config, timestep_spacing="trailing", final_sigmas_type="zero"
+        )
+        self.register_to_config(num_inference_steps=num_inference_steps)
+        return self
 
     # -- what differs by data ------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from ddpm_hf.figures import save_image_grid, save_sequence_plot
 from ddpm_hf.hub import check_token, make_publisher, target_of
 from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.losses import diffusion_loss, training_draws
+from ddpm_hf.memory import keep_freed_memory
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.record import RunRecord, data_facts
 from ddpm_hf.scheduler import GaussianScheduler
@@ -204,6 +205,7 @@ class Trainer:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             local = int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes))
             torch.set_num_threads(c.num_cpu_threads or max(1, cores // local))
+            keep_freed_memory()
         global_batch = self._global_batch(acc.num_processes)
         if int(os.environ.get("WORLD_SIZE", 1)) > acc.num_processes:
             raise ValueError(

@@ -46,8 +46,11 @@ def optimal_prediction(scheduler, x_t, t, mean, std):
 
 
 def load_program(name):
-    """training/<name>.py as a module."""
-    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "training" / f"{name}.py")
+    """training/<name>.py as a module; the folder's other files can be imported, as when it is run."""
+    file = ROOT / "training" / f"{name}.py"
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    spec = importlib.util.spec_from_file_location(f"{file.stem}_script", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look up their types there
     spec.loader.exec_module(module)

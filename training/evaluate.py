@@ -27,6 +27,7 @@ from ddpm_hf.data import build_dataset
 from ddpm_hf.evaluation import EvalSettings, Evaluator
 from ddpm_hf.figures import save_steps_plot
 from ddpm_hf.hub import load_pipeline
+from ddpm_hf.memory import keep_freed_memory
 from ddpm_hf.record import without_folders
 from ddpm_hf.stream import hold_out, load_item
 
@@ -115,6 +116,8 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         if not getattr(config, name):
             raise ValueError(f"--{name} must be given")
     accelerator = Accelerator()
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     pipeline, own = load(config)
     dataset, shape = real_data(config, pipeline)
     held_out = None

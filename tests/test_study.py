@@ -1,0 +1,104 @@
+"""The studies at small size: what they compare, what they count as time, and that both sides train and are measured."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_program, run_program
+from PIL import Image
+
+common = load_program("studies/common")
+recipe = load_program("studies/recipe")
+samplers = load_program("studies/samplers")
+
+
+@pytest.mark.parametrize("name, shape", [("digits", (1797, 8, 8, 1)), ("crops", (6000, 32, 32, 3))])
+def test_the_pictures(name, shape, tmp_path):
+    real = common.pictures(name)
+    assert real.shape == shape and real.dtype == np.uint8 and real.std() > 40
+    assert common.distance(real, name) == pytest.approx(0, abs=1e-6)
+    # fewer pictures of the same are nearer than other pictures
+    assert common.floor(name, 500) < 0.3 * common.distance(255 - real[:500], name)
+    folder = common.write_pictures(name, tmp_path)
+    back = np.asarray(Image.open(folder / "00003.png")).reshape(shape[1:])
+    np.testing.assert_array_equal(back, real[3])
+
+
+def test_the_views_are_patches_and_averages():
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    small, patches = common.views(image)
+    assert patches.shape == (16, 192)
+    np.testing.assert_allclose(patches[6].reshape(8, 8, 3) * 255, image[0, 8:16, 16:24], atol=1e-4)
+    np.testing.assert_allclose(small.reshape(8, 8, 3)[2, 5] * 255, image[0, 8:12, 20:24].mean(axis=(0, 1)), rtol=1e-5)
+
+
+def test_the_clock_stops_while_it_measures(monkeypatch):
+    now = iter([0.0, 5.0, 105.0, 112.0, 300.0])
+    monkeypatch.setattr(recipe.time, "perf_counter", lambda: next(now))
+    distances = iter([0.5, 0.25])
+    clock = recipe.Clock([1, 3], lambda: next(distances))
+    clock.start()
+    for step in (1, 2, 3):
+        clock.after(step)
+    assert clock.curve == [
+        {"step": 1, "seconds": 5.0, "distance": 0.5},
+        {"step": 3, "seconds": 12.0, "distance": 0.25},
+    ]
+
+
+@pytest.mark.parametrize("side", ["ours", "peer", "tuned"])
+def test_a_training_of_each_side(side, tmp_path):
+    config = {} if side == "peer" else {**recipe.recipe_config("digits"), "max_train_steps": 4}
+    job = {"side": "ours" if side == "ours" else "peer", "data": "digits", "seed": 0, "config": config, "steps": 4,
+           "points": 2, "samples": 40}  # fmt: skip
+    options = ("--job", json.dumps(job), "--file", tmp_path / "answer.json")
+    result = run_program(ROOT / "training/studies/recipe.py", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    assert [point["step"] for point in answer["curve"]] == [2, 4]
+    assert 0 < answer["curve"][0]["seconds"] < answer["curve"][1]["seconds"]
+    assert all(point["distance"] > 0 for point in answer["curve"])
+
+
+def test_a_table_and_picture_of_samplers(tmp_path):
+    for name, steps, seed, value in [
+        ("DDIM", 10, 0, 0.5), ("DDIM", 10, 1, 0.7), ("DDIM", 20, 0, 0.25), ("DDIM", 250, 0, 0.1),
+        ("UniPC 2", 10, 0, 0.2),
+    ]:  # fmt: skip
+        answer = {"data": "digits", "sampler": name, "steps": steps, "seed": seed, "distance": value}
+        (tmp_path / f"{name}-{steps}-{seed}.json").write_text(json.dumps(answer))
+    found = samplers.collect(tmp_path)
+    lines = samplers.table(found["digits"]).splitlines()
+    assert lines[0] == "| sampler | 10 | 20 | 250 |"
+    assert lines[2] == "| DDIM | **0.600** ± 0.100 | 0.250 | 0.100 |"
+    assert lines[3] == "| UniPC 2 | 0.200 |  |  |"
+    samplers.draw(found, {"digits": 100}, tmp_path / "samplers.png")
+    assert Image.open(tmp_path / "samplers.png").width > 300
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_each_sampler_runs_on_the_models_schedule(name):
+    from ddpm_hf import DDPMPipeline, GaussianScheduler, UNet2D
+
+    pipe = DDPMPipeline(UNet2D(sample_size=8, in_channels=1, dim=8, dim_mults=(1, 2)), GaussianScheduler())
+    betas = pipe.scheduler.config.trained_betas
+    samplers.build(pipe, name)
+    assert list(pipe.scheduler.config.trained_betas) == list(betas)
+    images = common.sample(pipe, 3, 5, batch=2)
+    assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
+
+
+def test_the_share_of_time_is_that_of_the_first_point_as_near(tmp_path):
+    def answer(kind, *curve):
+        points = [{"step": 1, "seconds": s, "distance": d} for s, d in curve]
+        (tmp_path / f"digits-{kind}-0.json").write_text(
+            json.dumps({"curve": points, "distance": points[-1]["distance"]})
+        )
+
+    answer("peer", (50, 1.0), (100, 0.5))
+    answer("tuned", (20, 0.6))
+    answer("ours", (5, 0.8), (10, 0.4), (20, 0.3))
+    row = recipe.report_curves(tmp_path, "digits").splitlines()[-1]
+    assert row == "| 0 | 0.500, 100 s | 0.600, 20 s | 0.300, 20 s | 1/10.0 |"
+    answer("ours", (5, 0.8))
+    assert "not reached" in recipe.report_curves(tmp_path, "digits")

@@ -1,0 +1,191 @@
+"""Which sampler comes as near to the data as DDIM at 250 of 1000 steps, with the fewest calls of the model.
+
+    python training/studies/samplers.py --output_dir studies/samplers        # all; resumes where it was stopped
+
+Trains a model of each set of pictures (`common.py`), then measures samplers at numbers of calls, for seeds of x_T: the
+Fréchet distance of their samples. Writes samplers.json, samplers.png and a table.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from common import MODELS, Job, distance, finish, floor, pictures, run_jobs, sample, write_pictures
+from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+from ddpm_hf import DDPMPipeline, GaussianScheduler
+
+TRAINING = {
+    "digits": {"max_train_steps": 3_000, "train_batch_size": 64, "learning_rate": 1e-3, "lr_warmup_steps": 100},
+    "crops": {"max_train_steps": 3_500, "train_batch_size": 16, "learning_rate": 1e-3, "lr_warmup_steps": 100},
+}
+COUNTS = {"digits": 5_000, "crops": 1_000}  # samples of a measurement
+DPM = {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
+# name -> class, options over the model's own schedule, which is kept
+SAMPLERS = {
+    "DDIM": (GaussianScheduler, {"sampler": "ddim"}),
+    "DDIM, linspace": (GaussianScheduler, {"sampler": "ddim", "timestep_spacing": "linspace"}),
+    "DDIM, leading": (GaussianScheduler, {"sampler": "ddim", "timestep_spacing": "leading"}),
+    "DDIM, no clipping": (GaussianScheduler, {"sampler": "ddim", "clip_sample": False}),
+    "DDPM": (GaussianScheduler, {"sampler": "ddpm"}),
+    "DPM++ 2M": (DPMSolverMultistepScheduler, {**DPM}),
+    "DPM++ 2M, no clipping": (DPMSolverMultistepScheduler, {**DPM, "thresholding": False}),
+    "DPM++ 2M, linspace": (DPMSolverMultistepScheduler, {**DPM, "timestep_spacing": "linspace"}),
+    "DPM++ 2M, leading": (DPMSolverMultistepScheduler, {**DPM, "timestep_spacing": "leading"}),
+    "DPM++ 2M, last step short": (DPMSolverMultistepScheduler, {**DPM, "final_sigmas_type": "sigma_min"}),
+    "DPM++ 2M, all second order": (DPMSolverMultistepScheduler, {**DPM, "lower_order_final": False}),
+    "DPM++ 2M, Heun": (DPMSolverMultistepScheduler, {**DPM, "solver_type": "heun"}),
+    "DPM++ 2M, even in log-SNR": (DPMSolverMultistepScheduler, {**DPM, "use_lu_lambdas": True}),
+    "DPM++ 2M, Karras": (DPMSolverMultistepScheduler, {**DPM, "use_karras_sigmas": True}),
+    "DPM++ 2M, stochastic": (DPMSolverMultistepScheduler, {**DPM, "algorithm_type": "sde-dpmsolver++"}),
+    "DPM++ 3M": (DPMSolverMultistepScheduler, {**DPM, "solver_order": 3}),
+    "UniPC 2": (UniPCMultistepScheduler, {**DPM, "solver_order": 2}),
+    "UniPC 3": (UniPCMultistepScheduler, {**DPM, "solver_order": 3}),
+    "UniPC 2, bh1": (UniPCMultistepScheduler, {**DPM, "solver_order": 2, "solver_type": "bh1"}),
+    "DEIS 2": (DEISMultistepScheduler, {"timestep_spacing": "trailing", "solver_order": 2}),
+}
+
+
+def build(pipe: DDPMPipeline, name: str) -> DDPMPipeline:
+    kind, options = SAMPLERS[name]
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
+    return pipe
+
+
+def train_model(options: dict, folder: Path) -> dict:
+    from ddpm_hf import TrainConfig, train
+
+    data = options["data"]
+    result = train(
+        TrainConfig(
+            train_data_dir=str(write_pictures(data, folder)),
+            resolution=pictures(data).shape[1],
+            image_channels=pictures(data).shape[3],
+            output_dir=str(folder / f"model-{data}"),
+            report_to="none",
+            num_cpu_threads=1,
+            num_samples=64,
+            logging_steps=100,
+            save_samples_steps=0,
+            **{name: list(v) if isinstance(v, tuple) else v for name, v in MODELS[data].items()},
+            **TRAINING[data],
+        )  # fmt: skip
+    )
+    return {"pipeline": str(result.pipeline_dir)}
+
+
+def measure(options: dict) -> dict:
+    pipe = build(DDPMPipeline.from_pretrained(options["pipeline"]), options["sampler"])
+    images = sample(pipe, options["count"], options["steps"], options["seed"])
+    return {"distance": distance(images, options["data"])}
+
+
+# -- what was found
+
+
+def collect(folder: Path) -> dict[str, dict[str, dict[int, list[float]]]]:
+    """data -> sampler -> steps -> distances, one a seed."""
+    found: dict = {}
+    for file in sorted(folder.glob("*.json")):
+        answer = json.loads(file.read_text())
+        if "sampler" in answer:
+            by_steps = found.setdefault(answer["data"], {}).setdefault(answer["sampler"], {})
+            by_steps.setdefault(answer["steps"], []).append(answer["distance"])
+    return found
+
+
+def table(samplers: dict[str, dict[int, list[float]]]) -> str:
+    """Markdown: a row a sampler, a column a number of calls; means over the seeds, and how far they lie apart."""
+    steps = sorted({n for by_steps in samplers.values() for n in by_steps})
+    lines = ["| sampler | " + " | ".join(map(str, steps)) + " |", "|---|" + "---|" * len(steps)]
+    for name in [name for name in SAMPLERS if name in samplers]:
+        cells = []
+        for n in steps:
+            values = samplers[name].get(n)
+            if not values:
+                cells.append("")
+            elif len(values) == 1:
+                cells.append(f"{values[0]:.3f}")
+            else:
+                half = (max(values) - min(values)) / 2
+                cells.append(f"**{statistics.mean(values):.3f}** ± {half:.3f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(found: dict, counts: dict[str, int], file: Path) -> None:
+    """Distance over model calls, a panel a set, the samplers that were tried at three numbers of calls or more."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(found), 4.6), layout="constrained")
+    for axis, (data, samplers) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+        ticks = set()
+        for name in [name for name in SAMPLERS if len(samplers.get(name, {})) >= 3]:
+            steps = sorted(samplers[name])
+            ticks |= set(steps)
+            values = [statistics.mean(samplers[name][n]) for n in steps]
+            axis.plot(steps, values, marker="o", markersize=4, linewidth=1.2, label=name)
+        if 250 in samplers.get("DDIM", {}):
+            axis.axhline(statistics.mean(samplers["DDIM"][250]), color="black", linestyle=":", label="DDIM, 250 calls")
+        axis.axhline(floor(data, counts[data]), color="grey", linestyle="--", label="real pictures")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(sorted(ticks), map(str, sorted(ticks)))
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        axis.set_title(f"{data}: {counts[data]:,} samples a point")
+        axis.set_xlabel("model calls a sample")
+        axis.set_ylabel("Fréchet distance to the data")
+        axis.grid(alpha=0.25, which="both")
+        axis.legend(fontsize=8)
+    figure.savefig(file, dpi=100)
+
+
+def parse_plan(plan: str) -> tuple[list[str], list[int], list[int]]:
+    """ "DDIM|UniPC 2:5,10,20:0,1,2" -> samplers, steps, seeds."""
+    names, steps, seeds = plan.split(":")
+    return names.split("|"), [int(n) for n in steps.split(",")], [int(n) for n in seeds.split(",")]
+
+
+def main(arguments: list) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=tuple(MODELS), default=list(MODELS))
+    parser.add_argument("--plan", nargs="+", help="samplers:steps:seeds, e.g. 'DDIM|UniPC 2:5,10:0,1,2'")
+    parser.add_argument("--at_once", type=int, default=2, help="measurements side by side, of one thread each")
+    parser.add_argument("--output_dir", default="studies/samplers")
+    parser.add_argument("--job", help="(one measurement, as JSON)")
+    parser.add_argument("--file", type=Path, help="(where its answer goes)")
+    options = parser.parse_args(arguments)
+    folder = Path(options.output_dir)
+    if options.job:
+        job = json.loads(options.job)
+        finish(options.file, {**job, **(measure(job) if "sampler" in job else train_model(job, options.file.parent))})
+        return 0
+    models = {data: Job({"data": data}, folder / f"model-{data}.json") for data in options.data}
+    run_jobs(__file__, list(models.values()), options.at_once)
+    jobs = []
+    for plan in options.plan or []:
+        names, steps, seeds = parse_plan(plan)
+        for seed in seeds:
+            for name in names:
+                for n in steps:
+                    for data in options.data:
+                        key = f"{data} {name} {n} {seed}".replace(" ", "-").replace(",", "")
+                        job = {"data": data, "sampler": name, "steps": n, "seed": seed, "count": COUNTS[data],
+                               "pipeline": models[data].result()["pipeline"]}  # fmt: skip
+                        jobs.append(Job(job, folder / f"{key}.json"))
+    run_jobs(__file__, jobs, options.at_once)
+    found = collect(folder)
+    (folder / "samplers.json").write_text(json.dumps({"distances": found, "samples": COUNTS}, indent=1))
+    for data, samplers in found.items():
+        print(f"\n{data}: {COUNTS[data]:,} samples; as many real pictures {floor(data, COUNTS[data]):.3f}\n")
+        print(table(samplers))
+    draw(found, COUNTS, folder / "samplers.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
