@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_program
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
@@ -40,6 +40,19 @@ def make(kind):
 
 def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_the_fast_sampler_is_saved(kind, tmp_path):
+    pipe = make(kind).use_fast_sampler(4)
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = type(pipe).from_pretrained(tmp_path / "saved")
+    assert type(loaded.scheduler) is DEISMultistepScheduler and loaded.config.num_inference_steps == 4
+    samples = []
+    for each in (pipe, loaded):
+        each.set_progress_bar_config(disable=True)
+        samples.append(each(2, generator=torch.Generator().manual_seed(0), output_type="np", return_dict=False)[0])
+    np.testing.assert_array_equal(*samples)
 
 
 @pytest.mark.parametrize(("kind", "stock"), [("images", "DDPMPipeline"), ("sequences", "DiffusionPipeline")])

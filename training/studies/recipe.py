@@ -29,7 +29,7 @@ RECIPE = {
     "digits": {"max_train_steps": 1_000},
     "crops": {"max_train_steps": 400},
 }
-PEER_STEPS = {"digits": 6_000, "crops": 1_800}
+PEER_STEPS = {"digits": 5_000, "crops": 1_500}
 # One setting changed at a time.
 ABLATION = {
     "as it is": {},
@@ -191,6 +191,8 @@ def jobs_of(options) -> list[Job]:
                 add(f"{data} ours {seed}", side="ours", data=data, seed=seed, config=recipe_config(data), points=2)
         if "ablation" in options.only:
             for name, change in ABLATION.items():
+                if options.setting and name not in options.setting:
+                    continue
                 config = {**recipe_config(data), **change}
                 config["max_train_steps"] = round(config["max_train_steps"] * config.pop("steps", 1))
                 add(f"{data} ablation {name}", side="ours", data=data, seed=options.seed, config=config, points=1)
@@ -279,6 +281,7 @@ def main(arguments: list) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=("curves", "ablation"), default=["curves", "ablation"])
     parser.add_argument("--data", nargs="+", choices=tuple(MODELS), default=list(MODELS))
+    parser.add_argument("--setting", nargs="+", choices=tuple(ABLATION), help="of the ablation. Default: all")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each contender")
     parser.add_argument("--seed", type=int, default=0, help="of the ablation's trainings")
     parser.add_argument("--at_once", type=int, default=2, help="trainings side by side, of one thread each")

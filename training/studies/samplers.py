@@ -23,6 +23,7 @@ TRAINING = {
 }
 COUNTS = {"digits": 5_000, "crops": 1_000}  # samples of a measurement
 DPM = {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
+DEIS = {"timestep_spacing": "trailing", "solver_order": 2, "lower_order_final": False}
 # name -> class, options over the model's own schedule, which is kept
 SAMPLERS = {
     "DDIM": (GaussianScheduler, {"sampler": "ddim"}),
@@ -35,16 +36,16 @@ SAMPLERS = {
     "DPM++ 2M, linspace": (DPMSolverMultistepScheduler, {**DPM, "timestep_spacing": "linspace"}),
     "DPM++ 2M, leading": (DPMSolverMultistepScheduler, {**DPM, "timestep_spacing": "leading"}),
     "DPM++ 2M, last step short": (DPMSolverMultistepScheduler, {**DPM, "final_sigmas_type": "sigma_min"}),
-    "DPM++ 2M, all second order": (DPMSolverMultistepScheduler, {**DPM, "lower_order_final": False}),
     "DPM++ 2M, Heun": (DPMSolverMultistepScheduler, {**DPM, "solver_type": "heun"}),
-    "DPM++ 2M, even in log-SNR": (DPMSolverMultistepScheduler, {**DPM, "use_lu_lambdas": True}),
-    "DPM++ 2M, Karras": (DPMSolverMultistepScheduler, {**DPM, "use_karras_sigmas": True}),
     "DPM++ 2M, stochastic": (DPMSolverMultistepScheduler, {**DPM, "algorithm_type": "sde-dpmsolver++"}),
     "DPM++ 3M": (DPMSolverMultistepScheduler, {**DPM, "solver_order": 3}),
     "UniPC 2": (UniPCMultistepScheduler, {**DPM, "solver_order": 2}),
     "UniPC 3": (UniPCMultistepScheduler, {**DPM, "solver_order": 3}),
-    "UniPC 2, bh1": (UniPCMultistepScheduler, {**DPM, "solver_order": 2, "solver_type": "bh1"}),
-    "DEIS 2": (DEISMultistepScheduler, {"timestep_spacing": "trailing", "solver_order": 2}),
+    "DEIS 2": (DEISMultistepScheduler, {**DEIS, "lower_order_final": True}),
+    "DEIS 2, all second order": (DEISMultistepScheduler, {**DEIS}),
+    "DEIS 2, no clipping": (DEISMultistepScheduler, {**DEIS, "thresholding": False}),
+    "DEIS 2, leading": (DEISMultistepScheduler, {**DEIS, "timestep_spacing": "leading"}),
+    "DEIS 3, all third order": (DEISMultistepScheduler, {**DEIS, "solver_order": 3}),
 }
 
 
