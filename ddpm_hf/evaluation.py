@@ -384,9 +384,12 @@ class Evaluator:
 
     def records(self, values: dict[str, float], pipeline, num_inference_steps: int, **more) -> list[dict]:
         """One record a metric, with all that its value depends on: what `evaluation.json` holds."""
+        scheduler = type(pipeline.scheduler).__name__
+        if pipeline.is_spaced_by_log_snr():
+            scheduler += " at log_snr_timesteps"
         settings = {
             "num_samples": self.settings.num_samples, "num_real": len(self.real), "shape": list(self.shape),
-            "num_inference_steps": num_inference_steps, "scheduler": type(pipeline.scheduler).__name__,
+            "num_inference_steps": num_inference_steps, "scheduler": scheduler,
             "seed": self.settings.seed,
         }  # fmt: skip
         if self.network is not None:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 OWN = "the pipeline's own (DDIM; DDPM at all steps)"
+FAST = "fast (DPM-Solver++; 5 to 20 steps are enough)"
 STOCK = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
          "DEISMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler")  # fmt: skip
 MOST_SAMPLES, MOST_POINTS = 64, 16
@@ -57,6 +58,7 @@ class Page:
 
     def __init__(self, pipe):
         self.pipe, self.own = pipe, pipe.scheduler
+        self.own_spacing = pipe.config.get("log_snr_spacing", False)
         self.is_image = "data_scale" not in pipe.config
         self.steps = pipe.config.num_inference_steps or len(self.own)
         pipe.set_progress_bar_config(disable=True)
@@ -72,15 +74,18 @@ class Page:
         scheduler = self.own
         if sampler in STOCK:
             scheduler = getattr(diffusers, sampler).from_config(self.own.config)
-        elif sampler != OWN:
+        elif sampler not in (OWN, FAST):
             raise refused(f"sampler must be one of the list, got {sampler}")
         steps = whole("steps", steps, 1, self.own.config.num_train_timesteps)
+        if sampler == FAST:
+            scheduler = self.pipe.use_fast_sampler(steps).scheduler
         if eta is None or not 0 <= eta <= 1:
             raise refused(f"eta must lie in 0 to 1, got {eta}")
         takes_eta = "eta" in inspect.signature(scheduler.step).parameters
         if eta and not takes_eta:
             raise refused(f"eta is of DDIM: {sampler} has none, set it to 0 (got {eta})")
         self.pipe.scheduler = scheduler
+        self.pipe.register_to_config(log_snr_spacing=sampler == FAST or (sampler == OWN and self.own_spacing))
         return {"num_inference_steps": steps, "output_type": "np", "return_dict": False,
                 **({"eta": float(eta)} if takes_eta else {})}  # fmt: skip
 
@@ -91,6 +96,7 @@ class Page:
             raise refused(str(error)) from error
         finally:
             self.pipe.scheduler = self.own
+            self.pipe.register_to_config(log_snr_spacing=self.own_spacing)
 
     # -- what the buttons do ---------------------------------------------------------------------
 
@@ -171,7 +177,7 @@ def build_page(pipe, title: str) -> gr.Blocks:
             steps = gr.Number(min(page.steps, total), label=f"Steps (1 to {total})", elem_id="steps")
             seed = gr.Number(0, label="Seed", elem_id="seed")
             eta = gr.Number(0, label="Eta: DDIM's noise (0 to 1)", elem_id="eta")
-        sampler = gr.Dropdown([OWN, *STOCK], value=OWN, label="Sampler", elem_id="sampler")
+        sampler = gr.Dropdown([OWN, FAST, *STOCK], value=OWN, label="Sampler", elem_id="sampler")
         with gr.Tab("Samples"):
             button = gr.Button("Generate", variant="primary", elem_id="generate")
             samples = gr.Image(label="Samples", format="png", elem_id="samples")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DEISMultistepScheduler, DiffusionPipeline, PNDMScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo, hf_hub_download, upload_folder
@@ -41,8 +41,7 @@ A pipeline of ddpm_hf. Where ddpm_hf is installed: `ddpm_hf.{name}.from_pretrain
 this card: read them first. How the model was trained was not recorded here.
 """
 IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-# Of the fast sampler. Of order 2 to the end: at the end of a chain of fewer than 15 steps, diffusers would go down to 1.
-FAST = {"solver_order": 2, "lower_order_final": False, "timestep_spacing": "trailing"}
+FAST = {"solver_order": 2, "algorithm_type": "dpmsolver++", "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -101,6 +100,35 @@ def card_to_keep(repo_id: str, revision: str | None = None, token: str | None = 
     except (EntryNotFoundError, RevisionNotFoundError):
         return False
     return not is_own_card(Path(card).read_text(encoding="utf-8"))
+
+
+def _check_steps(steps, total: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= total:
+        raise ValueError(f"num_inference_steps must be a whole number from 1 to {total}; got {steps!r}")
+
+
+def log_snr_timesteps(alphas_cumprod: Tensor, steps: int) -> list[int]:
+    """Timesteps of a short chain, descending: T-1, and from T-2 down to 0 (left out) evenly in log(abar / (1 - abar)).
+
+    Evenly in t, a chain crosses the highest noise in its first step. But that is where large pictures take their
+    brightness and layout: what all of n pixels share is seen through n times the noise.
+
+    Args:
+        alphas_cumprod: (T,), descending.
+        steps: 1 to T.
+    """
+    abar = alphas_cumprod.double().cpu()
+    last = len(abar) - 1
+    if steps == 1 or last == 0:
+        return [last]
+    log_snr = (abar / (1 - abar)).log()
+    wanted = torch.lerp(log_snr[last - 1], log_snr[0], torch.linspace(0, 1, steps, dtype=torch.float64)[:-1])
+    nearest = (log_snr[:last, None] - wanted).abs().argmin(dim=0).tolist()
+    chain = [last]
+    for t in nearest:
+        chain.append(min(t, chain[-1] - 1))
+    # where timesteps are too few for all to be distinct: the last ones by one each
+    return [max(t, steps - 1 - i) for i, t in enumerate(chain)]
 
 
 class _SamplingPipeline(DiffusionPipeline):
@@ -212,10 +240,12 @@ class _SamplingPipeline(DiffusionPipeline):
     # -- samplers ------------------------------------------------------------------------------
 
     def use_fast_sampler(self, num_inference_steps: int = 15):
-        """Sample with few calls of the model: DEIS of order 2 (Zhang & Chen, arXiv:2204.13902), diffusers' own, on the
-        schedule that the model was trained on. docs/studies.md has its distances to data beside those of others.
+        """Sample with few calls of the model: DPM-Solver++ of order 2 (Lu et al., arXiv:2211.01095), diffusers' own, on
+        the schedule that the model was trained on, at `log_snr_timesteps`. docs/studies.md has its distances to data
+        beside those of others.
 
-        The pipeline's scheduler is replaced; a saved pipeline keeps it. Back: `GaussianScheduler.from_config`.
+        The pipeline's scheduler is replaced; a saved pipeline keeps that. Back:
+        `pipe.scheduler = GaussianScheduler.from_config(pipe.scheduler.config)`.
 
         Args:
             num_inference_steps: from now on where a call gives none; 1 to T.
@@ -226,15 +256,14 @@ class _SamplingPipeline(DiffusionPipeline):
         Raises:
             ValueError: num_inference_steps outside its range.
         """
-        total = self.scheduler.config.num_train_timesteps
-        whole = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
-        if not whole or not 1 <= num_inference_steps <= total:
-            raise ValueError(
-                f"num_inference_steps must be a whole number from 1 to {total}; got {num_inference_steps!r}"
-            )
-        self.scheduler = DEISMultistepScheduler.from_config(self.scheduler.config, **FAST)
-        self.register_to_config(num_inference_steps=num_inference_steps)
+        _check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
+        self.scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config, **FAST)
+        self.register_to_config(num_inference_steps=num_inference_steps, log_snr_spacing=True)
         return self
+
+    def is_spaced_by_log_snr(self) -> bool:
+        """Whether the steps are those of the fast sampler; another scheduler, put in its place, has its own."""
+        return self.config.log_snr_spacing and isinstance(self.scheduler, DPMSolverMultistepScheduler)
 
     # -- what differs by data ------------------------------------------------------------------
 
@@ -277,9 +306,12 @@ class _SamplingPipeline(DiffusionPipeline):
             return
         total = self.scheduler.config.num_train_timesteps
         steps = num_inference_steps if num_inference_steps is not None else self.config.num_inference_steps or total
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= total:
-            raise ValueError(f"num_inference_steps must be a whole number from 1 to {total}; got {steps!r}")
-        self.scheduler.set_timesteps(steps, device=device)
+        _check_steps(steps, total)
+        if self.is_spaced_by_log_snr():
+            chain = log_snr_timesteps(self.scheduler.alphas_cumprod, steps)
+            self.scheduler.set_timesteps(timesteps=chain, device=device)
+        else:
+            self.scheduler.set_timesteps(steps, device=device)
 
     def _step_options(self, generator: Generators, eta: float | None) -> dict:
         """Those of `generator` and `eta` that the scheduler's step takes."""
@@ -427,7 +459,11 @@ class _SamplingPipeline(DiffusionPipeline):
         # schedulers of order n take n entries a step, and start at whole steps only
         order = self.scheduler.order
         steps = -(-len(chain) // order)
-        start = (steps - max(1, round(steps * strength))) * order
+        if self.is_spaced_by_log_snr():  # the step that begins nearest to that share of the training timesteps
+            aim = strength * self.scheduler.config.num_train_timesteps - 1
+            start = (chain - aim).abs().argmin().item()
+        else:
+            start = (steps - max(1, round(steps * strength))) * order
         if start and isinstance(self.scheduler, PNDMScheduler):
             raise ValueError("PNDMScheduler cannot start in the middle of its chain: strength must be 1, "
                              f"or the scheduler another; got {strength}")  # fmt: skip
@@ -452,16 +488,17 @@ class DDPMPipeline(_SamplingPipeline):
         unet: `UNet2D`, or a stock `UNet2DModel`.
         scheduler: `GaussianScheduler`, or a stock scheduler.
         num_inference_steps: steps where a call gives none; None: every training step.
+        log_snr_spacing: as `use_fast_sampler` sets it.
     """
 
     model_cpu_offload_seq = "unet"
     _output_types = ("pil", "np", "pt")
 
-    def __init__(self, unet, scheduler, num_inference_steps: int | None = None):
+    def __init__(self, unet, scheduler, num_inference_steps: int | None = None, log_snr_spacing: bool = False):
         super().__init__()
         self._check_parts(unet, num_inference_steps, 2, "DDPMPipeline1D")
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(num_inference_steps=num_inference_steps)
+        self.register_to_config(num_inference_steps=num_inference_steps, log_snr_spacing=log_snr_spacing)
 
     def __call__(
         self,
@@ -560,6 +597,7 @@ class DDPMPipeline1D(_SamplingPipeline):
         scheduler: `GaussianScheduler`, or a stock scheduler.
         num_inference_steps: steps where a call gives none; None: every training step.
         data_shift, data_scale: per channel, data = x * scale + shift for the model's x in [-1, 1]; None: x itself.
+        log_snr_spacing: as `use_fast_sampler` sets it.
     """
 
     model_cpu_offload_seq = "unet"
@@ -572,6 +610,7 @@ class DDPMPipeline1D(_SamplingPipeline):
         num_inference_steps: int | None = None,
         data_shift: Sequence[float] | None = None,
         data_scale: Sequence[float] | None = None,
+        log_snr_spacing: bool = False,
     ):
         super().__init__()
         self._check_parts(unet, num_inference_steps, 1, "DDPMPipeline")
@@ -584,6 +623,7 @@ class DDPMPipeline1D(_SamplingPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(
             num_inference_steps=num_inference_steps,
+            log_snr_spacing=log_snr_spacing,
             data_shift=None if data_shift is None else [float(v) for v in data_shift],
             data_scale=None if data_scale is None else [float(v) for v in data_scale],
         )

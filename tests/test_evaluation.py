@@ -196,6 +196,9 @@ def test_the_program(sequences, capsys):
     assert both[: len(records)] == records and both[-1]["scheduler"] == "DPMSolverMultistepScheduler"
     assert evaluate_script.main([*command, "--num_inference_steps", "2", "4"]) == 0
     assert len(json.loads((sequences / "evaluation.json").read_text())) == len(both)  # again is not more
+    assert evaluate_script.main([*command, "--sampler=fast", "--num_inference_steps=2"]) == 0
+    fast = json.loads((sequences / "evaluation.json").read_text())[-1]
+    assert fast["scheduler"] == "DPMSolverMultistepScheduler at log_snr_timesteps"
     assert DDPMPipeline1D.from_pretrained(sequences)(num_inference_steps=2).sequences.shape == (1, 1, 32)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from test_saved_form import make
 
 from ddpm_hf.hub import write_space
-from ddpm_hf.page import MOST_SAMPLES, OWN, STOCK, Page, between, generator_of
+from ddpm_hf.page import FAST, MOST_SAMPLES, OWN, STOCK, Page, between, generator_of
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_chromium = pytest.mark.skipif(
@@ -209,11 +209,13 @@ def test_a_space_of_someone_is_not_overwritten(tmp_path):
         assert hub.files("alice/x", kind="spaces").keys() == {"game.py"}
 
 
-@pytest.mark.parametrize("sampler", [OWN, *STOCK])
+@pytest.mark.parametrize("sampler", [OWN, FAST, *STOCK])
 @pytest.mark.parametrize("kind", ["images", "sequences"])
 def test_every_sampler(kind, sampler):
     pipe = make(kind)
     own, page = pipe.scheduler, Page(pipe)
+    with pytest.raises(gr.Error):
+        page.generate(3, 4, FAST, 5, eta=0.5)  # a mistake leaves nothing behind
     picture, trajectory, slider, frame = page.generate(3, 4, sampler, 5, 0)
     again = page.generate(3, 4, sampler, 5, 0)
     assert np.array_equal(picture, again[0]) and np.array_equal(picture, frame)

@@ -10,6 +10,7 @@ from conftest import optimal_prediction
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
+from ddpm_hf.pipeline import log_snr_timesteps
 
 SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4}
 
@@ -45,6 +46,48 @@ class GaussianModel(diffusers.ModelMixin, diffusers.ConfigMixin):
 
     def forward(self, x, t):
         return SimpleNamespace(sample=optimal_prediction(self.scheduler, x, int(t), self.config.mean, self.config.std))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("steps", [5, 15, 40])
+def test_timesteps_even_in_log_snr(schedule, steps):
+    """Each lies at the timestep that is nearest to its place, or one below the one before."""
+    abar = GaussianScheduler(beta_schedule=schedule).alphas_cumprod
+    log_snr = (abar / (1 - abar)).log()
+    chain = log_snr_timesteps(abar, steps)
+    assert chain[:2] == [999, 998] and len(chain) == steps
+    for i, (before, t) in enumerate(zip(chain, chain[1:])):
+        place = log_snr[998] + (log_snr[0] - log_snr[998]) * i / (steps - 1)
+        assert t < before
+        assert t == before - 1 or (log_snr[t] - place).abs() <= (log_snr[:999] - place).abs().min() + 1e-12
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 50])
+def test_every_number_of_timesteps_can_be_had(total):
+    abar = GaussianScheduler(total, beta_schedule="cosine").alphas_cumprod
+    for steps in range(1, total + 1):
+        chain = log_snr_timesteps(abar, steps)
+        assert len(chain) == steps and chain[0] == total - 1 and chain[-1] >= 0
+        assert all(a > b for a, b in zip(chain, chain[1:]))
+
+
+def test_the_fast_sampler_interpolates_from_the_noise_that_strength_says():
+    pipe = images().use_fast_sampler(20)
+    started = []
+    add_noise = pipe.scheduler.add_noise
+    pipe.scheduler.add_noise = lambda x, noise, t: (started.append(int(t[0])), add_noise(x, noise, t))[1]
+    x = torch.rand(1, 3, 8, 8)
+    for strength in (0.1, 0.5, 1.0):
+        assert len(pipe.interpolate(x, x, strength).images) == 1
+    chain = log_snr_timesteps(pipe.scheduler.alphas_cumprod, 20)
+    assert started[::2] == [min(chain, key=lambda t: abs(t - (1000 * s - 1))) for s in (0.1, 0.5, 1.0)]
+
+
+def test_another_scheduler_after_the_fast_sampler_has_its_own_steps():
+    pipe = images().use_fast_sampler()
+    pipe.scheduler = GaussianScheduler.from_config(pipe.scheduler.config)
+    pipe(num_inference_steps=4)
+    assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
 
 
 def test_samples_of_a_known_distribution():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_program
-from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
@@ -47,7 +47,7 @@ def test_the_fast_sampler_is_saved(kind, tmp_path):
     pipe = make(kind).use_fast_sampler(4)
     pipe.save_pretrained(tmp_path / "saved")
     loaded = type(pipe).from_pretrained(tmp_path / "saved")
-    assert type(loaded.scheduler) is DEISMultistepScheduler and loaded.config.num_inference_steps == 4
+    assert type(loaded.scheduler) is DPMSolverMultistepScheduler and loaded.config.num_inference_steps == 4
     samples = []
     for each in (pipe, loaded):
         each.set_progress_bar_config(disable=True)

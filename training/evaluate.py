@@ -46,7 +46,9 @@ class EvaluateConfig:
     num_inference_steps: list[int] | None = field(
         default=None, metadata={"help": "One or more. Default: the pipeline's."}
     )
-    sampler: str | None = _option(None, "A scheduler class of diffusers instead of the pipeline's own.")
+    sampler: str | None = _option(
+        None, "'fast', for the pipeline's fast sampler, or a scheduler class of diffusers. Default: the pipeline's own."
+    )  # fmt: skip
     num_samples: int = _option(1000, "Samples generated; FID below 10,000 is biased.")
     num_real: int = _option(50_000, "Real items that samples are compared with, at most.")
     feature_network: str = _option("inception", "'inception', a TorchScript file, or 'pixels'.")
@@ -77,10 +79,12 @@ def load(config: EvaluateConfig):
     """
     pipeline = load_pipeline(config.pipeline)
     own = pipeline.scheduler
-    if config.sampler is not None:
+    if config.sampler == "fast":
+        pipeline.use_fast_sampler()
+    elif config.sampler is not None:
         scheduler = getattr(diffusers, config.sampler, None)
         if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
-            raise ValueError(f"--sampler must be a scheduler class of diffusers, got {config.sampler!r}")
+            raise ValueError(f"--sampler must be 'fast' or a scheduler class of diffusers, got {config.sampler!r}")
         pipeline.scheduler = scheduler.from_config(own.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, own

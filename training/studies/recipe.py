@@ -27,9 +27,9 @@ SAMPLING_STEPS = 10
 # What a training is: the recipe of ddpm_hf, with the number of steps that each set needs.
 RECIPE = {
     "digits": {"max_train_steps": 1_000},
-    "crops": {"max_train_steps": 400},
+    "crops": {"max_train_steps": 300},
 }
-PEER_STEPS = {"digits": 5_000, "crops": 1_500}
+PEER_STEPS = {"digits": 4_000, "crops": 1_200}
 # One setting changed at a time.
 ABLATION = {
     "as it is": {},

@@ -31,6 +31,10 @@ SAMPLERS = {
     "DDIM, leading": (GaussianScheduler, {"sampler": "ddim", "timestep_spacing": "leading"}),
     "DDIM, no clipping": (GaussianScheduler, {"sampler": "ddim", "clip_sample": False}),
     "DDPM": (GaussianScheduler, {"sampler": "ddpm"}),
+    "fast": (DPMSolverMultistepScheduler, {**DPM, "log_snr_spacing": True}),
+    "fast, no clipping": (DPMSolverMultistepScheduler, {**DPM, "log_snr_spacing": True, "thresholding": False}),
+    "fast, order 3": (DPMSolverMultistepScheduler, {**DPM, "log_snr_spacing": True, "solver_order": 3}),
+    "fast, Heun": (DPMSolverMultistepScheduler, {**DPM, "log_snr_spacing": True, "solver_type": "heun"}),
     "DPM++ 2M": (DPMSolverMultistepScheduler, {**DPM}),
     "DPM++ 2M, no clipping": (DPMSolverMultistepScheduler, {**DPM, "thresholding": False}),
     "DPM++ 2M, linspace": (DPMSolverMultistepScheduler, {**DPM, "timestep_spacing": "linspace"}),
@@ -51,6 +55,8 @@ SAMPLERS = {
 
 def build(pipe: DDPMPipeline, name: str) -> DDPMPipeline:
     kind, options = SAMPLERS[name]
+    options = dict(options)
+    pipe.register_to_config(log_snr_spacing=options.pop("log_snr_spacing", False))
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
     return pipe
 
