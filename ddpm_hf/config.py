@@ -149,11 +149,11 @@ class TrainConfig:
     max_train_steps: int = _option(100_000, "Optimizer steps in all.")
     train_batch_size: int = _option(16, "Samples per process and forward pass.")
     gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer step.")
-    learning_rate: float = _option(1e-4, "Peak learning rate of AdamW.")
+    learning_rate: float = _option(1e-3, "Peak learning rate of AdamW.")
     lr_scheduler: str = _option(
         "cosine", "A schedule of diffusers.optimization: constant, constant_with_warmup, cosine, ..."
     )
-    lr_warmup_steps: int = _option(500, "Optimizer steps of warm-up.")
+    lr_warmup_steps: int = _option(100, "Optimizer steps of warm-up.")
     adam_beta1: float = _option(0.9, "AdamW's beta1.")
     adam_beta2: float = _option(0.99, "AdamW's beta2.")
     adam_weight_decay: float = _option(0.0, "AdamW's weight decay.")

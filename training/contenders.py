@@ -21,7 +21,6 @@ from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.memory import keep_freed_memory
 
 WIDTH = {"dim": 64, "dim_mults": (1, 2, 4, 8)}
-PEER_STEPS = 250  # DDIM steps of its README
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Task:
     compiled: bool = False  # its blocks, by torch.compile
     checkpointing: bool = False
     weights: str | None = None
-    steps: int = PEER_STEPS
+    steps: int = 1
     keep_memory: bool = False
 
 

@@ -29,7 +29,7 @@ RECIPE = {
     "digits": {"max_train_steps": 1_000},
     "crops": {"max_train_steps": 300},
 }
-PEER_STEPS = {"digits": 4_000, "crops": 1_200}
+PEER_STEPS = {"digits": 4_000, "crops": 1_000}
 # One setting changed at a time.
 ABLATION = {
     "as it is": {},
@@ -171,7 +171,7 @@ def recipe_config(data: str) -> dict:
     from ddpm_hf import TrainConfig
 
     names = ("train_batch_size", "learning_rate", "lr_warmup_steps")
-    default = TrainConfig(dataset_name="digits", learning_rate=1e-3, lr_warmup_steps=100)
+    default = TrainConfig(dataset_name="digits")
     return {**{name: getattr(default, name) for name in names}, **RECIPE[data]}
 
 
