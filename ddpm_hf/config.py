@@ -140,7 +140,7 @@ class TrainConfig:
     prediction_type: str = _option(
         "v_prediction", "What the model predicts: 'epsilon', 'sample' (x0) or 'v_prediction'."
     )
-    min_snr_gamma: float | None = _option(None, "Min-SNR loss weighting with this gamma (5 is usual). Default: off.")
+    min_snr_gamma: float = _option(5.0, "Min-SNR loss weighting with this gamma; 0: off.")
     noise_offset: float = _option(0.0, "Strength of offset noise (0.1 is usual).")
     immiscible: bool = _option(False, "Re-assign noise to the nearest data within the batch.")
     rescale_betas_zero_snr: bool = _option(False, "Rescale the schedule to end in pure noise (not with epsilon).")
@@ -222,6 +222,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.mixed_precision is False:  # YAML reads a bare no as false
             self.mixed_precision = "no"
+        if self.min_snr_gamma is None:  # as YAML may say it, and older runs do
+            self.min_snr_gamma = 0.0
         for name in (
             "attn_heads",
             "attn_dim_head",
@@ -327,7 +329,7 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2", "dropout"):
             rule(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         rule(0 <= self.ema_max_decay <= 1, "ema_max_decay", "in [0, 1]")
-        rule(self.min_snr_gamma is None or self.min_snr_gamma > 0, "min_snr_gamma", "greater than 0")
+        rule(self.min_snr_gamma >= 0, "min_snr_gamma", "at least 0")
         rule(self.noise_offset >= 0, "noise_offset", "at least 0")
         rule(self.adam_weight_decay >= 0, "adam_weight_decay", "at least 0")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
@@ -357,6 +359,8 @@ class TrainConfig:
     def differences(self, earlier: dict) -> list:
         """Lines "option: earlier -> now" for what another run's options say differently and a resumed run must keep."""
         lines = []
+        if earlier.get("min_snr_gamma", 0.0) is None:
+            earlier = {**earlier, "min_snr_gamma": 0.0}
         for name, now in dataclasses.asdict(self).items():
             changed = name in earlier and earlier[name] != now
             if name == "max_train_steps" and changed and self.lr_scheduler not in CONSTANT_LR:

@@ -368,7 +368,7 @@ class Trainer:
             with acc.accumulate(self.model):
                 with acc.autocast():
                     losses = diffusion_loss(
-                        self.model, self.scheduler, x0, timesteps, noise, min_snr_gamma=c.min_snr_gamma,
+                        self.model, self.scheduler, x0, timesteps, noise, min_snr_gamma=c.min_snr_gamma or None,
                         immiscible=c.immiscible, self_condition=c.self_condition and coin == 0,
                     ).loss  # fmt: skip
                 loss = losses.mean()

@@ -81,5 +81,8 @@ def test_differences():
     assert TrainConfig(num_samples=4, checkpointing_steps=7).differences(earlier) == []
     assert TrainConfig(dim=32).differences(earlier) == ["dim: 64 -> 32"]
     assert "max_train_steps" in TrainConfig(max_train_steps=5).differences(earlier)[0]
+    off = {**earlier, "min_snr_gamma": None}  # how runs said it that had no such default
+    assert TrainConfig(min_snr_gamma=0).differences(off) == [] and TrainConfig(**off).min_snr_gamma == 0
+    assert TrainConfig().differences(off) == ["min_snr_gamma: 0.0 -> 5.0"]
     constant = yaml.safe_load(TrainConfig(lr_scheduler="constant").to_yaml())
     assert TrainConfig(lr_scheduler="constant", max_train_steps=5).differences(constant) == []

@@ -48,7 +48,7 @@ def test_the_clock_stops_while_it_measures(monkeypatch):
 
 @pytest.mark.parametrize("side", ["ours", "peer", "tuned"])
 def test_a_training_of_each_side(side, tmp_path):
-    config = {} if side == "peer" else {**recipe.recipe_config("digits"), "max_train_steps": 4}
+    config = {} if side == "peer" else {**recipe.RECIPE, "train_batch_size": 16, "max_train_steps": 4}
     job = {"side": "ours" if side == "ours" else "peer", "data": "digits", "seed": 0, "config": config, "steps": 4,
            "points": 2, "samples": 40}  # fmt: skip
     options = ("--job", json.dumps(job), "--file", tmp_path / "answer.json")
