@@ -26,7 +26,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from PIL import Image
 from torch import Tensor
 
-# Saved pipelines carry their code: unet_ddpm_hf_0_1_0.py is unet.py of version 0.1.0. diffusers keeps all such files of
+# Saved pipelines carry their code: unet_ddpm_hf_0_2_0.py is unet.py of version 0.2.0. diffusers keeps all such files of
 # a process in one namespace by their names, so the version is part of it.
 CARRIED = re.compile(r"(unet|scheduler|pipeline)_ddpm_hf_[0-9]\w*")
 OWN_CARD = re.compile(r"(.*)<!-- card of ddpm_hf ([0-9a-f]{16}): [^\n]*-->\s*", re.DOTALL)

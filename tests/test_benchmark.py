@@ -125,6 +125,20 @@ def test_a_ratio_worse_than_the_recorded_one_fails_the_check(what, monkeypatch, 
     assert what in capsys.readouterr().err
 
 
+def test_an_import_that_takes_too_long_fails_the_check(monkeypatch, tmp_path, capsys):
+    rows = [{"what": "import", "more s": 0.34}]
+    monkeypatch.setitem(benchmark.BENCHMARKS, "import", lambda options: rows)
+    command = ["--only", "import", "--check", "--output_dir", str(tmp_path)]
+    assert benchmark.main(command) == 0
+    rows[0]["more s"] = 0.35
+    assert benchmark.main(command) == 1
+
+
+def test_the_table():
+    rows = [{"what": "a call", "ratio": 1.23456}, {"what": "b", "peer s": 2.0, "ratio": 10.0}]
+    assert benchmark.table(rows).splitlines() == ["what    ratio  peer s", "a call  1.23", "b       10     2"]
+
+
 def test_a_device_that_is_not_there_is_refused(capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")

@@ -36,6 +36,7 @@ RECORDED = {
     "step 32x32x128 float32": 1.07, "step 32x32x128 bfloat16": 1.42,
     "step 4x32x4096 float32": 1.15, "step 4x32x4096 bfloat16": 2.01,
 }  # fmt: skip
+IMPORT_LIMIT = 0.3  # seconds over diffusers' own
 STEP_SHAPES = ((8, 3, 32, 32), (4, 3, 64, 64), (32, 32, 128), (4, 32, 4096))
 PEER_STEPS = 250  # DDIM calls of denoising-diffusion-pytorch's README
 FAST_STEPS = 10  # of our fast sampler, for that distance (docs/studies.md)
@@ -222,12 +223,21 @@ BENCHMARKS = {
 }  # fmt: skip
 
 
-def show(row: dict) -> str:
-    return "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items())
+def table(rows: list[dict]) -> str:
+    """Rows as aligned columns, one a key; an empty cell where a row has none."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names]
+    for row in rows:
+        values = [row.get(name, "") for name in names]
+        cells.append([f"{value:.3g}" if isinstance(value, float) else str(value) for value in values])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
 
 
 def is_worse(row: dict) -> bool:
-    """Whether a ratio is more than 15% on the wrong side of the recorded one."""
+    """Whether a ratio is more than 15% on the wrong side of the recorded one, or the import of its limit."""
+    if row.get("what") == "import":
+        return row["more s"] > 1.15 * IMPORT_LIMIT
     recorded = RECORDED.get(row.get("what"))
     if recorded is None:
         return False
@@ -255,7 +265,7 @@ def main(arguments: list) -> int:
     for name in options.only:
         torch.set_num_threads(1 if name == "loader" else options.threads)  # the loader's workers have the others
         results[name] = BENCHMARKS[name](options)
-        print("\n".join(show(row) for row in results[name]), flush=True)
+        print(f"{table(results[name])}\n", flush=True)
     machine = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

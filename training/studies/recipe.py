@@ -231,11 +231,11 @@ def report_curves(folder: Path, data: str) -> str:
         "|---|---|---|---|---|",
     ]
     sides = [collect(folder, data, kind) for kind in ("peer", "tuned", "ours")]
-    for seed in sorted(set(sides[0]) & set(sides[1]) & set(sides[2])):
-        ends = [side[seed]["curve"][-1] for side in sides]
+    for seed in sorted(set(sides[0]) & set(sides[2])):
+        ends = [side[seed]["curve"][-1] if seed in side else None for side in sides]
         reached = [point for point in sides[2][seed]["curve"] if point["distance"] <= ends[0]["distance"]]
         share = f"1/{ends[0]['seconds'] / reached[0]['seconds']:.1f}" if reached else "not reached"
-        cells = [f"{end['distance']:.3f}, {end['seconds']:.0f} s" for end in ends]
+        cells = [f"{end['distance']:.3f}, {end['seconds']:.0f} s" if end else "" for end in ends]
         lines.append(f"| {seed} | " + " | ".join(cells) + f" | {share} |")
     return "\n".join(lines)
 
