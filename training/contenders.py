@@ -73,8 +73,8 @@ def peer_diffusion(task: Task):
 def our_model(task: Task):
     """Our U-Net with the peer's weights, as the trainer has it."""
     state = torch.load(task.weights, weights_only=True)
-    length = task.shape[-1] if len(task.shape) == 3 else None
-    model = from_denoising_diffusion_pytorch(state, seq_length=length).unet.train().to(task.device).channels_last()
+    size = {"image_size" if len(task.shape) == 4 else "seq_length": task.shape[-1]}
+    model = from_denoising_diffusion_pytorch(state, **size).unet.train().to(task.device).channels_last()
     if task.checkpointing:
         model.enable_gradient_checkpointing()
     return model

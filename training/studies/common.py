@@ -117,12 +117,14 @@ def run_jobs(program: str, jobs: list[Job], at_once: int) -> None:
     Raises:
         SystemExit: a job failed; its log is named.
     """
-    waiting = [job for job in jobs if not job.done()]
+    waiting = list(jobs)
     running: list[tuple[Job, subprocess.Popen]] = []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     while waiting or running:
         while waiting and len(running) < at_once:
             job = waiting.pop(0)
+            if job.done():
+                continue
             job.file.parent.mkdir(parents=True, exist_ok=True)
             log = job.file.with_suffix(".log").open("w")
             command = [sys.executable, program, "--job", json.dumps(job.options), "--file", str(job.file)]

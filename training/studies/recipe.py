@@ -34,7 +34,7 @@ RECIPE = {
 }
 SIZES = {
     "digits": {"train_batch_size": 32, "max_train_steps": 440},
-    "crops": {"train_batch_size": 16, "max_train_steps": 250},
+    "crops": {"train_batch_size": 16, "max_train_steps": 190},
 }
 # The ablation's ground, from which one setting is changed at a time.
 GROUND = {
