@@ -1,5 +1,7 @@
 """The benchmark's parts at small size: they run, and they measure what they say."""
 
+import importlib
+import itertools
 import json
 import time
 from functools import partial
@@ -11,7 +13,7 @@ from conftest import load_program
 from ddpm_hf import UNet2D
 
 benchmark = load_program("benchmark")
-contenders = load_program("contenders")
+contenders = importlib.import_module("contenders")  # the same that it uses
 
 
 def rows_of(folder, part):
@@ -45,25 +47,52 @@ def test_operations_are_of_the_area():
     assert small / 4 < narrow < small / 3
 
 
-def test_a_call_and_its_share_of_the_matrix_rate(tmp_path):
-    command = ["--only", "call", "--rounds", "1", "--dtype", "bfloat16", "--output_dir", str(tmp_path)]
-    assert benchmark.main(command) == 0
-    (row,) = rows_of(tmp_path, "call")
-    assert 1e-4 < row["error"] < 0.02
-    assert row["ratio"] == pytest.approx(row["peer s"] / row["ours s"]) and row["share of matrix rate"] > 0
-    assert (tmp_path / "benchmark.png").stat().st_size > 1000
-
-
 def tiny(monkeypatch):
     monkeypatch.setattr(contenders, "WIDTH", {"dim": 8, "dim_mults": (1, 2)})
 
 
-@pytest.mark.parametrize("what", ["step", "sample"])
-@pytest.mark.parametrize("side", ["peer", "ours", "stock"])
+def here(tasks, rounds):
+    """In this process instead of one for each."""
+    runs = {name: contenders.BUILD[task.what](task) for name, task in tasks.items()}
+    with torch.no_grad():
+        return benchmark.alternate({n: lambda run=run: contenders.timed(run, "cpu") for n, run in runs.items()}, rounds)
+
+
+def test_a_call_its_ratios_and_its_picture(tmp_path, monkeypatch):
+    tiny(monkeypatch)
+    monkeypatch.setattr(benchmark, "compete", here)
+    assert benchmark.main(["--only", "call", "--rounds", "1", "--output_dir", str(tmp_path)]) == 0
+    single, half = rows_of(tmp_path, "call")
+    assert single["error"] < 1e-4 < half["error"] < 0.02
+    for row in (single, half):
+        assert row["ratio"] == pytest.approx(row["peer s"] / row["ours s"]) and row["share of matrix rate"] > 0
+        assert row["stock to ours"] > 0 and row["ratio, memory kept by both"] > 0
+    assert (tmp_path / "benchmark.png").stat().st_size > 1000
+
+
+def test_outputs_that_differ_are_not_timed(tmp_path, monkeypatch):
+    tiny(monkeypatch)
+    monkeypatch.setattr(benchmark, "compete", here)
+    outputs = benchmark.outputs
+    monkeypatch.setattr(benchmark, "outputs", lambda tasks: [x * (1 + 3e-4 * i) for i, x in enumerate(outputs(tasks))])
+    with pytest.raises(SystemExit, match="outputs differ by 3.0e-04 of their norm in float32, more than 0.0001"):
+        benchmark.main(["--only", "call", "--rounds", "1", "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_contenders_in_processes_of_their_own(tmp_path):
+    command = ["--only", "call", "--rounds", "1", "--dtype", "bfloat16", "--output_dir", str(tmp_path)]
+    assert benchmark.main(command) == 0
+    (row,) = rows_of(tmp_path, "call")
+    assert 1e-4 < row["error"] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("what", "side"),
+    [*itertools.product(["call", "step"], ["peer", "ours", "stock"]), ("sample", "peer"), ("sample", "ours")],
+)
 def test_each_side_can_do_each_task(what, side, tmp_path, monkeypatch):
     tiny(monkeypatch)
-    if (what, side) == ("sample", "stock"):
-        pytest.skip("a stock model of other weights is not compared there")
     task = contenders.save_weights(contenders.Task("peer", what, (2, 3, 16, 16), steps=2), tmp_path)
     run = contenders.BUILD[what](contenders.replace(task, side=side))
     for _ in range(2):
@@ -91,7 +120,7 @@ def test_a_training_step_moves_the_weights_of_both_sides_alike(tmp_path, monkeyp
         step = contenders.build_step(contenders.replace(task, side=side))
         before = [p.detach().clone() for p in models[side].parameters()]
         step()
-        moved = torch.cat([(p - b).flatten() for p, b in zip(models[side].parameters(), before)])
+        moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(models[side].parameters(), before)])
         assert moved.abs().median() == pytest.approx(1e-4, rel=0.02)
 
 
