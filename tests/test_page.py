@@ -223,7 +223,9 @@ def test_every_sampler(kind, sampler):
     assert np.array_equal(page.look_back(trajectory, slider.maximum), picture)
     # the first sample does not depend on how many there are
     fewer = page.generate(1, 4, sampler, 5, 0)[1]
-    assert np.allclose(fewer[0].astype(float), trajectory[0].astype(float), atol=1.01 if kind == "images" else 1e-4)
+    # but for float32's rounding of the largest values on the way: Heun's first ones are thousands here
+    rounding = 1.01 if kind == "images" else 1e-4 + 1e-5 * np.abs(trajectory[0]).max()
+    assert np.allclose(fewer[0].astype(float), trajectory[0].astype(float), atol=rounding)
 
 
 @pytest.mark.parametrize(

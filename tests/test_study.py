@@ -88,6 +88,13 @@ def test_each_sampler_runs_on_the_models_schedule(name):
     assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
 
 
+def test_a_plan():
+    assert samplers.parse_plan("DDIM|UniPC 2:5,10:0,1") == (["DDIM", "UniPC 2"], [5, 10], [0, 1])
+    for plan in samplers.PLAN:
+        names, steps, seeds = samplers.parse_plan(plan)
+        assert set(names) <= set(samplers.SAMPLERS) and all(1 <= n <= 1000 for n in steps) and set(seeds) <= {0, 1, 2}
+
+
 def test_the_share_of_time_is_that_of_the_first_point_as_near(tmp_path):
     def answer(kind, *curve):
         points = [{"step": 1, "seconds": s, "distance": d} for s, d in curve]

@@ -97,6 +97,12 @@ def sample(pipe, count: int, steps: int, seed: int = 0, batch: int = 250) -> np.
     return (np.concatenate(arrays) * 255).round().astype(np.uint8)
 
 
+def log_ticks(axis) -> None:
+    """Labels of a logarithmic axis: 1, 2, 5, 10, 20, ... in plain numbers."""
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+
+
 @dataclass
 class Job:
     """A program's own run of one part: `options` as JSON on its command line, the answer in `file`."""

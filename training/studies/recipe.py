@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import MODELS, Job, distance, finish, floor, pictures, run_jobs, sample, write_pictures
+from common import MODELS, Job, distance, finish, floor, log_ticks, pictures, run_jobs, sample, write_pictures
 
 SAMPLES = {"digits": 2_000, "crops": 800}
 SAMPLING_STEPS = 10
@@ -277,10 +277,8 @@ def draw(folder: Path, datas: list[str], file: Path) -> None:
         axis.axhline(floor(data, SAMPLES[data]), color="grey", linestyle="--", label="real pictures")
         for scale in (axis.set_xscale, axis.set_yscale):
             scale("log")
-        for axis_of in (axis.xaxis, axis.yaxis):
-            axis_of.set_major_formatter(lambda value, _: f"{value:g}")
-            axis_of.set_minor_formatter(lambda value, _: f"{value:g}")
-        axis.tick_params(which="minor", labelsize=7)
+        for each in (axis.xaxis, axis.yaxis):
+            log_ticks(each)
         axis.set_title(f"{data}: {SAMPLES[data]:,} samples a point")
         axis.set_xlabel("seconds of training, one thread")
         axis.set_ylabel("Fréchet distance to the data")
