@@ -149,7 +149,7 @@ class TrainConfig:
     max_train_steps: int = _option(100_000, "Optimizer steps in all.")
     train_batch_size: int = _option(16, "Samples per process and forward pass.")
     gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer step.")
-    learning_rate: float = _option(1e-3, "Peak learning rate of AdamW.")
+    learning_rate: float = _option(4e-4, "Peak learning rate of AdamW.")
     lr_scheduler: str = _option(
         "cosine", "A schedule of diffusers.optimization: constant, constant_with_warmup, cosine, ..."
     )

@@ -103,7 +103,7 @@ def test_a_complete_run_says_so_and_can_be_extended(tmp_path, capsys):
 def test_another_runs_folder_is_refused(tmp_path):
     train(config(tmp_path, max_train_steps=2))
     before = state(tmp_path)
-    with pytest.raises(ValueError, match=r"(?s)other options.*dim: 8 -> 16\n  learning_rate: 0.001 -> 0.1"):
+    with pytest.raises(ValueError, match=r"(?s)other options.*dim: 8 -> 16\n  learning_rate: 0.0004 -> 0.1"):
         train(config(tmp_path, max_train_steps=2, dim=16, learning_rate=0.1))
     assert state(tmp_path) == before
     (tmp_path / "mine").mkdir()
@@ -188,7 +188,7 @@ def test_trackers_that_cannot_be_started(tmp_path, monkeypatch):
 def test_dry_run_writes_nothing(tmp_path, capsys):
     assert train(config(tmp_path / "run", dry_run=True)) is None
     out = capsys.readouterr().out
-    assert "learning_rate: 0.001" in out and "parameters" in out and "1,797 items of shape (1, 8, 8)" in out
+    assert "learning_rate: 0.0004" in out and "parameters" in out and "1,797 items of shape (1, 8, 8)" in out
     assert not (tmp_path / "run").exists()
 
 
