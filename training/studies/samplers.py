@@ -126,13 +126,13 @@ def table(samplers: dict[str, dict[int, list[float]]]) -> str:
 
 
 def draw(found: dict, counts: dict[str, int], file: Path) -> None:
-    """Distance over model calls, a panel a set, the samplers that were tried at three numbers of calls or more."""
+    """Distance over model calls, a panel a set, the samplers that were tried at two numbers of calls or more."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(found), 4.6), layout="constrained")
     for axis, (data, samplers) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
         ticks = set()
-        for name in [name for name in SAMPLERS if len(samplers.get(name, {})) >= 3]:
+        for name in [name for name in SAMPLERS if len(samplers.get(name, {})) >= 2]:
             steps = sorted(samplers[name])
             ticks |= set(steps)
             values = [statistics.mean(samplers[name][n]) for n in steps]
