@@ -127,11 +127,13 @@ def table(samplers: dict[str, dict[int, list[float]]]) -> str:
 
 def draw(found: dict, counts: dict[str, int], file: Path) -> None:
     """Distance over model calls, a panel a set, the samplers that were tried at two numbers of calls or more."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(found), 4.6), layout="constrained")
+    figure = Figure(figsize=(7 * len(found), 4.6), layout="constrained")
     for axis, (data, samplers) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
         ticks = set()
+        axis.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
         for name in [name for name in SAMPLERS if len(samplers.get(name, {})) >= 2]:
             steps = sorted(samplers[name])
             ticks |= set(steps)
@@ -149,7 +151,7 @@ def draw(found: dict, counts: dict[str, int], file: Path) -> None:
         axis.set_xlabel("model calls a sample")
         axis.set_ylabel("Fréchet distance to the data")
         axis.grid(alpha=0.25, which="both")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(file, dpi=100)
 
 
