@@ -35,6 +35,7 @@ from ddpm_hf.hub import check_token, make_publisher, target_of
 from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.memory import keep_freed_memory
+from ddpm_hf.optimizer import DenseAdamW, clip_grad_norm
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.record import RunRecord, data_facts
 from ddpm_hf.scheduler import GaussianScheduler
@@ -297,9 +298,9 @@ class Trainer:
                 self.model.channels_last()
             else:  # someone's own model
                 self.model.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(
+        optimizer = DenseAdamW(
             [p for p in self.model.parameters() if p.requires_grad], lr=c.learning_rate, eps=c.adam_epsilon,
-            betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay, fused=True,
+            betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay,
         )  # fmt: skip
         self.lr_scheduler = get_scheduler(
             c.lr_scheduler, optimizer, num_warmup_steps=c.lr_warmup_steps, num_training_steps=c.max_train_steps
@@ -375,7 +376,7 @@ class Trainer:
                 acc.backward(loss)
                 total += loss.detach() / c.gradient_accumulation_steps
                 if acc.sync_gradients:
-                    grad_norm = acc.clip_grad_norm_(self.model.parameters(), c.max_grad_norm)
+                    grad_norm = clip_grad_norm(acc, self.model.parameters(), c.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.lr_scheduler.step()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from ddpm_hf.unet import (
+    CONVS,
     FullAttention,
     LinearAttention,
     RMSNorm,
@@ -15,6 +16,7 @@ from ddpm_hf.unet import (
     UNet1D,
     UNet2D,
     Upsample,
+    _convolve_as_product,
     _NormalizeCPU,
 )
 
@@ -124,6 +126,36 @@ def test_upsampling_as_one_transposed_convolution(ndim, size, double):
     pairs = [torch.autograd.grad(out, (x, *layer.parameters()), direction) for out in (got, expected)]
     for mine, plain in zip(*pairs):
         torch.testing.assert_close(mine, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 3)])
+def test_a_convolution_as_one_product(kernel, double):
+    x, weight, bias = torch.randn(2, 7, 4, 5), torch.randn(6, 7, *kernel), torch.randn(6)
+    inputs = [v.requires_grad_() for v in (x, weight, bias)]
+    padding = tuple(k // 2 for k in kernel)
+    expected, got = F.conv2d(*inputs, padding=padding), _convolve_as_product(*inputs, padding)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    direction = torch.randn_like(got)
+    pairs = [torch.autograd.grad(out, inputs, direction) for out in (got, expected)]
+    for mine, plain in zip(*pairs):
+        torch.testing.assert_close(mine, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("ndim, few, many", [(2, (4, 8), (5, 8)), (1, (1, 32), (1, 33))])
+def test_few_positions_in_bfloat16_need_no_convolution(ndim, few, many, monkeypatch):
+    """32 channels: a product of matrices up to 32 positions of the batch, PyTorch's convolution above."""
+    layer = CONVS[ndim](32, 16, 3, padding=1)
+    x = [torch.randn(1, 32, *size) for size in (few, many)]
+    expected = [layer(v) for v in x]
+    layer.bfloat16()
+    calls = []
+    convolve = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *arguments: calls.append(arguments) or convolve(*arguments))
+    for v, e, count in zip(x, expected, (0, 1)):
+        got = layer(v.bfloat16())
+        assert len(calls) == count
+        # inputs, weights and sums are rounded to 8 bits
+        assert (got.float() - e).norm() < 2**-7 * e.norm()
 
 
 @pytest.mark.parametrize("scaled", [False, True])

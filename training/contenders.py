@@ -142,10 +142,12 @@ def _our_step(model, x: torch.Tensor, task: Task) -> Callable[[], None]:
 
     from ddpm_hf.averaging import WeightAverage
     from ddpm_hf.config import TrainConfig
+    from ddpm_hf.optimizer import DenseAdamW, clip_grad_norm
 
+    accelerator = Accelerator(cpu=task.device == "cpu")
     scheduler = GaussianScheduler()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    average = WeightAverage(model, Accelerator(cpu=task.device == "cpu"), TrainConfig(dataset_name="digits"))
+    optimizer = DenseAdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    average = WeightAverage(model, accelerator, TrainConfig(dataset_name="digits"))
     average.start(model)
     if task.compiled:
         model.compile_repeated_blocks()
@@ -157,7 +159,7 @@ def _our_step(model, x: torch.Tensor, task: Task) -> Callable[[], None]:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=task.dtype == "bfloat16"):
             loss = diffusion_loss(model, scheduler, x, timesteps, noise).loss.mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_grad_norm(accelerator, model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         average.update(done)

@@ -16,12 +16,13 @@ from common import MODELS, Job, distance, finish, floor, log_ticks, pictures, ru
 from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from ddpm_hf import DDPMPipeline, GaussianScheduler
+from ddpm_hf.memory import keep_freed_memory
 
 TRAINING = {
     "digits": {"max_train_steps": 3_000, "train_batch_size": 64, "learning_rate": 1e-3, "lr_warmup_steps": 100},
     "crops": {"max_train_steps": 3_500, "train_batch_size": 16, "learning_rate": 1e-3, "lr_warmup_steps": 100},
 }
-COUNTS = {"digits": 5_000, "crops": 1_000}  # samples of a measurement
+COUNTS = {"digits": 5_000, "crops": 5_000}  # samples of a measurement
 DPM = {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
 DEIS = {"timestep_spacing": "trailing", "solver_order": 2, "lower_order_final": False}
 # name -> class, options over the model's own schedule, which is kept
@@ -87,6 +88,7 @@ def train_model(options: dict, folder: Path) -> dict:
 
 
 def measure(options: dict) -> dict:
+    keep_freed_memory()
     pipe = build(DDPMPipeline.from_pretrained(options["pipeline"]), options["sampler"])
     images = sample(pipe, options["count"], options["steps"], options["seed"])
     return {"distance": distance(images, options["data"])}
