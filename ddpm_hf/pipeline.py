@@ -103,6 +103,7 @@ def card_to_keep(repo_id: str, revision: str | None = None, token: str | None = 
 
 
 def _check_steps(steps, total: int) -> None:
+    """That the model can be called as often as that, of `total` timesteps."""
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= total:
         raise ValueError(f"num_inference_steps must be a whole number from 1 to {total}; got {steps!r}")
 

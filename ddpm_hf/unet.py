@@ -51,7 +51,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple, padding: t
 
 def _convolve_as_product(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple) -> Tensor:
     """`F.conv2d` of stride 1 as one product of matrices: faster in bfloat16 on CPU where positions are fewer than
-    channels, because PyTorch's convolution rearranges all weights at each call (seen: up to 1.8 times, gradient too)."""
+    channels, because PyTorch's convolution rearranges all weights at each call (seen: to 1.8 times, gradient too)."""
     kernel = weight.shape[2:]
     rows = F.pad(x.movedim(1, -1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
     height, width = (size - k + 1 for size, k in zip(rows.shape[1:3], kernel))

@@ -89,12 +89,16 @@ def test_contenders_in_processes_of_their_own(tmp_path):
 
 @pytest.mark.parametrize(
     ("what", "side"),
-    [*itertools.product(["call", "step"], ["peer", "ours", "stock"]), ("sample", "peer"), ("sample", "ours")],
+    [
+        *itertools.product(["call", "step"], ["peer", "peer, amp", "ours", "stock"]),
+        *itertools.product(["sample"], ["peer", "peer, amp", "ours"]),
+    ],
 )
 def test_each_side_can_do_each_task(what, side, tmp_path, monkeypatch):
     tiny(monkeypatch)
     task = contenders.save_weights(contenders.Task("peer", what, (2, 3, 16, 16), steps=2), tmp_path)
-    run = contenders.BUILD[what](contenders.replace(task, side=side))
+    dtype = "float16" if "amp" in side else "float32"
+    run = contenders.BUILD[what](contenders.replace(task, side=side.split(",")[0], dtype=dtype))
     for _ in range(2):
         given = run()
     if what == "sample":
@@ -135,6 +139,39 @@ def test_a_contender_works_in_its_own_process_and_says_what_failed(tmp_path):
     assert not contender.process.is_alive()
     with pytest.raises(RuntimeError, match="No such file"):
         contenders.Contender(contenders.replace(task, side="ours", weights=str(tmp_path / "none.pt")))
+
+
+def test_the_peers_amp_is_half_precision(tmp_path, monkeypatch):
+    tiny(monkeypatch)
+    task = contenders.save_weights(contenders.Task("peer", "call", (2, 3, 16, 16)), tmp_path)
+    exact, half = benchmark.outputs([task, contenders.replace(task, dtype="float16")])
+    assert 1e-5 < (half - exact).norm() / exact.norm() < 1e-2
+
+
+def test_waits_are_counted_by_the_profiler(monkeypatch):
+    task = contenders.Task("ours", "call", (1, 3, 16, 16))
+    monkeypatch.setitem(contenders.BUILD, "call", lambda task: lambda: [torch.ones(2).sum().item() for _ in range(3)])
+    assert contenders.host_waits(task) == 3
+
+
+def test_a_step_of_sampling_reads_no_number_from_the_model(tmp_path, monkeypatch):
+    tiny(monkeypatch)
+    assert benchmark.main(["--only", "waits", "--output_dir", str(tmp_path)]) == 0
+    for row in rows_of(tmp_path, "waits"):
+        print(row)
+        assert row["a sampling step"] == 0
+
+
+def test_larger_batches(tmp_path, monkeypatch):
+    tiny(monkeypatch)
+    monkeypatch.setattr(benchmark, "compete", here)
+    monkeypatch.setattr(benchmark, "CALL_SHAPES", ((1, 3, 16, 16),))
+    command = ["--only", "call", "--rounds", "1", "--dtype", "float32", "--output_dir", str(tmp_path)]
+    assert benchmark.main([*command, "--batch_factor", "3"]) == 0
+    (row,) = rows_of(tmp_path, "call")
+    assert row["what"] == "call 3x3x16x16 float32"
+    with pytest.raises(SystemExit):
+        benchmark.main([*command, "--batch_factor", "0"])
 
 
 def test_an_import_is_measured(tmp_path):

@@ -6,6 +6,7 @@ turns; medians.
     python training/benchmark.py --only call step              # a model call, a training step
     python training/benchmark.py --only memory import sample loader
     python training/benchmark.py --only call step --check      # fail where a ratio is 15% worse than recorded
+    python training/benchmark.py --device cuda --compile       # beside the peer's fp16, in batches that fill a card
 
 Prints a table and writes it to --output_dir as JSON and as a picture. Needs the extra [bench].
 """
@@ -24,7 +25,18 @@ from pathlib import Path
 
 import torch
 from benchmark_loader import benchmark_loader
-from contenders import Contender, Task, alternate, operations, our_model, outputs, peer_diffusion, save_weights, timed
+from contenders import (
+    Contender,
+    Task,
+    alternate,
+    host_waits,
+    operations,
+    our_model,
+    outputs,
+    peer_diffusion,
+    save_weights,
+    timed,
+)
 
 from ddpm_hf import UNet1D, UNet2D
 
@@ -39,7 +51,10 @@ RECORDED = {
     "memory 4x3x128x128 checkpointing float32": 0.44, "memory 4x3x128x128 checkpointing bfloat16": 0.36,
 }  # fmt: skip
 IMPORT_LIMIT = 0.3  # seconds over diffusers' own
+CALL_SHAPES = ((4, 3, 64, 64),)
 STEP_SHAPES = ((8, 3, 32, 32), (4, 3, 64, 64), (32, 32, 128), (4, 32, 4096))
+SAMPLE_SHAPES = ((8, 3, 32, 32),)
+ON_CARD = ((4, 3, 64, 64), (1, 3, 128, 128))  # of call, step and sample elsewhere than on CPU, times --batch_factor
 PEER_STEPS = 250  # DDIM calls of denoising-diffusion-pytorch's README
 FAST_STEPS = 10  # of our fast sampler, for that distance (docs/studies.md)
 
@@ -52,8 +67,21 @@ def matrix_rate(dtype: str, device: str, size: int = 2048) -> float:
 
 
 def base_task(options, what: str, shape: tuple, folder: str) -> Task:
-    task = Task("peer", what, shape, device=options.device, threads=options.threads)
+    """The peer's: in float32 on CPU, by its `amp` elsewhere."""
+    dtype = "float32" if options.device == "cpu" else "float16"
+    task = Task("peer", what, shape, dtype, device=options.device, threads=options.threads)
     return save_weights(task, Path(folder))
+
+
+def shapes_of(options, on_cpu: tuple) -> list[tuple]:
+    shapes = on_cpu if options.device == "cpu" else ON_CARD
+    return [(options.batch_factor * batch, *size) for batch, *size in shapes]
+
+
+def name_of(options, *words) -> str:
+    """What a row is about; on CPU the keys of RECORDED."""
+    words = ["x".join(map(str, word)) if isinstance(word, tuple) else word for word in words]
+    return " ".join(word for word in (*words, "" if options.device == "cpu" else options.device) if word)
 
 
 def compete(tasks: dict[str, Task], rounds: int) -> dict[str, float]:
@@ -72,7 +100,7 @@ def compare(options, peer: Task) -> list[dict]:
     compiled = [False, True] if options.compile else [False]
     tasks = {"peer": peer, "peer, kept": replace(peer, keep_memory=True)}
     if len(peer.shape) == 4:
-        tasks["stock"] = replace(peer, side="stock")
+        tasks["stock"] = replace(peer, side="stock", dtype="float32")
     ours = list(itertools.product(options.dtype, compiled))
     for dtype, is_compiled in ours:
         kept = replace(peer, side="ours", dtype=dtype, compiled=is_compiled, keep_memory=True)
@@ -87,7 +115,7 @@ def compare(options, peer: Task) -> list[dict]:
         kept = found[dtype, is_compiled, "kept"]
         seconds = found.get((dtype, is_compiled), kept)
         row = {
-            "what": f"{peer.what} {'x'.join(map(str, peer.shape))} {dtype}{' compiled' if is_compiled else ''}",
+            "what": name_of(options, peer.what, peer.shape, dtype, "compiled" if is_compiled else ""),
             "peer s": found["peer"],
             "ours s": seconds,
             "ratio": found["peer"] / seconds,
@@ -101,27 +129,32 @@ def compare(options, peer: Task) -> list[dict]:
 
 
 def benchmark_call(options) -> list[dict]:
-    """One call of the model, batch 4 at 64 x 64; outputs are compared first."""
-    with tempfile.TemporaryDirectory() as folder:
-        peer = base_task(options, "call", (4, 3, 64, 64), folder)
-        expected, *found = outputs([peer, *(replace(peer, side="ours", dtype=dtype) for dtype in options.dtype)])
-        errors = {}
-        for dtype, output in zip(options.dtype, found):
-            errors[dtype] = ((output - expected).norm() / expected.norm()).item()
-            allowed = 1e-4 if dtype == "float32" else 0.02
-            if not errors[dtype] <= allowed:
-                raise SystemExit(f"outputs differ by {errors[dtype]:.1e} of their norm in {dtype}, more than {allowed}")
-        rows = compare(options, peer)
-    return [row | {"error": errors[row["what"].split()[2]]} for row in rows]
+    """One call of the model; outputs are compared first, with the peer's in float32."""
+    rows = []
+    for shape in shapes_of(options, CALL_SHAPES):
+        with tempfile.TemporaryDirectory() as folder:
+            peer = base_task(options, "call", shape, folder)
+            exact = replace(peer, dtype="float32")
+            expected, *found = outputs([exact, *(replace(peer, side="ours", dtype=dtype) for dtype in options.dtype)])
+            errors = {}
+            for dtype, output in zip(options.dtype, found):
+                errors[dtype] = ((output - expected).norm() / expected.norm()).item()
+                allowed = 1e-4 if dtype == "float32" else 0.02
+                if not errors[dtype] <= allowed:
+                    raise SystemExit(
+                        f"outputs differ by {errors[dtype]:.1e} of their norm in {dtype}, more than {allowed}"
+                    )
+            rows += [row | {"error": errors[row["what"].split()[2]]} for row in compare(options, peer)]
+    return rows
 
 
 def benchmark_step(options) -> list[dict]:
     """One training step; gradients are compared first."""
     rows = []
-    for shape in STEP_SHAPES:
+    for shape in shapes_of(options, STEP_SHAPES):
         with tempfile.TemporaryDirectory() as folder:
             peer = base_task(options, "step", shape, folder)
-            check_gradients(peer)
+            check_gradients(replace(peer, dtype="float32"))
             rows += compare(options, peer)
     return rows
 
@@ -154,30 +187,48 @@ def benchmark_memory(options) -> list[dict]:
                     contender.seconds()
                 peaks[dtype] = contender.peak()
                 contender.close()
-        name = f"memory {'x'.join(map(str, shape))}{' checkpointing' if checkpointing else ''}"
         rows += [
-            {"what": f"{name} {dtype}", "peer GB": peaks["peer"] / 1e9, "ours GB": peaks[dtype] / 1e9,
-             "ratio": peaks[dtype] / peaks["peer"]}
+            {"what": name_of(options, "memory", shape, "checkpointing" if checkpointing else "", dtype),
+             "peer GB": peaks["peer"] / 1e9, "ours GB": peaks[dtype] / 1e9, "ratio": peaks[dtype] / peaks["peer"]}
             for dtype in options.dtype
         ]  # fmt: skip
     return rows
 
 
 def benchmark_sample(options) -> list[dict]:
-    """A batch of 8 images of 32 x 32: the peer's DDIM at 250 calls, ours by the fast sampler at the calls that bring it
-    as near to the data (docs/studies.md). Of the peer's chain, whose calls are alike, a tenth is timed."""
+    """A batch of images: the peer's DDIM at 250 calls, ours by the fast sampler at the calls that bring it as near to
+    the data (docs/studies.md). Of the peer's chain, whose calls are alike, a tenth is timed."""
     part = 10
+    rows = []
+    for shape in shapes_of(options, SAMPLE_SHAPES):
+        with tempfile.TemporaryDirectory() as folder:
+            peer = replace(base_task(options, "sample", shape, folder), steps=PEER_STEPS // part)
+            ours = {dtype: replace(peer, side="ours", dtype=dtype, steps=FAST_STEPS) for dtype in options.dtype}
+            found = compete({"peer": peer, **ours}, options.rounds)
+        peer_rate = shape[0] / (found["peer"] * part)
+        for dtype in options.dtype:
+            rate = shape[0] / found[dtype]
+            rows.append({
+                "what": name_of(options, "sample", shape, dtype), "peer samples/s": peer_rate, "ours samples/s": rate,
+                "ratio": rate / peer_rate, "ratio a call": rate / peer_rate * FAST_STEPS / PEER_STEPS,
+            })  # fmt: skip
+    return rows
+
+
+def benchmark_waits(options) -> list[dict]:
+    """How often the host waits for the device, by the profiler: in a training step, and in a step of sampling, beyond
+    what a chain's beginning and end need. On CPU: how often a number is read from a tensor."""
+    (shape, *_) = shapes_of(options, SAMPLE_SHAPES)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        peer = replace(base_task(options, "sample", (8, 3, 32, 32), folder), steps=PEER_STEPS // part)
-        ours = {dtype: replace(peer, side="ours", dtype=dtype, steps=FAST_STEPS) for dtype in options.dtype}
-        found = compete({"peer": peer, **ours}, options.rounds)
-    rates = {dtype: 8 / found[dtype] for dtype in options.dtype}
-    peer_rate = 8 / (found["peer"] * part)
-    return [
-        {"what": f"sample 8x3x32x32 {dtype}", "peer samples/s": peer_rate, "ours samples/s": rate,
-         "ratio": rate / peer_rate}
-        for dtype, rate in rates.items()
-    ]  # fmt: skip
+        peer = base_task(options, "sample", shape, folder)
+        for dtype in options.dtype:
+            task = replace(peer, side="ours", dtype=dtype)
+            short, long = (host_waits(replace(task, steps=steps)) for steps in (5, 10))
+            step = host_waits(replace(task, what="step"))
+            rows.append({"what": name_of(options, "waits", shape, dtype), "a sampling step": (long - short) / 5,
+                         "a training step": float(step)})  # fmt: skip
+    return rows
 
 
 def benchmark_import(options) -> list[dict]:
@@ -221,7 +272,7 @@ def draw(rows: list[dict], file: Path) -> None:
 
 BENCHMARKS = {
     "call": benchmark_call, "step": benchmark_step, "memory": benchmark_memory, "sample": benchmark_sample,
-    "import": benchmark_import, "loader": benchmark_loader,
+    "waits": benchmark_waits, "import": benchmark_import, "loader": benchmark_loader,
 }  # fmt: skip
 
 
@@ -252,6 +303,7 @@ def main(arguments: list) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="times that each contender is measured")
     parser.add_argument("--device", default="cpu", help="of the model's measurements: cpu or cuda")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--batch_factor", type=int, help="times the batch sizes. Default: 1 on CPU, else 32")
     parser.add_argument("--threads", type=int, default=2, help="of the model's measurements on CPU")
     parser.add_argument("--compile", action="store_true", help="our model with its blocks compiled, too")
     parser.add_argument("--check", action="store_true", help="fail where a ratio is 15%% worse than recorded")
@@ -263,6 +315,10 @@ def main(arguments: list) -> int:
     options = parser.parse_args(arguments)
     if options.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device must be cpu on a machine without CUDA, got {options.device}")
+    if options.batch_factor is None:
+        options.batch_factor = 1 if options.device == "cpu" else 32
+    if options.batch_factor < 1:
+        parser.error(f"--batch_factor must be at least 1, got {options.batch_factor}")
     results = {}
     for name in options.only:
         torch.set_num_threads(1 if name == "loader" else options.threads)  # the loader's workers have the others

@@ -31,7 +31,8 @@ class Task:
         side: "peer", "ours" or "stock".
         what: "call" (the model), "step" (of training) or "sample" (a batch, from noise to pixels).
         shape: of a batch, (B, C, H, W) or (B, C, length).
-        dtype: "float32" or "bfloat16": of the weights, in a training step of autocast.
+        dtype: "float32" or "bfloat16": of the weights, in a training step of autocast; "float16": the peer, by autocast
+            and with a scaled loss, as its option `amp` does.
         weights: the peer's state, so that all have the same.
         steps: of sampling.
         keep_memory: freed memory stays with the process, as with our trainer and programs; denoising-diffusion-pytorch
@@ -94,13 +95,19 @@ def stock_model(task: Task) -> UNet2DModel:
 # -- what they do
 
 
+def autocast(task: Task) -> torch.autocast:
+    """A context, or a decorator."""
+    narrow = task.dtype != "float32"
+    return torch.autocast(task.device, getattr(torch, task.dtype) if narrow else torch.bfloat16, enabled=narrow)
+
+
 def build_call(task: Task) -> Callable[[], torch.Tensor]:
     """One call of the model without gradient, giving the prediction."""
     x = torch.randn(task.shape, generator=torch.Generator().manual_seed(1)).to(task.device)
     t = torch.full((len(x),), 500, device=task.device)
     if task.side == "peer":
         model = peer_diffusion(task).model
-        return lambda: model(x, t)
+        return autocast(task)(lambda: model(x, t).float())
     model = our_model(task) if task.side == "ours" else stock_model(task)
     dtype = getattr(torch, task.dtype)
     model = model.to(dtype)
@@ -115,21 +122,25 @@ def build_step(task: Task) -> Callable[[], None]:
     """One training step: loss, gradient, clipping, optimizer, and the average of the weights as each side has it."""
     x = (torch.rand(task.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1).to(task.device)
     if task.side == "peer":
-        return _peer_step(peer_diffusion(task), (x + 1) / 2)
+        return _peer_step(peer_diffusion(task), (x + 1) / 2, task)
     return _our_step(our_model(task) if task.side == "ours" else stock_model(task), x, task)
 
 
-def _peer_step(diffusion, images: torch.Tensor) -> Callable[[], None]:
+def _peer_step(diffusion, images: torch.Tensor, task: Task) -> Callable[[], None]:
     """As its `Trainer.train`, without its data."""
     from ema_pytorch import EMA
 
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     average = EMA(diffusion, beta=0.995, update_every=10)
+    scaler = torch.amp.GradScaler(task.device, enabled=task.dtype == "float16")
+    forward = autocast(task)(lambda: diffusion(images))
 
     def step() -> None:
-        diffusion(images).backward()
+        scaler.scale(forward()).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         average.update()
 
@@ -156,7 +167,7 @@ def _our_step(model, x: torch.Tensor, task: Task) -> Callable[[], None]:
     def step() -> None:
         nonlocal done
         timesteps, noise = training_draws(scheduler, x, range(len(x)))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=task.dtype == "bfloat16"):
+        with autocast(task):
             loss = diffusion_loss(model, scheduler, x, timesteps, noise).loss.mean()
         loss.backward()
         clip_grad_norm(accelerator, model.parameters(), 1.0)
@@ -172,7 +183,7 @@ def build_sample(task: Task) -> Callable[[], None]:
     """A batch of images, from noise to pixels: the peer's DDIM at `steps`, our pipeline with its fast sampler."""
     if task.side == "peer":
         diffusion = peer_diffusion(task)
-        return lambda: diffusion.sample(batch_size=task.shape[0])
+        return autocast(task)(lambda: diffusion.sample(batch_size=task.shape[0]))
     model = our_model(task).to(getattr(torch, task.dtype))
     model.time_embed.float()
     pipe = DDPMPipeline(model.eval(), GaussianScheduler())
@@ -293,6 +304,25 @@ def outputs(tasks: list[Task]) -> list[torch.Tensor]:
     """What the calls give, in this process."""
     with torch.no_grad():
         return [build_call(task)() for task in tasks]
+
+
+WAITS = {
+    "cpu": ("aten::_local_scalar_dense",),
+    "cuda": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+}
+
+
+def host_waits(task: Task) -> int:
+    """How often the host waits for the device in one run, by the profiler; on CPU: reads of a number from a tensor."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run = BUILD[task.what](task)
+    device = torch.device(task.device).type
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    run()
+    with profile(activities=activities) as found:
+        run()
+    return sum(event.name in WAITS[device] for event in found.events())
 
 
 def save_weights(task: Task, folder: Path) -> Task:
