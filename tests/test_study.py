@@ -88,6 +88,18 @@ def test_each_sampler_runs_on_the_models_schedule(name):
     assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
 
 
+def test_the_fast_sampler_of_the_study_is_the_pipelines():
+    from ddpm_hf import DDPMPipeline, GaussianScheduler, UNet2D
+
+    pipes = [DDPMPipeline(UNet2D(sample_size=8, in_channels=1, dim=8, dim_mults=(1, 2)), GaussianScheduler())
+             for _ in range(2)]  # fmt: skip
+    samplers.build(pipes[0], "fast")
+    pipes[1].use_fast_sampler()
+    assert pipes[0].config.log_snr_spacing and pipes[1].config.log_snr_spacing
+    configs = [{k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")} for pipe in pipes]
+    assert configs[0] == configs[1]
+
+
 def test_a_plan():
     assert samplers.parse_plan("DDIM|UniPC 2:5,10:0,1") == (["DDIM", "UniPC 2"], [5, 10], [0, 1])
     for plan in samplers.PLAN:
