@@ -56,7 +56,7 @@ STEP_SHAPES = ((8, 3, 32, 32), (4, 3, 64, 64), (32, 32, 128), (4, 32, 4096))
 SAMPLE_SHAPES = ((8, 3, 32, 32),)
 ON_CARD = ((4, 3, 64, 64), (1, 3, 128, 128))  # of call, step and sample elsewhere than on CPU, times --batch_factor
 PEER_STEPS = 250  # DDIM calls of denoising-diffusion-pytorch's README
-FAST_STEPS = 10  # of our fast sampler, for that distance (docs/studies.md)
+FAST_STEPS = 12  # of our fast sampler, for that distance (docs/studies.md)
 
 
 @functools.cache
