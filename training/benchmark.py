@@ -42,13 +42,13 @@ from ddpm_hf import UNet1D, UNet2D
 
 # Ratios to keep, measured on two CPU threads (README): speed where more is better, memory and import where less is.
 RECORDED = {
-    "call 4x3x64x64 float32": 1.63, "call 4x3x64x64 bfloat16": 4.02,
-    "step 8x3x32x32 float32": 1.32, "step 8x3x32x32 bfloat16": 1.89,
-    "step 4x3x64x64 float32": 1.56, "step 4x3x64x64 bfloat16": 2.71,
-    "step 32x32x128 float32": 1.55, "step 32x32x128 bfloat16": 2.19,
-    "step 4x32x4096 float32": 1.41, "step 4x32x4096 bfloat16": 3.03,
-    "memory 4x32x4096 float32": 0.53, "memory 4x32x4096 bfloat16": 0.46,
-    "memory 4x3x128x128 checkpointing float32": 0.44, "memory 4x3x128x128 checkpointing bfloat16": 0.36,
+    "call 4x3x64x64 float32": 1.79, "call 4x3x64x64 bfloat16": 2.93,
+    "step 8x3x32x32 float32": 1.86, "step 8x3x32x32 bfloat16": 2.69,
+    "step 4x3x64x64 float32": 1.40, "step 4x3x64x64 bfloat16": 2.22,
+    "step 32x32x128 float32": 2.01, "step 32x32x128 bfloat16": 2.87,
+    "step 4x32x4096 float32": 1.51, "step 4x32x4096 bfloat16": 2.60,
+    "memory 4x32x4096 float32": 0.54, "memory 4x32x4096 bfloat16": 0.42,
+    "memory 4x3x128x128 checkpointing float32": 0.45, "memory 4x3x128x128 checkpointing bfloat16": 0.37,
 }  # fmt: skip
 IMPORT_LIMIT = 0.3  # seconds over diffusers' own
 CALL_SHAPES = ((4, 3, 64, 64),)
