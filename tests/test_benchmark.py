@@ -158,7 +158,6 @@ def test_a_step_of_sampling_reads_no_number_from_the_model(tmp_path, monkeypatch
     tiny(monkeypatch)
     assert benchmark.main(["--only", "waits", "--output_dir", str(tmp_path)]) == 0
     for row in rows_of(tmp_path, "waits"):
-        print(row)
         assert row["a sampling step"] == 0
 
 

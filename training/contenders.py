@@ -51,6 +51,11 @@ class Task:
     steps: int = 1
     keep_memory: bool = False
 
+    @property
+    def device_type(self) -> str:
+        """Without its number: "cuda" of "cuda:1"."""
+        return torch.device(self.device).type
+
 
 # -- the three sides
 
@@ -98,7 +103,7 @@ def stock_model(task: Task) -> UNet2DModel:
 def autocast(task: Task) -> torch.autocast:
     """A context, or a decorator."""
     narrow = task.dtype != "float32"
-    return torch.autocast(task.device, getattr(torch, task.dtype) if narrow else torch.bfloat16, enabled=narrow)
+    return torch.autocast(task.device_type, getattr(torch, task.dtype) if narrow else torch.bfloat16, enabled=narrow)
 
 
 def build_call(task: Task) -> Callable[[], torch.Tensor]:
@@ -132,7 +137,7 @@ def _peer_step(diffusion, images: torch.Tensor, task: Task) -> Callable[[], None
 
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     average = EMA(diffusion, beta=0.995, update_every=10)
-    scaler = torch.amp.GradScaler(task.device, enabled=task.dtype == "float16")
+    scaler = torch.amp.GradScaler(task.device_type, enabled=task.dtype == "float16")
     forward = autocast(task)(lambda: diffusion(images))
 
     def step() -> None:
@@ -317,12 +322,11 @@ def host_waits(task: Task) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     run = BUILD[task.what](task)
-    device = torch.device(task.device).type
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if task.device_type == "cuda" else [])]
     run()
     with profile(activities=activities) as found:
         run()
-    return sum(event.name in WAITS[device] for event in found.events())
+    return sum(event.name in WAITS[task.device_type] for event in found.events())
 
 
 def save_weights(task: Task, folder: Path) -> Task:

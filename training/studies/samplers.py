@@ -54,7 +54,7 @@ SAMPLERS = {
 }
 
 # Hours on two cores; what was run of it is in docs/studies.md.
-PLAN = [f"{'|'.join(SAMPLERS)}:5,10:0", "fast:5,8,10,15,20:0,1,2", "DDIM:5,10,20,50,100,250,1000:0,1,2"]
+PLAN = [f"{'|'.join(SAMPLERS)}:5,10:0", "fast:5,8,10,12,15,20:0,1,2", "DDIM:5,10,20,50,100,250,1000:0,1,2"]
 
 
 def build(pipe: DDPMPipeline, name: str) -> DDPMPipeline:
