@@ -14,12 +14,14 @@ import yaml
 from diffusers.optimization import SchedulerType
 from huggingface_hub.utils import validate_repo_id
 
+from ddpm_hf.losses import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
 from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_ALIASES, PREDICTION_TYPES
 from ddpm_hf.sequences import NORMS as SEQUENCE_NORMS
 from ddpm_hf.unet import NORMS, TIME_EMBEDDINGS
 
 BUNDLED = {"digits": "scikit-learn's handwritten digits", "ecg": "PyWavelets' electrocardiogram"}
 TRACKERS = ("tensorboard", "wandb")
+OPTIMIZERS = ("adamw", "muon")
 CONSTANT_LR = ("constant", "constant_with_warmup")
 # What a resumed run may change: nothing here alters the weights that the steps done so far have led to.
 CHANGEABLE = {
@@ -141,7 +143,15 @@ class TrainConfig:
         "v_prediction", "What the model predicts: 'epsilon', 'sample' (x0) or 'v_prediction'."
     )
     min_snr_gamma: float = _option(5.0, "Min-SNR loss weighting with this gamma; 0: off.")
+    loss_weighting: str = _option(
+        "snr", "'snr': by the target and min_snr_gamma; 'uniform': 1 at every timestep, without min_snr_gamma."
+    )
     noise_offset: float = _option(0.0, "Strength of offset noise (0.1 is usual).")
+    timestep_sampling: str = _option(
+        "uniform", "Timesteps of training: 'uniform', or 'logit_normal', more often in the middle of the schedule."
+    )
+    logit_mean: float = _option(0.0, "Of logit_normal: above 0 towards noise.")
+    logit_std: float = _option(1.0, "Of logit_normal: the smaller, the closer to the middle.")
     immiscible: bool = _option(False, "Re-assign noise to the nearest data within the batch.")
     rescale_betas_zero_snr: bool = _option(False, "Rescale the schedule to end in pure noise (not with epsilon).")
 
@@ -149,7 +159,11 @@ class TrainConfig:
     max_train_steps: int = _option(100_000, "Optimizer steps in all.")
     train_batch_size: int = _option(16, "Samples per process and forward pass.")
     gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer step.")
+    optimizer: str = _option(
+        "adamw", "'adamw'; or 'muon', for the weights of linear layers and convolutions, with AdamW for the others."
+    )
     learning_rate: float = _option(4e-4, "Peak learning rate of AdamW.")
+    muon_learning_rate: float = _option(9e-3, "Peak learning rate of Muon: an update's root mean square is 0.2 of it.")
     lr_scheduler: str = _option(
         "cosine", "A schedule of diffusers.optimization: constant, constant_with_warmup, cosine, ..."
     )
@@ -279,6 +293,10 @@ class TrainConfig:
         rule(self.norm in NORMS, "norm", f"one of {', '.join(NORMS)}")
         rule(self.time_embedding in TIME_EMBEDDINGS, "time_embedding", f"one of {', '.join(TIME_EMBEDDINGS)}")
         rule(self.ddpm_beta_schedule in BETA_SCHEDULES, "ddpm_beta_schedule", f"one of {', '.join(BETA_SCHEDULES)}")
+        rule(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}")
+        rule(self.loss_weighting in LOSS_WEIGHTINGS, "loss_weighting", f"one of {', '.join(LOSS_WEIGHTINGS)}")
+        rule(self.timestep_sampling in TIMESTEP_SAMPLINGS, "timestep_sampling",
+             f"one of {', '.join(TIMESTEP_SAMPLINGS)}")  # fmt: skip
         rule(self.prediction_type in PREDICTION_TYPES, "prediction_type", f"one of {', '.join(PREDICTION_TYPES)}")
         rule(self.mixed_precision in (None, "no", "bf16", "fp16"), "mixed_precision", "'no', 'bf16' or 'fp16'")
         trackers = self.report_to == ["none"] or (self.report_to and set(self.report_to) <= set(TRACKERS))
@@ -324,7 +342,8 @@ class TrainConfig:
             "eval_steps",
         ):
             rule(is_int(getattr(self, name)) and getattr(self, name) >= 0, name, "a whole number of at least 0")
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power", "theta"):
+        for name in ("learning_rate", "muon_learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power",
+                     "theta", "logit_std"):  # fmt: skip
             rule(getattr(self, name) > 0, name, "greater than 0")
         for name in ("adam_beta1", "adam_beta2", "dropout"):
             rule(0 <= getattr(self, name) < 1, name, "in [0, 1)")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -21,13 +22,41 @@ class DiffusionLoss:
     timesteps: Tensor
 
 
-def training_draws(scheduler, x0: Tensor, seeds: Sequence[int], offset_strength: float = 0.0) -> tuple:
-    """Timesteps (B,), uniform over [0, T), and noise shaped as x0, each sample's from its own seed."""
+LOSS_WEIGHTINGS = ("snr", "uniform")
+TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
+
+
+def training_draws(
+    scheduler,
+    x0: Tensor,
+    seeds: Sequence[int],
+    offset_strength: float = 0.0,
+    timestep_sampling: str = "uniform",
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+) -> tuple:
+    """Timesteps (B,) in [0, T) and noise shaped as x0, each sample's from its own seed.
+
+    Args:
+        timestep_sampling: "uniform"; or "logit_normal", T * sigmoid(z) for normal z of `logit_mean` and `logit_std`,
+            which trains the middle of the schedule more often (Esser et al., arXiv:2403.03206, section 3.1).
+
+    Raises:
+        ValueError: not one seed a sample, or an unknown timestep_sampling.
+    """
+    if timestep_sampling not in TIMESTEP_SAMPLINGS:
+        raise ValueError(f"timestep_sampling must be one of {', '.join(TIMESTEP_SAMPLINGS)}, got {timestep_sampling!r}")
     if len(seeds) != len(x0):
         raise ValueError(f"there must be one seed per sample: {len(x0)} samples, {len(seeds)} seeds")
     generators = [torch.Generator(x0.device).manual_seed(seed) for seed in seeds]
     steps = scheduler.config.num_train_timesteps
-    timesteps = torch.cat([torch.randint(steps, (1,), generator=g, device=x0.device) for g in generators])
+    if timestep_sampling == "uniform":
+        drawn = [torch.randint(steps, (1,), generator=g, device=x0.device) for g in generators]
+    else:
+        named = {"logit_mean": logit_mean, "logit_std": logit_std, "device": x0.device}
+        u = [compute_density_for_timestep_sampling("logit_normal", 1, generator=g, **named) for g in generators]
+        drawn = [(x * steps).long().clamp_(max=steps - 1) for x in u]  # a sigmoid may round to 1
+    timesteps = torch.cat(drawn)
     return timesteps, scheduler.sample_noise(x0, offset_strength, generators)
 
 
@@ -46,6 +75,7 @@ def diffusion_loss(
     noise: Tensor,
     *,
     min_snr_gamma: float | None = None,
+    weighting: str = "snr",
     immiscible: bool = False,
     self_condition: bool = False,
 ) -> DiffusionLoss:
@@ -58,6 +88,8 @@ def diffusion_loss(
         timesteps: (B,) integers in [0, T).
         noise: standard normal, shaped as x0.
         min_snr_gamma: clip the weight's SNR at gamma; None: not.
+        weighting: "snr": as `GaussianScheduler.loss_weights` says; "uniform": 1 at every timestep, whatever the target
+            and `min_snr_gamma` (of v that is more of the noisy timesteps: SNR + 1 in units of the error of x0).
         immiscible: re-assign the noise within the batch; x_t and the target both use the assigned one.
         self_condition: let the model see its own estimate of x0 in this step (half of the steps, by the paper).
 
@@ -69,6 +101,8 @@ def diffusion_loss(
             f"noise must be shaped as x0, {tuple(x0.shape)}, and timesteps ({len(x0)},); "
             f"got {tuple(noise.shape)} and {tuple(timesteps.shape)}"
         )
+    if weighting not in LOSS_WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(LOSS_WEIGHTINGS)}, got {weighting!r}")
     if immiscible:
         noise = noise[immiscible_assignment(x0, noise)]
     x_t = scheduler.add_noise(x0, noise, timesteps)
@@ -87,4 +121,6 @@ def diffusion_loss(
         )
     wide = torch.promote_types(target.dtype, torch.float32)
     loss = (prediction.to(wide) - target.to(wide)).square().flatten(1).mean(dim=1)
-    return DiffusionLoss(loss=loss * scheduler.loss_weights(timesteps, min_snr_gamma).to(loss), timesteps=timesteps)
+    if weighting == "snr":
+        loss = loss * scheduler.loss_weights(timesteps, min_snr_gamma).to(loss)
+    return DiffusionLoss(loss=loss, timesteps=timesteps)

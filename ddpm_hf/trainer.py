@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, gather_object
 from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -35,7 +35,7 @@ from ddpm_hf.hub import check_token, make_publisher, target_of
 from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.memory import keep_freed_memory
-from ddpm_hf.optimizer import DenseAdamW, clip_grad_norm
+from ddpm_hf.optimizer import clip_grad_norm, make_optimizer
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.record import RunRecord, data_facts
 from ddpm_hf.scheduler import GaussianScheduler
@@ -207,6 +207,8 @@ class Trainer:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes))
             torch.set_num_threads(c.num_cpu_threads or max(1, cores // local))
             keep_freed_memory()
+        if c.optimizer == "muon" and acc.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError("optimizer must be adamw under DeepSpeed, which flattens the matrices, got 'muon'")
         global_batch = self._global_batch(acc.num_processes)
         if int(os.environ.get("WORLD_SIZE", 1)) > acc.num_processes:
             raise ValueError(
@@ -298,10 +300,7 @@ class Trainer:
                 self.model.channels_last()
             else:  # someone's own model
                 self.model.to(memory_format=torch.channels_last)
-        optimizer = DenseAdamW(
-            [p for p in self.model.parameters() if p.requires_grad], lr=c.learning_rate, eps=c.adam_epsilon,
-            betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay,
-        )  # fmt: skip
+        optimizer = make_optimizer(self.model, c)
         self.lr_scheduler = get_scheduler(
             c.lr_scheduler, optimizer, num_warmup_steps=c.lr_warmup_steps, num_training_steps=c.max_train_steps
         )
@@ -365,12 +364,15 @@ class Trainer:
             x0 = self._next_batch(batches)
             first = (part * acc.num_processes + acc.process_index) * c.train_batch_size
             seeds = [derive_seed(c.seed, Stream.NOISE, self.step, first + i) for i in range(len(x0))]
-            timesteps, noise = training_draws(self.scheduler, x0, seeds, c.noise_offset)
+            timesteps, noise = training_draws(
+                self.scheduler, x0, seeds, c.noise_offset, c.timestep_sampling, c.logit_mean, c.logit_std
+            )
             with acc.accumulate(self.model):
                 with acc.autocast():
                     losses = diffusion_loss(
                         self.model, self.scheduler, x0, timesteps, noise, min_snr_gamma=c.min_snr_gamma or None,
-                        immiscible=c.immiscible, self_condition=c.self_condition and coin == 0,
+                        weighting=c.loss_weighting, immiscible=c.immiscible,
+                        self_condition=c.self_condition and coin == 0,
                     ).loss  # fmt: skip
                 loss = losses.mean()
                 acc.backward(loss)

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy.special import expit
+from scipy.stats import norm
 
 from ddpm_hf.losses import diffusion_loss, immiscible_assignment, training_draws
 from ddpm_hf.scheduler import PREDICTION_TYPES, GaussianScheduler
@@ -52,6 +54,20 @@ def test_loss_by_hand(batch, target, gamma):
         assert torch.equal(getattr(batch, name), value), f"{name} was changed"
 
 
+def test_uniform_weights_are_one(batch):
+    """A model that is wrong by 2 everywhere has a loss of 4 at every timestep, whatever gamma."""
+    s = GaussianScheduler(1000, prediction_type="v_prediction")
+    wrong = s.target(batch.x0, batch.noise, batch.t) + 2
+
+    def model(x, t):
+        return SimpleNamespace(sample=wrong)
+
+    loss = diffusion_loss(model, s, batch.x0, batch.t, batch.noise, weighting="uniform", min_snr_gamma=5.0).loss
+    torch.testing.assert_close(loss, torch.full_like(loss, 4.0), rtol=1e-5, atol=0)  # a sum of float32 at most
+    with pytest.raises(ValueError, match="one of snr, uniform, got 'v'"):
+        diffusion_loss(model, s, batch.x0, batch.t, batch.noise, weighting="v")
+
+
 def test_immiscible_assignment_is_the_best_of_all():
     """Against all 720 permutations of 6 samples."""
     x0, noise = torch.randn(2, 6, 3, dtype=torch.float64)
@@ -95,6 +111,23 @@ def test_draws_follow_from_the_seeds():
     assert counts.shape == (10,) and (counts - 200).abs().max() < 5 * 13.4
     with pytest.raises(ValueError, match="3 samples, 2 seeds"):
         training_draws(s, x0[:3], [1, 2])
+
+
+def test_logit_normal_timesteps():
+    """Their distribution by scipy's, at its quartiles; each sample's from its seed."""
+    s = GaussianScheduler(1000)
+    x0 = torch.zeros(2000, 1, 2)
+    named = {"timestep_sampling": "logit_normal", "logit_mean": 0.5, "logit_std": 2.0}
+    t, _ = training_draws(s, x0, range(2000), **named)
+    assert torch.equal(t[7:10], training_draws(s, x0[:3], [7, 8, 9], **named)[0])
+    for share in (0.25, 0.5, 0.75):
+        quartile = 1000 * expit(norm.ppf(share, loc=0.5, scale=2.0))
+        # binomial: deviation sqrt(2000 * share * (1 - share)) of at most 22.4; a whole timestep holds up to 0.2%
+        assert abs((t < quartile).sum().item() - 2000 * share) < 5 * 22.4 + 4
+    t, _ = training_draws(s, x0, range(2000), timestep_sampling="logit_normal", logit_mean=40.0)
+    assert (t == 999).all()  # the sigmoid is 1
+    with pytest.raises(ValueError, match="one of uniform, logit_normal, got 'cosine'"):
+        training_draws(s, x0[:1], [1], timestep_sampling="cosine")
 
 
 def test_bad_shapes(batch):

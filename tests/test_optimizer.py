@@ -1,4 +1,4 @@
-"""AdamW in any layout: torch's plain one's numbers, without its copies; clipping as torch's."""
+"""AdamW in any layout: torch's plain one's numbers, without its copies; clipping as torch's; Muon by its definition."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from ddpm_hf.optimizer import DenseAdamW, clip_grad_norm
+from ddpm_hf import UNet1D, UNet2D
+from ddpm_hf.optimizer import NEWTON_SCHULZ, DenseAdamW, Muon, clip_grad_norm, orthogonalized
 
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = [(6, 4, 3, 3), (5, 3, 1, 1), (4, 3, 2), (7, 5), (3,), ()]
@@ -101,3 +102,119 @@ def test_a_norm_that_is_not_finite_is_not_hidden():
     p.grad = torch.tensor([1.0, float("nan"), 2.0])
     assert clip_grad_norm(Accelerator(cpu=True), [p], 1.0).isnan()
     assert p.grad.isnan().all()
+
+
+# -- Muon
+
+
+def by_singular_values(x, steps):
+    """The iteration on the singular values alone, by torch's decomposition."""
+    a, b, c = NEWTON_SCHULZ
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.square().sum(-1, keepdim=True).sqrt()
+    for _ in range(steps):
+        s = a * s + b * s**3 + c * s**5
+    return u * s.unsqueeze(-2) @ v
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (6, 6)])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_singular_values_are_moved_to_one_and_nothing_else(shape, steps):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = orthogonalized(x, steps)
+    torch.testing.assert_close(found, by_singular_values(x, steps), rtol=0, atol=1e-10)  # 1e-16 * 3.4^5 * sides
+    if steps == 5:
+        values = torch.linalg.svdvals(orthogonalized(torch.diag(torch.linspace(0.01, 1, 50, dtype=torch.float64))))
+        assert 0.05 < values.min() and values.max() < 1.25
+
+
+def test_no_gradient_is_no_move():
+    assert torch.equal(orthogonalized(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
+
+
+class Small(nn.Module):
+    """A kernel and a matrix for Muon; what is too short, or no layer's weight, for AdamW."""
+
+    def __init__(self, last):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kernel, self.matrix = nn.Conv2d(10, 9, 3, dtype=torch.float64), nn.Linear(12, 8, dtype=torch.float64)
+        self.out = nn.Conv2d(9, 3, 1, dtype=torch.float64)
+        self.table = nn.Embedding(20, 12, dtype=torch.float64)
+        if last:
+            self.to(memory_format=torch.channels_last)
+
+    def give_gradients(self, step, last=False):
+        generator = torch.Generator().manual_seed(step + 1)
+        for p in self.parameters():
+            p.grad = lay(torch.randn(p.shape, generator=generator, dtype=torch.float64), last)
+
+
+MUON = {"lr": 0.01, "muon_lr": 0.03, "betas": (0.9, 0.99), "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_muon_is_its_definition_and_adamw_for_the_rest(last):
+    """Momentum, Nesterov's look ahead, orthogonal, scaled to a root mean square of 0.2 of the rate (of full rank)."""
+    model, other = Small(last), Small(False)
+    optimizer = Muon(model, **MUON)
+    matrices = {"kernel.weight", "matrix.weight"}
+    kept = [p for name, p in other.named_parameters() if name not in matrices]
+    adamw = torch.optim.AdamW(kept, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, foreach=False)
+    momentum = {name: 0 for name in matrices}
+    for step in range(3):
+        model.give_gradients(step, last)
+        optimizer.step()
+        other.give_gradients(step)
+        adamw.step()
+        for name, p in other.named_parameters():
+            if name in matrices:
+                momentum[name] = 0.95 * momentum[name] + 0.05 * p.grad
+                ahead = (0.95 * momentum[name] + 0.05 * p.grad).movedim(1, -1).flatten(1)
+                move = by_singular_values(ahead, 5).unflatten(1, (*p.shape[2:], p.shape[1])).movedim(-1, 1)
+                with torch.no_grad():
+                    p.mul_(1 - 0.03 * 0.1).sub_(move, alpha=0.03 * 0.2 * max(ahead.shape) ** 0.5)
+    for (name, p), expected in zip(model.named_parameters(), other.parameters()):
+        torch.testing.assert_close(p, expected, rtol=1e-10, atol=1e-11, msg=name)
+
+
+def test_muons_state_goes_on_where_it_was():
+    whole, first, second = Small(True), Small(True), Small(False)
+    optimizers = [Muon(m, **MUON) for m in (whole, first)]
+    for step in range(4):
+        whole.give_gradients(step)
+        optimizers[0].step()
+    for step in range(2):
+        first.give_gradients(step)
+        optimizers[1].step()
+    second.load_state_dict(first.state_dict())
+    resumed = Muon(second, **MUON)
+    resumed.load_state_dict(optimizers[1].state_dict())
+    for step in range(2, 4):
+        second.give_gradients(step)
+        resumed.step()
+    for a, b in zip(whole.parameters(), second.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_a_scaler_leaves_out_a_step_with_infinite_gradients():
+    model = Small(False).float()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer, scaler = Muon(model, **MUON), torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.zeros(()))  # as the loss is scaled, before the gradients are there
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.out.bias.grad[0] = torch.inf
+    scaler.step(optimizer)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before)) and not optimizer.state
+
+
+def test_the_u_nets_matrices():
+    """All kernels of the U-Nets but the first and the last that meet the data; no norm, bias or memory."""
+    options = {"dim": 16, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 8}
+    for model in (UNet2D(sample_size=8, in_channels=1, **options), UNet1D(sample_size=16, in_channels=1, **options)):
+        chosen = {id(p) for g in Muon(model, **MUON).param_groups if g["matrices"] for p in g["params"]}
+        names = {name for name, p in model.named_parameters() if id(p) in chosen}
+        expected = {n for n, p in model.named_parameters() if n.endswith("weight") and "norm" not in n}
+        left = expected - names
+        assert names <= expected and left <= {"conv_in.weight", "out_stage.conv.weight"}

@@ -24,20 +24,23 @@ from common import MODELS, Job, distance, finish, floor, log_ticks, pictures, ru
 
 SAMPLES = {"digits": 2_000, "crops": 800}
 SAMPLING_STEPS = 10
-# Ours: what won on both sets (docs/studies.md), and each set's own batch and number of steps.
+# Ours: what won on both sets (docs/studies.md), and each set's own batch, number of steps and timesteps.
 RECIPE = {
+    "optimizer": "muon",
+    "muon_learning_rate": 9e-3,
     "learning_rate": 1.5e-3,
-    "lr_warmup_steps": 50,
-    "min_snr_gamma": 5.0,
+    "lr_warmup_steps": 25,
+    "loss_weighting": "uniform",
     "immiscible": True,
     "ema_power": 0.6,
 }
 SIZES = {
-    "digits": {"train_batch_size": 32, "max_train_steps": 440},
-    "crops": {"train_batch_size": 16, "max_train_steps": 190},
+    "digits": {"train_batch_size": 64, "max_train_steps": 220, "timestep_sampling": "logit_normal"},
+    "crops": {"train_batch_size": 16, "max_train_steps": 175},
 }
 # The ablation's ground, from which one setting is changed at a time.
 GROUND = {
+    "optimizer": "adamw",
     "train_batch_size": 16,
     "learning_rate": 1e-3,
     "lr_warmup_steps": 100,
@@ -46,7 +49,8 @@ GROUND = {
 }
 GROUND_STEPS = {"digits": 1_000, "crops": 300}
 PEER_STEPS = {"digits": 4_000, "crops": 1_000}
-# One setting changed at a time.
+MUON = {"optimizer": "muon", "muon_learning_rate": 9e-3}
+# One setting changed at a time; of Muon, one more.
 ABLATION = {
     "as it is": {},
     "target epsilon": {"prediction_type": "epsilon"},
@@ -68,6 +72,11 @@ ABLATION = {
     "beta2 0.999": {"adam_beta2": 0.999},
     "batch 64, a quarter of the steps": {"train_batch_size": 64, "steps": 0.25},
     "bf16": {"mixed_precision": "bf16"},
+    "Muon": MUON,
+    "Muon, min-SNR 5": {**MUON, "min_snr_gamma": 5.0},
+    "Muon, weight 1": {**MUON, "loss_weighting": "uniform"},
+    "Muon, logit-normal timesteps": {**MUON, "timestep_sampling": "logit_normal"},
+    "Muon, batch 64, a quarter of the steps": {**MUON, "train_batch_size": 64, "steps": 0.25, "lr_warmup_steps": 25},
 }
 
 
