@@ -84,7 +84,7 @@ class WeightAverage:
             if self.sharded:
                 with torch.no_grad():
                     for name, p in _tensors(model).items():
-                        _tensors(self.whole)[name].copy_(_whole(p))
+                        _tensors(self.whole)[name].copy_(whole(p))
             yield self.whole if self.sharded else model
         finally:
             if self.ema is not None:
@@ -95,7 +95,7 @@ class WeightAverage:
         """The average by number of the parameter, whole; to be called on all processes."""
         if self.ema is None:
             return {}
-        return {f"{i:05d}": _whole(p).contiguous() for i, p in enumerate(self.ema.shadow_params)}
+        return {f"{i:05d}": whole(p).contiguous() for i, p in enumerate(self.ema.shadow_params)}
 
     def load(self, file: Path) -> None:
         """Take up what `state()` gave, from a safetensors file."""
@@ -104,16 +104,22 @@ class WeightAverage:
         stored = load_file(file)
         for i, p in enumerate(self.ema.shadow_params):
             value = stored[f"{i:05d}"].to(p.device)
-            if hasattr(p, "device_mesh"):
-                from torch.distributed.tensor import distribute_tensor
-
-                value = distribute_tensor(value, p.device_mesh, p.placements)
-            p.copy_(value)
+            p.copy_(spread_as(value, p))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _whole(p: Tensor) -> Tensor:
+def whole(p: Tensor) -> Tensor:
+    """p, gathered where it is spread over processes (FSDP)."""
     return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+
+
+def spread_as(x: Tensor, like: Tensor) -> Tensor:
+    """x, the same on all processes, spread over them as `like` is."""
+    if not hasattr(like, "device_mesh"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.contiguous(), like.device_mesh, like.placements, src_data_rank=None)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ddpm_hf.averaging import spread_as, whole
+
 
 class DenseAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW(fused=True)` for weights in any layout; same numbers, states and arguments.
@@ -41,7 +43,7 @@ class DenseAdamW(torch.optim.AdamW):
         return found
 
 
-# a, b, c of X <- (a + b A + c A^2) X, A = X X^T: Jordan's, which lift small singular values fast, all to about 0.7 to 1.2
+# a, b, c of X <- (a + b A + c A^2) X, A = X X^T: Jordan's, which lift small singular values fast
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -54,7 +56,7 @@ def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
 
     Args:
         x: (..., rows, columns), at least float32; zero stays zero.
-        steps: iterations; after 5, singular values of 0.01 times x's norm and more have come to 0.3 to 1.25.
+        steps: iterations; after 5, singular values of 0.002 of x's norm and more lie in 0.68 to 1.21.
     """
     a, b, c = NEWTON_SCHULZ
     if x.shape[-2] > x.shape[-1]:
@@ -128,14 +130,14 @@ class Muon(DenseAdamW):
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         by_shape: dict[tuple, list] = {}
         for p, update in zip(weights, ahead):
-            matrix = _whole(update).movedim(1, -1).flatten(1)
+            matrix = whole(update).movedim(1, -1).flatten(1)
             matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
             by_shape.setdefault((tuple(matrix.shape), matrix.dtype, matrix.device), []).append((p, matrix))
         for (shape, *_), found in by_shape.items():  # one batched product for all of a shape
             scale = 0.2 * math.sqrt(max(shape)) * group["lr"]
             for (p, _), move in zip(found, orthogonalized(torch.stack([matrix for _, matrix in found]))):
                 move = move.unflatten(1, (*p.shape[2:], p.shape[1])).movedim(-1, 1) if p.ndim > 2 else move
-                p.sub_(_as_spread(move.to(p.dtype), p), alpha=scale)
+                p.sub_(spread_as(move.to(p.dtype), p), alpha=scale)
 
 
 def make_optimizer(model: nn.Module, config) -> DenseAdamW:
@@ -146,19 +148,6 @@ def make_optimizer(model: nn.Module, config) -> DenseAdamW:
     if c.optimizer == "muon":
         return Muon(model, muon_lr=c.muon_learning_rate, **options)
     return DenseAdamW([p for p in model.parameters() if p.requires_grad], **options)
-
-
-def _whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def _as_spread(x: Tensor, like: Tensor) -> Tensor:
-    """x, the same on all processes, spread over them as `like` is (FSDP)."""
-    if not hasattr(like, "device_mesh"):
-        return x
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x.contiguous(), like.device_mesh, like.placements, src_data_rank=None)
 
 
 @torch.no_grad()

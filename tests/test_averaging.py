@@ -64,8 +64,8 @@ def sharded(folder, version=2, **options):
 def test_weights_spread_over_processes(tmp_path):
     """FSDP on two processes, stopped after step 4 and resumed to 6, with three samples for two processes: the losses,
     the average and the samples of one process with the whole model."""
-    options = {"learning_rate": 1e-2, "optimizer": "muon", "num_samples": 3, "eval_steps": 3, "eval_num_samples": 5, "feature_network":
-               "pixels", "eval_cache_dir": "cache"}  # fmt: skip
+    options = {"learning_rate": 1e-2, "optimizer": "muon", "num_samples": 3, "eval_steps": 3, "eval_num_samples": 5,
+               "feature_network": "pixels", "eval_cache_dir": "cache"}  # fmt: skip
     for steps in (4, 6):
         done = sharded(tmp_path, train_batch_size=4, max_train_steps=steps, **options)
         assert done.returncode == 0, done.stderr

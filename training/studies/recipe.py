@@ -24,10 +24,10 @@ from common import MODELS, Job, distance, finish, floor, log_ticks, pictures, ru
 
 SAMPLES = {"digits": 2_000, "crops": 800}
 SAMPLING_STEPS = 10
+MUON = {"optimizer": "muon", "muon_learning_rate": 9e-3}
 # Ours: what won on both sets (docs/studies.md), and each set's own batch, number of steps and timesteps.
 RECIPE = {
-    "optimizer": "muon",
-    "muon_learning_rate": 9e-3,
+    **MUON,
     "learning_rate": 1.5e-3,
     "lr_warmup_steps": 25,
     "loss_weighting": "uniform",
@@ -49,7 +49,6 @@ GROUND = {
 }
 GROUND_STEPS = {"digits": 1_000, "crops": 300}
 PEER_STEPS = {"digits": 4_000, "crops": 1_000}
-MUON = {"optimizer": "muon", "muon_learning_rate": 9e-3}
 # One setting changed at a time; of Muon, one more.
 ABLATION = {
     "as it is": {},
