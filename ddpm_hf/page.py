@@ -3,6 +3,7 @@
 This file imports nothing of ddpm_hf: it is part of the Spaces that `ddpm_hf.hub` writes.
 """
 
+import contextlib
 import inspect
 import math
 
@@ -58,18 +59,21 @@ class Page:
 
     def __init__(self, pipe):
         self.pipe, self.own = pipe, pipe.scheduler
-        self.own_spacing = pipe.config.get("log_snr_spacing", False)
+        # what use_fast_sampler sets; a folder's code may be older than this page
+        settings = ("num_inference_steps", "log_snr_spacing")
+        self.own_settings = {name: pipe.config[name] for name in settings if name in pipe.config}
         self.is_image = "data_scale" not in pipe.config
         self.steps = pipe.config.num_inference_steps or len(self.own)
         pipe.set_progress_bar_config(disable=True)
 
     # -- from fields to arrays -------------------------------------------------------------------
 
-    def _prepare(self, sampler: str, steps, eta) -> dict:
-        """Set the sampler; the options of a call.
+    @contextlib.contextmanager
+    def _sampler(self, sampler: str, steps, eta):
+        """The pipeline with that sampler, until the block ends; gives the options of a call.
 
         Raises:
-            gr.Error: a value that the sampler cannot take.
+            gr.Error: a value that the sampler, or the call, cannot take.
         """
         scheduler = self.own
         if sampler in STOCK:
@@ -77,35 +81,35 @@ class Page:
         elif sampler not in (OWN, FAST):
             raise refused(f"sampler must be one of the list, got {sampler}")
         steps = whole("steps", steps, 1, self.own.config.num_train_timesteps)
-        if sampler == FAST:
-            scheduler = self.pipe.use_fast_sampler(steps).scheduler
         if eta is None or not 0 <= eta <= 1:
             raise refused(f"eta must lie in 0 to 1, got {eta}")
-        takes_eta = "eta" in inspect.signature(scheduler.step).parameters
-        if eta and not takes_eta:
-            raise refused(f"eta is of DDIM: {sampler} has none, set it to 0 (got {eta})")
-        self.pipe.scheduler = scheduler
-        self.pipe.register_to_config(log_snr_spacing=sampler == FAST or (sampler == OWN and self.own_spacing))
-        return {"num_inference_steps": steps, "output_type": "np", "return_dict": False,
-                **({"eta": float(eta)} if takes_eta else {})}  # fmt: skip
-
-    def _call(self, **options):
         try:
-            return self.pipe(**options)
+            self.pipe.scheduler = scheduler
+            if sampler in STOCK:
+                self.pipe.register_to_config(log_snr_spacing=False)
+            elif sampler == FAST:
+                self.pipe.use_fast_sampler(steps)
+            takes_eta = "eta" in inspect.signature(self.pipe.scheduler.step).parameters
+            if eta and not takes_eta:
+                raise refused(f"eta is of DDIM: {sampler} has none, set it to 0 (got {eta})")
+            yield {"num_inference_steps": steps, "output_type": "np", "return_dict": False,
+                   **({"eta": float(eta)} if takes_eta else {})}  # fmt: skip
         except ValueError as error:
             raise refused(str(error)) from error
         finally:
             self.pipe.scheduler = self.own
-            self.pipe.register_to_config(log_snr_spacing=self.own_spacing)
+            self.pipe.register_to_config(**self.own_settings)
 
     # -- what the buttons do ---------------------------------------------------------------------
 
     def generate(self, count, steps, sampler, seed, eta):
         """-> the picture of the samples, the trajectory, and its slider set to the end."""
         count, seed = whole("samples", count, 1, MOST_SAMPLES), whole("seed", seed, 0, LARGEST_SEED)
-        options = self._prepare(sampler, steps, eta)
         generators = [generator_of(seed, i) for i in range(count)]
-        samples, trajectory = self._call(batch_size=count, generator=generators, return_all_timesteps=True, **options)
+        with self._sampler(sampler, steps, eta) as options:
+            samples, trajectory = self.pipe(
+                batch_size=count, generator=generators, return_all_timesteps=True, **options
+            )
         last = trajectory.shape[1] - 1
         if self.is_image:  # 8 bits are enough to look at, and a quarter of the memory
             trajectory = (trajectory * 255).round().astype(np.uint8)
@@ -124,13 +128,13 @@ class Page:
         """-> the picture of the samples of noises between the first sample of either seed."""
         seeds = [whole(name, value, 0, LARGEST_SEED) for name, value in (("seed", seed), ("other seed", other))]
         points = whole("points", points, 2, MOST_POINTS)
-        options = self._prepare(sampler, steps, 0.0)
         shape = (self.pipe.unet.config.in_channels, *self.pipe._size())
         ends = [torch.randn((1, *shape), generator=generator_of(s, 0))[0] for s in seeds]
         latents = between(*ends, points)
         # the noise of samplers that add some is the same for every point
         generators = [torch.Generator().manual_seed(seeds[0]) for _ in range(points)]
-        (samples,) = self._call(batch_size=points, latents=latents, generator=generators, **options)
+        with self._sampler(sampler, steps, 0.0) as options:
+            (samples,) = self.pipe(batch_size=points, latents=latents, generator=generators, **options)
         return self.picture(samples, columns=points)
 
     # -- pictures --------------------------------------------------------------------------------

@@ -102,10 +102,11 @@ def card_to_keep(repo_id: str, revision: str | None = None, token: str | None = 
     return not is_own_card(Path(card).read_text(encoding="utf-8"))
 
 
-def _check_steps(steps, total: int) -> None:
-    """That the model can be called as often as that, of `total` timesteps."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= total:
-        raise ValueError(f"num_inference_steps must be a whole number from 1 to {total}; got {steps!r}")
+def _check_steps(steps, total: int | None = None) -> None:
+    """That the model can be called as often as that, of `total` timesteps (None: not known yet)."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or (total is not None and steps > total):
+        allowed = "of at least 1" if total is None else f"from 1 to {total}"
+        raise ValueError(f"num_inference_steps must be a whole number {allowed}; got {steps!r}")
 
 
 def log_snr_timesteps(alphas_cumprod: Tensor, steps: int) -> list[int]:
@@ -141,8 +142,8 @@ class _SamplingPipeline(DiffusionPipeline):
     def _check_parts(self, unet, num_inference_steps: int | None, ndim: int, other: str) -> None:
         if getattr(unet, "ndim", ndim) != ndim:
             raise ValueError(f"{type(self).__name__} was given a {type(unet).__name__}: use {other}")
-        if num_inference_steps is not None and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
-            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_inference_steps!r}")
+        if num_inference_steps is not None:
+            _check_steps(num_inference_steps)
 
     # -- the saved folder ----------------------------------------------------------------------
 

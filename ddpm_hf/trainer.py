@@ -34,7 +34,7 @@ from ddpm_hf.figures import save_image_grid, save_sequence_plot
 from ddpm_hf.hub import check_token, make_publisher, target_of
 from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.losses import diffusion_loss, training_draws
-from ddpm_hf.memory import keep_freed_memory
+from ddpm_hf.memory import keep_freed_memory, return_freed_memory
 from ddpm_hf.optimizer import clip_grad_norm, make_optimizer
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.record import RunRecord, data_facts
@@ -206,7 +206,7 @@ class Trainer:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             local = int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes))
             torch.set_num_threads(c.num_cpu_threads or max(1, cores // local))
-            keep_freed_memory()
+            return_freed_memory() if c.gradient_checkpointing else keep_freed_memory()
         if c.optimizer == "muon" and acc.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError("optimizer must be adamw under DeepSpeed, which flattens the matrices, got 'muon'")
         global_batch = self._global_batch(acc.num_processes)

@@ -167,7 +167,10 @@ class ResidualBlock(nn.Module):
         self.block2 = ConvBlock(ndim, channels, channels, norm, norm_groups)
         self.skip = nn.Identity() if channels_in == channels else CONVS[ndim](channels_in, channels, 1)
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, joined: Tensor | None = None) -> Tensor:
+        """`joined`: a skip that follows x's channels; here, so that checkpointing keeps no copy of what it has."""
+        if joined is not None:
+            x = torch.cat((x, joined), dim=1)
         scale, shift = self.time_proj(temb).chunk(2, dim=1)
         # in place: nothing keeps what the activation gave
         return self.block2(self.block1(x, scale, shift)).add_(self.skip(x))
@@ -235,7 +238,6 @@ class LinearAttention(_AttentionBase):
         positions, channels = n.shape[1:]
         by_head = (self.heads, -1)
         w_q, w_k, w_v = self.to_qkv()[0].chunk(3)  # (heads * dim_head, C) each
-        q = F.linear(n, w_q).unflatten(2, by_head).softmax(dim=-1)  # (B, N, heads, dim_head)
         # (B, heads * dim_head, N); matmul would give it another layout, and copies after it
         k = torch.bmm(w_k.expand(len(x), -1, -1), n.transpose(1, 2))
         highest = k.detach().amax(dim=-1, keepdim=True)
@@ -243,21 +245,24 @@ class LinearAttention(_AttentionBase):
             # (2, heads, dim_head, number), as in the checkpoints of denoising-diffusion-pytorch
             mem_k, mem_v = self.mem_kv.to(k.dtype)
             highest = torch.maximum(highest, mem_k.detach().flatten(0, 1).amax(dim=-1, keepdim=True))
+        # every factor is 1 / sqrt(N) of what it would be: sums over positions then lie within the range of float16
+        # whether k is flat or peaked
+        highest = highest + 0.5 * math.log(positions)
         k = (k - highest).exp_()
         total = k.sum(dim=-1, keepdim=True, dtype=torch.promote_types(k.dtype, torch.float32))
-        # the sum over positions, times 1 / sqrt(N): within the range of float16 whether k is flat or peaked
-        share = positions**-0.5
         if positions > channels:
-            context = torch.baddbmm(k.new_zeros(()), k, n, beta=0, alpha=share)  # (B, heads * dim_head, C)
-            context = context.unflatten(1, by_head) @ w_v.unflatten(0, by_head).transpose(1, 2)
+            context = torch.bmm(k, n).unflatten(1, by_head)  # (B, heads, dim_head, C)
+            context = context @ w_v.unflatten(0, by_head).transpose(1, 2)
         else:
             v = F.linear(n, w_v).unflatten(2, by_head).transpose(1, 2)  # (B, heads, N, dim_head)
-            context = (k * share).unflatten(1, by_head) @ v
+            context = k.unflatten(1, by_head) @ v
         if self.mem_kv is not None:
             memory = (mem_k - highest.unflatten(1, by_head)).exp()  # (B, heads, dim_head, number)
-            context = context + share * (memory @ mem_v.transpose(1, 2))
+            context = context + memory @ mem_v.transpose(1, 2)
             total = total + memory.sum(dim=-1, dtype=total.dtype).flatten(1).unsqueeze(2)
-        context = context * (self.scale / share / total).unflatten(1, by_head)  # (B, heads, dim_head, dim_head)
+        context = context * (self.scale / total).unflatten(1, by_head)  # (B, heads, dim_head, dim_head)
+        # after k, so that backward is done with it before k's gradients take their memory
+        q = F.linear(n, w_q).unflatten(2, by_head).softmax(dim=-1)  # (B, N, heads, dim_head)
         context, q = context.to(n.dtype), q.to(n.dtype)
         w_out, bias = self.to_out()
         if positions > channels:
@@ -396,8 +401,8 @@ class UpStage(_Stage):
 
     def forward(self, x: Tensor, skip1: Tensor, skip2: Tensor, temb: Tensor) -> Tensor:
         """skip1 and skip2 as the mirrored `DownStage` gave them: the later one is joined first."""
-        x = self._run(self.block1, torch.cat((x, skip2), dim=1), temb)
-        x = self._run(self.block2, torch.cat((x, skip1), dim=1), temb)
+        x = self._run(self.block1, x, temb, skip2)
+        x = self._run(self.block2, x, temb, skip1)
         return self.resize(self._run(self.attention, x))
 
 
@@ -408,7 +413,7 @@ class OutStage(_Stage):
         self.conv = CONVS[ndim](channels, out_channels, 1)
 
     def forward(self, x: Tensor, first: Tensor, temb: Tensor) -> Tensor:
-        return self.conv(self._run(self.block, torch.cat((x, first), dim=1), temb))
+        return self.conv(self._run(self.block, x, temb, first))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Freed memory is kept: using it again faults in no page."""
+"""Freed memory is kept: using it again faults in no page; or it is given back, whatever lies between."""
 
 import platform
 
@@ -35,11 +35,42 @@ def test_memory_that_is_used_again_is_not_faulted_in_again(tmp_path):
     assert faults["keep"] < faults["leave"] / 10
 
 
-def test_other_systems_are_left_as_they_are(monkeypatch):
+HOLES = """
+import sys
+import torch
+from pathlib import Path
+from ddpm_hf.memory import return_freed_memory
+done = return_freed_memory() if sys.argv[1] == "return" else None
+torch.ones(7, 1024, 1024)  # 28 MiB: from now on glibc takes less for small
+blocks = [torch.ones(2, 1024, 1024) for _ in range(32)]
+def resident():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line)
+before = resident()
+del blocks[::2]
+print(done, before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_memory_between_blocks_in_use_is_given_back(tmp_path):
+    given = {}
+    for mode in ("leave", "return"):
+        result = run_program("-c", HOLES, mode, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        done, kib = result.stdout.split()
+        assert done == {"leave": "None", "return": "True"}[mode]
+        given[mode] = int(kib)
+    freed = 16 * 8 * 1024
+    assert given["leave"] < freed / 8
+    assert given["return"] > freed * 7 / 8
+
+
+@pytest.mark.parametrize("function", ["keep_freed_memory", "return_freed_memory"])
+def test_other_systems_are_left_as_they_are(monkeypatch, function):
     from ddpm_hf import memory
 
     monkeypatch.setattr(memory.platform, "system", lambda: "Darwin")
-    assert memory.keep_freed_memory() is False
+    assert getattr(memory, function)() is False
     monkeypatch.setattr(memory.platform, "system", lambda: "Linux")
     monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))  # musl
-    assert memory.keep_freed_memory() is False
+    assert getattr(memory, function)() is False

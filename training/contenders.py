@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_hf import DDPMPipeline, GaussianScheduler
 from ddpm_hf.convert import from_denoising_diffusion_pytorch
 from ddpm_hf.losses import diffusion_loss, training_draws
-from ddpm_hf.memory import keep_freed_memory
+from ddpm_hf.memory import keep_freed_memory, return_freed_memory
 
 WIDTH = {"dim": 64, "dim_mults": (1, 2, 4, 8)}
 
@@ -35,8 +35,8 @@ class Task:
             and with a scaled loss, as its option `amp` does.
         weights: the peer's state, so that all have the same.
         steps: of sampling.
-        keep_memory: freed memory stays with the process, as with our trainer and programs; denoising-diffusion-pytorch
-            as it comes gives it back.
+        keep_memory: freed memory stays with the process, or with checkpointing is given back, as by our trainer; else it
+            is as it comes.
     """
 
     side: str
@@ -269,7 +269,7 @@ def _serve(pipe, task: Task) -> None:
     try:
         torch.set_num_threads(task.threads)
         if task.keep_memory and task.device == "cpu":
-            keep_freed_memory()
+            return_freed_memory() if task.checkpointing else keep_freed_memory()
         before = _resident("VmRSS")
         run = BUILD[task.what](task)
         if task.what != "step":
