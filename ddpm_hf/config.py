@@ -342,8 +342,8 @@ class TrainConfig:
             "eval_steps",
         ):
             rule(is_int(getattr(self, name)) and getattr(self, name) >= 0, name, "a whole number of at least 0")
-        for name in ("learning_rate", "muon_learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power",
-                     "theta", "logit_std"):  # fmt: skip
+        for name in ("learning_rate", "muon_learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma",
+                     "ema_power", "theta", "logit_std"):  # fmt: skip
             rule(getattr(self, name) > 0, name, "greater than 0")
         for name in ("adam_beta1", "adam_beta2", "dropout"):
             rule(0 <= getattr(self, name) < 1, name, "in [0, 1)")

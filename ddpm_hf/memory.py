@@ -24,8 +24,8 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Let this process give blocks of 4 MiB and more back as soon as it frees them; whether that could be done.
 
-    That takes the least memory (seen: 1.1 GB instead of 1.5 in training steps with gradient checkpointing), and the time
-    of a page fault a page.
+    That takes the least memory (seen: 1.1 GB instead of 1.5 in training steps with gradient checkpointing), and time
+    for page faults.
     """
     return _set({MMAP_MAX: 65536, MMAP_THRESHOLD: BIG, TRIM_THRESHOLD: BIG})
 

@@ -75,8 +75,8 @@ def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
 class Muon(DenseAdamW):
     """Muon (Jordan et al. 2024) for the weights of linear layers and convolutions; `DenseAdamW` for all others.
 
-    A matrix moves by its momentum (Nesterov's, 0.95) made orthogonal, times 0.2 * sqrt(longer side) * its rate: an update
-    whose root mean square is 0.2 of the rate, whatever the size (Liu et al., arXiv:2502.16982, equation 4). A
+    A matrix moves by its momentum (Nesterov's, 0.95) made orthogonal, times 0.2 * sqrt(longer side) * its rate: an
+    update whose root mean square is 0.2 of the rate, whatever the size (Liu et al., arXiv:2502.16982, equation 4). A
     convolution's kernel is the matrix (out, positions * in). Sides below `SHORTEST` stay with AdamW.
 
     Args:

@@ -53,8 +53,16 @@ def state(folder):
 @pytest.mark.parametrize(
     "options",
     [
-        {"dropout": 0.1, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "logging_steps": 3, "immiscible": True,
-         "optimizer": "muon", "timestep_sampling": "logit_normal", "loss_weighting": "uniform"},
+        {
+            "dropout": 0.1,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 2,
+            "logging_steps": 3,
+            "immiscible": True,
+            "optimizer": "muon",
+            "timestep_sampling": "logit_normal",
+            "loss_weighting": "uniform",
+        },
         {"gradient_accumulation_steps": 2, "self_condition": True, "random_flip": True, "dataloader_num_workers": 2},
         {"dataset_name": "ecg", "sequence_length": 32, "mixed_precision": "bf16", "noise_offset": 0.1},
     ],

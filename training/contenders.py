@@ -35,8 +35,8 @@ class Task:
             and with a scaled loss, as its option `amp` does.
         weights: the peer's state, so that all have the same.
         steps: of sampling.
-        keep_memory: freed memory stays with the process, or with checkpointing is given back, as by our trainer; else it
-            is as it comes.
+        keep_memory: freed memory stays with the process, or with checkpointing is given back, as by our trainer; else
+            as it comes.
     """
 
     side: str
