@@ -142,10 +142,11 @@ class TrainConfig:
     prediction_type: str = _option(
         "v_prediction", "What the model predicts: 'epsilon', 'sample' (x0) or 'v_prediction'."
     )
-    min_snr_gamma: float = _option(5.0, "Min-SNR loss weighting with this gamma; 0: off.")
-    loss_weighting: str = _option(
-        "snr", "'snr': by the target and min_snr_gamma; 'uniform': 1 at every timestep, without min_snr_gamma."
-    )
+    loss_weighting: str | None = _option(
+        None, "'uniform': 1 at every timestep; 'snr': by the target, as denoising-diffusion-pytorch, and by "
+        "min_snr_gamma. Default: uniform; snr with min_snr_gamma."
+    )  # fmt: skip
+    min_snr_gamma: float = _option(0.0, "Min-SNR loss weighting with this gamma (5 is usual); 0: off.")
     noise_offset: float = _option(0.0, "Strength of offset noise (0.1 is usual).")
     timestep_sampling: str = _option(
         "uniform", "Timesteps of training: 'uniform', or 'logit_normal', more often in the middle of the schedule."
@@ -163,7 +164,9 @@ class TrainConfig:
         "adamw", "'adamw'; or 'muon', for the weights of linear layers and convolutions, with AdamW for the others."
     )
     learning_rate: float = _option(4e-4, "Peak learning rate of AdamW.")
-    muon_learning_rate: float = _option(9e-3, "Peak learning rate of Muon: an update's root mean square is 0.2 of it.")
+    muon_learning_rate: float = _option(
+        2.5e-3, "Peak learning rate of Muon: an update's root mean square is 0.2 of it. Small models like more (9e-3)."
+    )
     lr_scheduler: str = _option(
         "cosine", "A schedule of diffusers.optimization: constant, constant_with_warmup, cosine, ..."
     )
@@ -238,6 +241,8 @@ class TrainConfig:
             self.mixed_precision = "no"
         if self.min_snr_gamma is None:  # as YAML may say it, and older runs do
             self.min_snr_gamma = 0.0
+        if self.loss_weighting is None:
+            self.loss_weighting = "snr" if self.min_snr_gamma else "uniform"
         for name in (
             "attn_heads",
             "attn_dim_head",
@@ -349,6 +354,7 @@ class TrainConfig:
             rule(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         rule(0 <= self.ema_max_decay <= 1, "ema_max_decay", "in [0, 1]")
         rule(self.min_snr_gamma >= 0, "min_snr_gamma", "at least 0")
+        rule(not self.min_snr_gamma or self.loss_weighting == "snr", "min_snr_gamma", "0 with loss_weighting 'uniform'")
         rule(self.noise_offset >= 0, "noise_offset", "at least 0")
         rule(self.adam_weight_decay >= 0, "adam_weight_decay", "at least 0")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
@@ -380,8 +386,10 @@ class TrainConfig:
         lines = []
         if earlier.get("min_snr_gamma", 0.0) is None:
             earlier = {**earlier, "min_snr_gamma": 0.0}
+        earlier = {"loss_weighting": "snr", **earlier}  # which was the only one when it was no option
+        without_effect = {"muon_learning_rate"} if self.optimizer != "muon" else set()
         for name, now in dataclasses.asdict(self).items():
-            changed = name in earlier and earlier[name] != now
+            changed = name in earlier and earlier[name] != now and name not in without_effect
             if name == "max_train_steps" and changed and self.lr_scheduler not in CONSTANT_LR:
                 lines.append(
                     f"max_train_steps: {earlier[name]} -> {now} (the '{self.lr_scheduler}' learning rate follows it)"

@@ -36,6 +36,13 @@ def test_rules_between_options():
         TrainConfig(dataset_name="digits", train_data_dir="x")
     with pytest.raises(ValueError, match="50 and 20"):
         TrainConfig(ddpm_num_steps=20)
+    with pytest.raises(ValueError, match="min_snr_gamma must be 0 with loss_weighting 'uniform', got 5.0"):
+        TrainConfig(loss_weighting="uniform", min_snr_gamma=5.0)
+
+
+def test_the_weighting_follows_min_snr_where_it_is_not_given():
+    found = [TrainConfig(**options).loss_weighting for options in ({}, {"min_snr_gamma": 5}, {"loss_weighting": "snr"})]
+    assert found == ["uniform", "snr", "snr"]
 
 
 def test_every_option_has_help():
@@ -85,6 +92,14 @@ def test_differences():
     assert "max_train_steps" in TrainConfig(max_train_steps=5).differences(earlier)[0]
     off = {**earlier, "min_snr_gamma": None}  # how runs said it that had no such default
     assert TrainConfig(min_snr_gamma=0).differences(off) == [] and TrainConfig(**off).min_snr_gamma == 0
-    assert TrainConfig().differences(off) == ["min_snr_gamma: 0.0 -> 5.0"]
+    assert TrainConfig(min_snr_gamma=5.0).differences(off) == [
+        "loss_weighting: uniform -> snr",
+        "min_snr_gamma: 0.0 -> 5.0",
+    ]
+    before = {name: value for name, value in earlier.items() if name != "loss_weighting"}  # of runs without that option
+    assert TrainConfig(loss_weighting="snr").differences(before) == []
+    assert TrainConfig().differences(before) == ["loss_weighting: snr -> uniform"]
+    assert TrainConfig(muon_learning_rate=1e-3).differences(earlier) == []  # AdamW's run does not know it
+    assert len(TrainConfig(optimizer="muon", muon_learning_rate=1e-3).differences(earlier)) == 2
     constant = yaml.safe_load(TrainConfig(lr_scheduler="constant").to_yaml())
     assert TrainConfig(lr_scheduler="constant", max_train_steps=5).differences(constant) == []

@@ -44,7 +44,7 @@ GROUND = {
     "train_batch_size": 16,
     "learning_rate": 1e-3,
     "lr_warmup_steps": 100,
-    "min_snr_gamma": 0.0,
+    "loss_weighting": "snr",
     "ema_power": 0.75,
 }
 GROUND_STEPS = {"digits": 1_000, "crops": 300}
@@ -57,6 +57,8 @@ ABLATION = {
     "schedule linear": {"ddpm_beta_schedule": "linear"},
     "schedule cosine": {"ddpm_beta_schedule": "cosine"},
     "min-SNR 5": {"min_snr_gamma": 5.0},
+    "weight 1": {"loss_weighting": "uniform"},
+    "weight 1, immiscible noise": {"loss_weighting": "uniform", "immiscible": True},
     "immiscible noise": {"immiscible": True},
     "offset noise 0.05": {"noise_offset": 0.05},
     "EMA of 0.995 at once": {"ema_max_decay": 0.995, "ema_inv_gamma": 1e-6},
@@ -74,9 +76,14 @@ ABLATION = {
     "Muon": MUON,
     "Muon, min-SNR 5": {**MUON, "min_snr_gamma": 5.0},
     "Muon, weight 1": {**MUON, "loss_weighting": "uniform"},
+    "Muon at 3e-3, weight 1": {**MUON, "muon_learning_rate": 3e-3, "loss_weighting": "uniform"},
+    "Muon at 3e-3, weight 1, immiscible noise": {
+        **MUON, "muon_learning_rate": 3e-3, "loss_weighting": "uniform", "immiscible": True
+    },
+    "Muon at 1.5e-3, weight 1": {**MUON, "muon_learning_rate": 1.5e-3, "loss_weighting": "uniform"},
     "Muon, logit-normal timesteps": {**MUON, "timestep_sampling": "logit_normal"},
     "Muon, batch 64, a quarter of the steps": {**MUON, "train_batch_size": 64, "steps": 0.25, "lr_warmup_steps": 25},
-}
+}  # fmt: skip
 
 
 class Clock:

@@ -18,9 +18,10 @@ from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPC
 from ddpm_hf import DDPMPipeline, GaussianScheduler
 from ddpm_hf.memory import keep_freed_memory
 
+COMMON = {"learning_rate": 1e-3, "lr_warmup_steps": 100, "min_snr_gamma": 5.0}
 TRAINING = {
-    "digits": {"max_train_steps": 3_000, "train_batch_size": 64, "learning_rate": 1e-3, "lr_warmup_steps": 100},
-    "crops": {"max_train_steps": 3_500, "train_batch_size": 16, "learning_rate": 1e-3, "lr_warmup_steps": 100},
+    "digits": {"max_train_steps": 3_000, "train_batch_size": 64, **COMMON},
+    "crops": {"max_train_steps": 3_500, "train_batch_size": 16, **COMMON},
 }
 COUNTS = {"digits": 5_000, "crops": 5_000}  # samples of a measurement
 DPM = {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
