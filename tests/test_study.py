@@ -61,13 +61,13 @@ def test_a_training_of_each_side(side, tmp_path):
 
 
 def test_a_table_and_picture_of_samplers(tmp_path):
-    for name, steps, seed, value in [
-        ("DDIM", 10, 0, 0.5), ("DDIM", 10, 1, 0.7), ("DDIM", 20, 0, 0.25), ("DDIM", 250, 0, 0.1),
-        ("UniPC 2", 10, 0, 0.2),
+    for name, steps, seed, value, count in [
+        ("DDIM", 10, 0, 0.5, 100), ("DDIM", 10, 1, 0.7, 100), ("DDIM", 20, 0, 0.25, 100), ("DDIM", 250, 0, 0.1, 100),
+        ("UniPC 2", 10, 0, 0.2, 100), ("UniPC 2", 20, 0, 0.1, 50),
     ]:  # fmt: skip
-        answer = {"data": "digits", "sampler": name, "steps": steps, "seed": seed, "distance": value}
+        answer = {"data": "digits", "sampler": name, "steps": steps, "seed": seed, "distance": value, "count": count}
         (tmp_path / f"{name}-{steps}-{seed}.json").write_text(json.dumps(answer))
-    found = samplers.collect(tmp_path)
+    found = samplers.collect(tmp_path, {"digits": 100})
     lines = samplers.table(found["digits"]).splitlines()
     assert lines[0] == "| sampler | 10 | 20 | 250 |"
     assert lines[2] == "| DDIM | **0.600** ± 0.100 | 0.250 | 0.100 |"

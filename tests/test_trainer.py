@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -199,6 +199,28 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "learning_rate: 0.0004" in out and "parameters" in out and "1,797 items of shape (1, 8, 8)" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_muon_is_refused_under_deepspeed(tmp_path, monkeypatch):
+    made = Accelerator.__init__
+
+    def as_with_deepspeed(self, *args, **options):  # which is not installed
+        made(self, *args, **options)
+        self.state.distributed_type = DistributedType.DEEPSPEED
+
+    monkeypatch.setattr(Accelerator, "__init__", as_with_deepspeed)
+    with pytest.raises(ValueError, match="optimizer must be adamw under DeepSpeed.*got 'muon'"):
+        train(config(tmp_path / "run", optimizer="muon"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("checkpointing, chosen", [(False, ["keep"]), (True, ["return"])])
+def test_freed_memory_is_kept_where_memory_is_not_scarce(tmp_path, monkeypatch, checkpointing, chosen):
+    found = []
+    for name in ("keep", "return"):
+        monkeypatch.setattr(f"ddpm_hf.trainer.{name}_freed_memory", lambda name=name: found.append(name))
+    train(config(tmp_path, gradient_checkpointing=checkpointing, max_train_steps=1))
+    assert found == chosen
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path):

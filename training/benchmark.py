@@ -322,7 +322,6 @@ def main(arguments: list) -> int:
         options.batch_factor = 1 if options.device == "cpu" else 32
     if options.batch_factor < 1:
         parser.error(f"--batch_factor must be at least 1, got {options.batch_factor}")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # denoising-diffusion-pytorch's bars, in the contenders' processes
     results = {}
     for name in options.only:
         torch.set_num_threads(1 if name == "loader" else options.threads)  # the loader's workers have the others
@@ -344,4 +343,5 @@ def main(arguments: list) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")  # denoising-diffusion-pytorch's bars, in the contenders' processes
     sys.exit(main(sys.argv[1:]))

@@ -98,12 +98,12 @@ def measure(options: dict) -> dict:
 # -- what was found
 
 
-def collect(folder: Path) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """data -> sampler -> steps -> distances, one a seed."""
+def collect(folder: Path, counts: dict[str, int]) -> dict[str, dict[str, dict[int, list[float]]]]:
+    """data -> sampler -> steps -> distances, one a seed; of that many samples, because the distance depends on it."""
     found: dict = {}
     for file in sorted(folder.glob("*.json")):
         answer = json.loads(file.read_text())
-        if "sampler" in answer:
+        if "sampler" in answer and answer["count"] == counts[answer["data"]]:
             by_steps = found.setdefault(answer["data"], {}).setdefault(answer["sampler"], {})
             by_steps.setdefault(answer["steps"], []).append(answer["distance"])
     return found
@@ -168,6 +168,7 @@ def main(arguments: list) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--plan", nargs="+", default=PLAN, help="samplers:steps:seeds, e.g. 'DDIM|UniPC 2:5,10:0,1,2'")
+    parser.add_argument("--samples", type=int, help=f"of a measurement. Default: {COUNTS}")
     parser.add_argument("--at_once", type=int, default=2, help="measurements side by side, of one thread each")
     parser.add_argument("--output_dir", default="studies/samplers")
     parser.add_argument("--job", help="(one measurement, as JSON)")
@@ -180,6 +181,7 @@ def main(arguments: list) -> int:
         return 0
     models = {data: Job({"data": data}, folder / f"model-{data}.json") for data in options.data}
     run_jobs(__file__, list(models.values()), options.at_once)
+    counts = {data: options.samples or count for data, count in COUNTS.items()}
     jobs = []
     for plan in options.plan:
         names, steps, seeds = parse_plan(plan)
@@ -187,17 +189,17 @@ def main(arguments: list) -> int:
             for name in names:
                 for n in steps:
                     for data in options.data:
-                        key = f"{data} {name} {n} {seed}".replace(" ", "-").replace(",", "")
-                        job = {"data": data, "sampler": name, "steps": n, "seed": seed, "count": COUNTS[data],
+                        key = f"{data} {name} {n} {seed} {counts[data]}".replace(" ", "-").replace(",", "")
+                        job = {"data": data, "sampler": name, "steps": n, "seed": seed, "count": counts[data],
                                "pipeline": models[data].result()["pipeline"]}  # fmt: skip
                         jobs.append(Job(job, folder / f"{key}.json"))
     run_jobs(__file__, jobs, options.at_once)
-    found = collect(folder)
-    (folder / "samplers.json").write_text(json.dumps({"distances": found, "samples": COUNTS}, indent=1))
+    found = collect(folder, counts)
+    (folder / "samplers.json").write_text(json.dumps({"distances": found, "samples": counts}, indent=1))
     for data, samplers in found.items():
-        print(f"\n{data}: {COUNTS[data]:,} samples; as many real pictures {floor(data, COUNTS[data]):.3f}\n")
+        print(f"\n{data}: {counts[data]:,} samples; as many real pictures {floor(data, counts[data]):.3f}\n")
         print(table(samplers))
-    draw(found, COUNTS, folder / "samplers.png")
+    draw(found, counts, folder / "samplers.png")
     return 0
 
 
