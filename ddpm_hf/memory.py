@@ -24,8 +24,8 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Let this process give blocks of 4 MiB and more back as soon as it frees them; whether that could be done.
 
-    That takes the least memory (seen: 1.1 GB instead of 1.5 in training steps with gradient checkpointing), and time
-    for page faults.
+    That takes the least memory, and time for page faults (seen in training steps of 4 x 3 x 128 x 128 with gradient
+    checkpointing: 1.13 GB and 6.6 s; kept 1.57 GB and 4.9 s; left to glibc 1.52 GB and 5.5 s).
     """
     return _set({MMAP_MAX: 65536, MMAP_THRESHOLD: BIG, TRIM_THRESHOLD: BIG})
 
