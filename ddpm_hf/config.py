@@ -165,8 +165,9 @@ class TrainConfig:
     )
     learning_rate: float = _option(4e-4, "Peak learning rate of AdamW.")
     muon_learning_rate: float = _option(
-        2.5e-3, "Peak learning rate of Muon: an update's root mean square is 0.2 of it. Small models like more (9e-3)."
-    )
+        2.5e-3, "Peak learning rate of Muon: an update's root mean square is 0.2 of it. Small models in few steps like "
+        "more (9e-3)."
+    )  # fmt: skip
     lr_scheduler: str = _option(
         "cosine", "A schedule of diffusers.optimization: constant, constant_with_warmup, cosine, ..."
     )

@@ -21,15 +21,18 @@ print(done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+def counted(program, mode, folder):
+    """What the program counts in a process of its own, in which memory is treated so."""
+    result = run_program("-c", program, mode, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    done, count = result.stdout.split()
+    assert done == ("None" if mode == "leave" else "True")
+    return int(count)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
 def test_memory_that_is_used_again_is_not_faulted_in_again(tmp_path):
-    faults = {}
-    for mode in ("leave", "keep"):
-        result = run_program("-c", PROGRAM, mode, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        done, count = result.stdout.split()
-        assert done == {"leave": "None", "keep": "True"}[mode]
-        faults[mode] = int(count)
+    faults = {mode: counted(PROGRAM, mode, tmp_path) for mode in ("leave", "keep")}
     # huge pages, where the system gives them, make fewer and larger faults: 512 pages each
     assert faults["leave"] >= 4 * 65_536 / 512
     assert faults["keep"] < faults["leave"] / 10
@@ -53,13 +56,7 @@ print(done, before - resident())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
 def test_memory_between_blocks_in_use_is_given_back(tmp_path):
-    given = {}
-    for mode in ("leave", "return"):
-        result = run_program("-c", HOLES, mode, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        done, kib = result.stdout.split()
-        assert done == {"leave": "None", "return": "True"}[mode]
-        given[mode] = int(kib)
+    given = {mode: counted(HOLES, mode, tmp_path) for mode in ("leave", "return")}  # KiB
     freed = 16 * 8 * 1024
     assert given["leave"] < freed / 8
     assert given["return"] > freed * 7 / 8
