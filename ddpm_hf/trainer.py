@@ -192,23 +192,8 @@ class Trainer:
         missing = [name for name in c.report_to if name != "none" and importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(f"report_to names {', '.join(missing)}, which must be installed: pip install {missing[0]}")
-        self.accelerator = Accelerator(
-            mixed_precision=c.mixed_precision,
-            # the number of batches is not the loader's to say: its stream has no end
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=c.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            log_with=None if c.report_to == ["none"] else c.report_to,
-            project_config=ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "logs")),
-        )
+        self._start()
         acc = self.accelerator
-        if acc.device.type == "cpu":
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes))
-            torch.set_num_threads(c.num_cpu_threads or max(1, cores // local))
-            return_freed_memory() if c.gradient_checkpointing else keep_freed_memory()
-        if c.optimizer == "muon" and acc.distributed_type == DistributedType.DEEPSPEED:
-            raise ValueError("optimizer must be adamw under DeepSpeed, which flattens the matrices, got 'muon'")
         global_batch = self._global_batch(acc.num_processes)
         if int(os.environ.get("WORLD_SIZE", 1)) > acc.num_processes:
             raise ValueError(
@@ -271,6 +256,27 @@ class Trainer:
         if self.publisher is not None:
             self.publisher.finish()
         return TrainResult(pipeline_dir, self.step)
+
+    def _start(self) -> None:
+        """Accelerate, and the threads and memory of this process."""
+        c = self.config
+        self.accelerator = Accelerator(
+            mixed_precision=c.mixed_precision,
+            # the number of batches is not the loader's to say: its stream has no end
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=c.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            log_with=None if c.report_to == ["none"] else c.report_to,
+            project_config=ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "logs")),
+        )
+        acc = self.accelerator
+        if acc.device.type == "cpu":
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes))
+            torch.set_num_threads(c.num_cpu_threads or max(1, cores // local))
+            return_freed_memory() if c.gradient_checkpointing else keep_freed_memory()
+        if c.optimizer == "muon" and acc.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError("optimizer must be adamw under DeepSpeed, which flattens the matrices, got 'muon'")
 
     def _make_evaluator(self) -> Evaluator | None:
         c = self.config

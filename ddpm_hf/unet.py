@@ -452,6 +452,16 @@ class UNetBody(ModelMixin, ConfigMixin):
     _repeated_blocks = ["ResidualBlock", "LinearAttention", "FullAttention"]
     _keep_in_fp32_modules = ["time_embed"]
 
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """As diffusers: each residual block and attention by `torch.compile`, which gets the arguments.
+
+        Blocks of one class differ in width, and torch leaves uncompiled what comes after 8 versions of a class. So each
+        is counted for itself, where torch offers that.
+        """
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            kwargs.setdefault("isolate_recompiles", True)
+        super().compile_repeated_blocks(*args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, output_loading_info: bool = False, **kwargs):
         """As diffusers, which only warns of weights that do not fit.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -348,6 +349,23 @@ class Squares(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return {"image": torch.full((1, 8, 8), (index % 3) - 1.0), "label": index}
+
+
+def test_a_compiled_model(tmp_path, monkeypatch):
+    """`accelerate launch --dynamo_backend`, here without code generation, taking over after step 2: the numbers, and
+    the names of the weights, of a run that is not compiled."""
+    options = {"checkpointing_steps": 2, "learning_rate": 1e-2}
+    train(config(tmp_path / "plain", max_train_steps=4, **options))
+    train(config(tmp_path / "compiled", max_train_steps=2, **options))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch._dynamo.utils.counters.clear()
+    train(config(tmp_path / "compiled", max_train_steps=4, **options))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    losses = [[record["loss"] for record in metrics(tmp_path / run)] for run in ("plain", "compiled")]
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
 
 
 def test_a_dataset_from_python(tmp_path):

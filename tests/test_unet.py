@@ -1,5 +1,6 @@
 """The U-Net: shapes, options, equivalent formulas, and what diffusers' ModelMixin promises."""
 
+import inspect
 import math
 
 import pytest
@@ -296,3 +297,23 @@ def test_channels_last_keeps_the_numbers_and_the_file(ndim, tmp_path, double):
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.skipif("isolate_recompiles" not in inspect.signature(torch.compile).parameters, reason="newer torch")
+def test_every_block_is_compiled():
+    """Of more widths than torch compiles of one class."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = small(sample_size=16, dim=8, dim_mults=(1, 2, 3, 4, 5)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x, 5).sample
+        model.compile_repeated_blocks(backend=backend)
+        torch.testing.assert_close(model(x, 5).sample, expected)
+    blocks = [m for m in model.modules() if type(m).__name__ in model._repeated_blocks]
+    assert len(graphs) == len(blocks) > 8 * len(model._repeated_blocks)
+    torch._dynamo.reset()

@@ -1,24 +1,29 @@
 """What the benchmark lets compete, each in a process of its own, so that memory is each one's own and as it comes:
 denoising-diffusion-pytorch, ddpm_hf, and stock diffusers."""
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import resource
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_hf import DDPMPipeline, GaussianScheduler
+from ddpm_hf import DDPMPipeline, GaussianScheduler, TrainConfig
 from ddpm_hf.convert import from_denoising_diffusion_pytorch
-from ddpm_hf.losses import diffusion_loss, training_draws
-from ddpm_hf.memory import keep_freed_memory, return_freed_memory
+from ddpm_hf.memory import keep_freed_memory
+from ddpm_hf.stream import Batch
+from ddpm_hf.trainer import Trainer
 
 WIDTH = {"dim": 64, "dim_mults": (1, 2, 4, 8)}
 
@@ -35,8 +40,8 @@ class Task:
             and with a scaled loss, as its option `amp` does.
         weights: the peer's state, so that all have the same.
         steps: of sampling.
-        keep_memory: freed memory stays with the process, or with checkpointing is given back, as by our trainer; else
-            as it comes.
+        keep_memory: freed memory stays with the process; else as it comes (our training step does what our trainer
+            does: keeps it, or with checkpointing gives it back).
     """
 
     side: str
@@ -45,7 +50,7 @@ class Task:
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 2
-    compiled: bool = False  # its blocks, by torch.compile
+    compiled: bool = False  # by torch.compile: in a call the blocks, in a step the whole model
     checkpointing: bool = False
     weights: str | None = None
     steps: int = 1
@@ -80,10 +85,7 @@ def our_model(task: Task):
     """Our U-Net with the peer's weights, as the trainer has it."""
     state = torch.load(task.weights, weights_only=True)
     size = {"image_size" if len(task.shape) == 4 else "seq_length": task.shape[-1]}
-    model = from_denoising_diffusion_pytorch(state, **size).unet.train().to(task.device).channels_last()
-    if task.checkpointing:
-        model.enable_gradient_checkpointing()
-    return model
+    return from_denoising_diffusion_pytorch(state, **size).unet.train().to(task.device).channels_last()
 
 
 def stock_model(task: Task) -> UNet2DModel:
@@ -152,34 +154,27 @@ def _peer_step(diffusion, images: torch.Tensor, task: Task) -> Callable[[], None
     return step
 
 
-def _our_step(model, x: torch.Tensor, task: Task) -> Callable[[], None]:
-    """As `Trainer._train_step`, without its data; a stock model by the same loop."""
-    from accelerate import Accelerator
-
-    from ddpm_hf.averaging import WeightAverage
-    from ddpm_hf.config import TrainConfig
-    from ddpm_hf.optimizer import DenseAdamW, clip_grad_norm
-
-    accelerator = Accelerator(cpu=task.device == "cpu")
-    scheduler = GaussianScheduler()
-    optimizer = DenseAdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99))
-    average = WeightAverage(model, accelerator, TrainConfig(dataset_name="digits"))
-    average.start(model)
+def _our_step(model, x: torch.Tensor, task: Task) -> Callable[[], object]:
+    """A step of our trainer, without its data; a stock model by the same loop."""
+    config = TrainConfig(
+        output_dir="nothing is written", report_to="none", train_batch_size=len(x), num_cpu_threads=task.threads,
+        mixed_precision="bf16" if task.dtype == "bfloat16" else "no", gradient_checkpointing=task.checkpointing,
+        learning_rate=1e-4, lr_scheduler="constant",
+    )  # fmt: skip
+    # as by `accelerate launch`: --cpu, --dynamo_backend inductor
+    launched = {"ACCELERATE_USE_CPU": str(task.device == "cpu"), "ACCELERATE_DYNAMO_BACKEND": "no"}
     if task.compiled:
-        model.compile_repeated_blocks()
-    done = 0
+        launched["ACCELERATE_DYNAMO_BACKEND"] = "inductor"
+    AcceleratorState._reset_state(reset_partial_state=True)  # of another task of this process
+    with patch_environment(**launched):
+        trainer = Trainer(config, dataset=list(x.cpu()), model=model)
+        trainer._start()
+    trainer._prepare()
+    batches = itertools.repeat(Batch(x, skipped=[]))
 
     def step() -> None:
-        nonlocal done
-        timesteps, noise = training_draws(scheduler, x, range(len(x)))
-        with autocast(task):
-            loss = diffusion_loss(model, scheduler, x, timesteps, noise).loss.mean()
-        loss.backward()
-        clip_grad_norm(accelerator, model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update(done)
-        done += 1
+        trainer._train_step(batches)
+        trainer.step += 1
 
     return step
 
@@ -268,8 +263,8 @@ class Contender:
 def _serve(pipe, task: Task) -> None:
     try:
         torch.set_num_threads(task.threads)
-        if task.keep_memory and task.device == "cpu":
-            return_freed_memory() if task.checkpointing else keep_freed_memory()
+        if task.keep_memory and task.device == "cpu" and not (task.side == "ours" and task.what == "step"):
+            keep_freed_memory()
         before = _resident("VmRSS")
         run = BUILD[task.what](task)
         if task.what != "step":
@@ -305,9 +300,16 @@ def _reset_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Float32 as such: CUDA's convolutions have TF32's ten bits otherwise, fewer than outputs are compared by."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 def outputs(tasks: list[Task]) -> list[torch.Tensor]:
     """What the calls give, in this process."""
-    with torch.no_grad():
+    with torch.no_grad(), exact_products():
         return [build_call(task)() for task in tasks]
 
 
