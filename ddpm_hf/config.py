@@ -34,6 +34,16 @@ CHANGEABLE = {
     "create_pr", "hub_license",
 }  # fmt: skip
 
+# Options that count with one value of another only.
+PART_OF = {
+    "muon_learning_rate": ("optimizer", "muon"),
+    "logit_mean": ("timestep_sampling", "logit_normal"),
+    "logit_std": ("timestep_sampling", "logit_normal"),
+    **dict.fromkeys(
+        ("ema_max_decay", "ema_inv_gamma", "ema_power", "ema_update_after_step", "ema_update_every"), ("use_ema", True)
+    ),
+}
+
 
 def _option(default: Any, help: str) -> Any:
     if isinstance(default, list):
@@ -283,14 +293,11 @@ class TrainConfig:
             if not holds:
                 raise ValueError(f"{name} must be {text}, got {getattr(self, name)!r}")
 
-        def is_int(value) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
         sources = [name for name in ("dataset_name", "train_data_dir", "train_data_file") if getattr(self, name)]
         if len(sources) > 1:
             raise ValueError(f"give one source of data, got {' and '.join(sources)}")
         if self.resolution is not None:
-            good = len(self.resolution) in (1, 2) and all(is_int(n) and n >= 1 for n in self.resolution)
+            good = len(self.resolution) in (1, 2) and all(n >= 1 for n in self.resolution)
             rule(good, "resolution", "one or two whole numbers of pixels, at least 1")
         rule(self.image_channels in (None, 1, 3, 4), "image_channels", "1, 3 or 4")
         rule(self.on_bad_image in ("stop", "skip"), "on_bad_image", "'stop' or 'skip'")
@@ -333,10 +340,10 @@ class TrainConfig:
         for name in ("dim", "ddpm_num_steps", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
                      "ema_update_every", "logging_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size",
                      "checkpointing_steps", "norm_groups", "feature_resolution", "shuffle_buffer"):  # fmt: skip
-            rule(is_int(getattr(self, name)) and getattr(self, name) >= 1, name, "a whole number of at least 1")
+            rule(getattr(self, name) >= 1, name, "a whole number of at least 1")
         for name in ("init_dim", "sequence_length", "stride", "num_cpu_threads"):
             value = getattr(self, name)
-            rule(value is None or (is_int(value) and value >= 1), name, "a whole number of at least 1")
+            rule(value is None or value >= 1, name, "a whole number of at least 1")
         for name in (
             "dataloader_num_workers",
             "seed",
@@ -347,7 +354,7 @@ class TrainConfig:
             "holdout",
             "eval_steps",
         ):
-            rule(is_int(getattr(self, name)) and getattr(self, name) >= 0, name, "a whole number of at least 0")
+            rule(getattr(self, name) >= 0, name, "a whole number of at least 0")
         for name in ("learning_rate", "muon_learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma",
                      "ema_power", "theta", "logit_std"):  # fmt: skip
             rule(getattr(self, name) > 0, name, "greater than 0")
@@ -388,7 +395,8 @@ class TrainConfig:
         if earlier.get("min_snr_gamma", 0.0) is None:
             earlier = {**earlier, "min_snr_gamma": 0.0}
         earlier = {"loss_weighting": "snr", **earlier}  # which was the only one when it was no option
-        without_effect = {"muon_learning_rate"} if self.optimizer != "muon" else set()
+        # that only another option's value brings in: a change of that one is listed
+        without_effect = {name for name, (other, value) in PART_OF.items() if getattr(self, other) != value}
         for name, now in dataclasses.asdict(self).items():
             changed = name in earlier and earlier[name] != now and name not in without_effect
             if name == "max_train_steps" and changed and self.lr_scheduler not in CONSTANT_LR:

@@ -8,15 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
+
+# One thread each, for two processes of tests side by side: several threads of one wait for each other by spinning, and
+# take many times as long where cores are busy. Before torch is imported, and for the programs that tests run.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def fixed_seed_and_threads():
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +64,8 @@ def load_program(name):
 
 
 def run_program(*arguments, cwd, **environment):
-    """A Python program in a fresh process; two threads, this repository's package."""
-    env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
+    """A Python program in a fresh process, with this repository's package."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
     command = [sys.executable, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **pipes) as process:

@@ -56,7 +56,7 @@ def sharded(folder, version=2, **options):
     return run_program(
         "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "sharded.py",
         json.dumps({**SMALL, "dataset_name": "digits", "output_dir": "sharded", "num_cpu_threads": 1, **options}),
-        cwd=folder, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1", **fsdp,
+        cwd=folder, ACCELERATE_USE_CPU="1", **fsdp,
     )  # fmt: skip
 
 

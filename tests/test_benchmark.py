@@ -61,7 +61,7 @@ def here(tasks, rounds):
 def test_a_call_its_ratios_and_its_picture(tmp_path, monkeypatch):
     tiny(monkeypatch)
     monkeypatch.setattr(benchmark, "compete", here)
-    assert benchmark.main(["--only", "call", "--rounds", "1", "--output_dir", str(tmp_path)]) == 0
+    assert benchmark.main(["--only", "call", "--rounds", "1", "--threads", "1", "--output_dir", str(tmp_path)]) == 0
     single, half = rows_of(tmp_path, "call")
     assert single["error"] < 1e-4 < half["error"] < 0.02
     for row in (single, half):
@@ -76,7 +76,7 @@ def test_outputs_that_differ_are_not_timed(tmp_path, monkeypatch):
     outputs = benchmark.outputs
     monkeypatch.setattr(benchmark, "outputs", lambda tasks: [x * (1 + 3e-4 * i) for i, x in enumerate(outputs(tasks))])
     with pytest.raises(SystemExit, match="outputs differ by 3.0e-04 of their norm in float32, more than 0.0001"):
-        benchmark.main(["--only", "call", "--rounds", "1", "--output_dir", str(tmp_path)])
+        benchmark.main(["--only", "call", "--rounds", "1", "--threads", "1", "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_waits_are_counted_by_the_profiler(monkeypatch):
 
 def test_a_step_of_sampling_reads_no_number_from_the_model(tmp_path, monkeypatch):
     tiny(monkeypatch)
-    assert benchmark.main(["--only", "waits", "--output_dir", str(tmp_path)]) == 0
+    assert benchmark.main(["--only", "waits", "--threads", "1", "--output_dir", str(tmp_path)]) == 0
     for row in rows_of(tmp_path, "waits"):
         assert row["a sampling step"] == 0
 
@@ -165,7 +165,7 @@ def test_larger_batches(tmp_path, monkeypatch):
     tiny(monkeypatch)
     monkeypatch.setattr(benchmark, "compete", here)
     monkeypatch.setattr(benchmark, "CALL_SHAPES", ((1, 3, 16, 16),))
-    command = ["--only", "call", "--rounds", "1", "--dtype", "float32", "--output_dir", str(tmp_path)]
+    command = ["--only", "call", "--rounds", "1", "--threads", "1", "--dtype", "float32", "--output_dir", str(tmp_path)]
     assert benchmark.main([*command, "--batch_factor", "3"]) == 0
     (row,) = rows_of(tmp_path, "call")
     assert row["what"] == "call 3x3x16x16 float32"

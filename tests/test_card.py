@@ -18,7 +18,8 @@ from ddpm_hf.config import BUNDLED
 from ddpm_hf.record import duration, public_command, without_folders
 
 SMALL = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "attn_dim_head": 4, "report_to": "none", "num_samples": 4,
-         "ddpm_num_inference_steps": 3, "logging_steps": 1, "max_train_steps": 4, "train_batch_size": 4}  # fmt: skip
+         "ddpm_num_inference_steps": 3, "logging_steps": 1, "max_train_steps": 4, "train_batch_size": 4,
+         "num_cpu_threads": 1}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

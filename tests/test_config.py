@@ -99,7 +99,14 @@ def test_differences():
     before = {name: value for name, value in earlier.items() if name != "loss_weighting"}  # of runs without that option
     assert TrainConfig(loss_weighting="snr").differences(before) == []
     assert TrainConfig().differences(before) == ["loss_weighting: snr -> uniform"]
-    assert TrainConfig(muon_learning_rate=1e-3).differences(earlier) == []  # AdamW's run does not know it
-    assert len(TrainConfig(optimizer="muon", muon_learning_rate=1e-3).differences(earlier)) == 2
+    for without_effect, with_effect in [
+        ({"muon_learning_rate": 1e-3}, {"optimizer": "muon"}),
+        ({"logit_std": 0.5}, {"timestep_sampling": "logit_normal"}),
+    ]:
+        assert TrainConfig(**without_effect).differences(earlier) == []
+        assert len(TrainConfig(**without_effect, **with_effect).differences(earlier)) == 2
+    plain = yaml.safe_load(TrainConfig(use_ema=False).to_yaml())
+    assert TrainConfig(use_ema=False, ema_power=0.6).differences(plain) == []
+    assert TrainConfig(ema_power=0.6).differences(plain) == ["use_ema: False -> True", "ema_power: 0.75 -> 0.6"]
     constant = yaml.safe_load(TrainConfig(lr_scheduler="constant").to_yaml())
     assert TrainConfig(lr_scheduler="constant", max_train_steps=5).differences(constant) == []

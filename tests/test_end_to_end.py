@@ -10,6 +10,7 @@ TRAIN = ROOT / "training" / "train.py"
 SHORT = [
     "--dim=16", "--max_train_steps=120", "--lr_warmup_steps=5", "--learning_rate=2e-3", "--train_batch_size=16",
     "--logging_steps=10", "--num_samples=4", "--ddpm_num_inference_steps=5", "--report_to=none",
+    "--num_cpu_threads=1",
 ]  # fmt: skip
 SAMPLE = """
 import sys, hashlib, numpy as np, torch, ddpm_hf

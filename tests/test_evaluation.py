@@ -237,7 +237,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
         done = run_program(
             *launcher, EVALUATE, "--pipeline=run/pipeline", "--data=digits", "--feature_network=pixels",
             "--num_samples=31", "--holdout=51", f"--output_dir=out{processes}", f"--eval_cache_dir=cache{processes}",
-            cwd=tmp_path, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1",
+            cwd=tmp_path, ACCELERATE_USE_CPU="1",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         records = json.loads((tmp_path / f"out{processes}" / "evaluation.json").read_text())

@@ -62,8 +62,9 @@ def second_signal():
 def test_the_program_ends_with_a_message_and_a_status(tmp_path):
     """Ctrl-C to the real program, once its first metrics are there."""
     command = [sys.executable, str(ROOT / "training" / "train.py"), "--dataset_name=digits", "--output_dir=run",
-               "--dim=8", "--dim_mults", "1", "2", "--logging_steps=1", "--report_to=none"]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+               "--dim=8", "--dim_mults", "1", "2", "--logging_steps=1", "--report_to=none",
+               "--num_cpu_threads=1"]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     metrics = tmp_path / "run" / "metrics.jsonl"
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=tmp_path, env=env, text=True, **pipes) as run:
@@ -153,7 +154,7 @@ def test_killed_at_many_places(tmp_path):
     options = {**SMALL, "dataset_name": "digits", "max_train_steps": 8, "logging_steps": 3, "random_flip": True}
     options.update(eval_steps=1, eval_num_samples=4, feature_network="pixels", holdout=20, learning_rate=1e-2)
     options.update(eval_cache_dir=str(tmp_path / "cache"))
-    options.update(checkpointing_steps=2, save_samples_steps=2, checkpoints_total_limit=2, num_cpu_threads=2)
+    options.update(checkpointing_steps=2, save_samples_steps=2, checkpoints_total_limit=2)
     calls = [(place, {**options, "output_dir": str(tmp_path / "parts")}) for place in PLACES]
     calls.append(("nowhere", {**options, "output_dir": str(tmp_path / "whole")}))
     done = run_program("-c", FORKED, KILLED, json.dumps(calls), cwd=tmp_path)
@@ -180,7 +181,7 @@ def on_two_processes(place, options, folder):
     (folder / "killed.py").write_text(KILLED)
     return run_program(
         "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "killed.py", place, json.dumps(options),
-        cwd=folder, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1",
+        cwd=folder, ACCELERATE_USE_CPU="1",
     )  # fmt: skip
 
 
@@ -220,7 +221,7 @@ def test_killed_at_random_instants(processes, options, tmp_path):
     save_tars(tmp_path / "tars", PICTURES, per_tar=4)
     (tmp_path / "killed.py").write_text(KILLED)
     random, kills = Random(processes), 0
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"] if processes == 2 else []
 
     def command(name):

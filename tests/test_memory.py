@@ -3,16 +3,15 @@
 import platform
 
 import pytest
-from conftest import run_program
+from conftest import ROOT, run_program
 
 PROGRAM = """
-import resource, sys
+import resource, runpy, sys
 import torch
-from ddpm_hf.memory import keep_freed_memory
-done = keep_freed_memory() if sys.argv[1] == "keep" else None
+done = runpy.run_path(sys.argv[2])["keep_freed_memory"]() if sys.argv[1] == "keep" else None
 def use():
     torch.ones(64, 1024, 1024).sum()  # 256 MiB: 65,536 pages
-for _ in range(3):  # the heap takes its shape
+for _ in range(20):  # the heap takes its shape
     use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
@@ -23,7 +22,7 @@ print(done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def counted(program, mode, folder):
     """What the program counts in a process of its own, in which memory is treated so."""
-    result = run_program("-c", program, mode, cwd=folder)
+    result = run_program("-c", program, mode, ROOT / "ddpm_hf" / "memory.py", cwd=folder)
     assert result.returncode == 0, result.stderr
     done, count = result.stdout.split()
     assert done == ("None" if mode == "leave" else "True")
@@ -39,11 +38,10 @@ def test_memory_that_is_used_again_is_not_faulted_in_again(tmp_path):
 
 
 HOLES = """
-import sys
+import runpy, sys
 import torch
 from pathlib import Path
-from ddpm_hf.memory import return_freed_memory
-done = return_freed_memory() if sys.argv[1] == "return" else None
+done = runpy.run_path(sys.argv[2])["return_freed_memory"]() if sys.argv[1] == "return" else None
 torch.ones(7, 1024, 1024)  # 28 MiB: from now on glibc takes less for small
 blocks = [torch.ones(2, 1024, 1024) for _ in range(32)]
 def resident():

@@ -53,7 +53,7 @@ class Server:
 
     def __init__(self, arguments, port, cwd, **environment):
         self.address = f"http://127.0.0.1:{port}"
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "2",
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_ANALYTICS_ENABLED": "False",
                "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1", **environment}  # fmt: skip
         self.log = open(cwd / "server.log", "w+")  # noqa: SIM115
         pipes = {"stdout": self.log, "stderr": subprocess.STDOUT}

@@ -17,7 +17,7 @@ OPTIONS = [
 
 def launch(processes, *options, cwd):
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    done = run_program(*launcher, TRAIN, *OPTIONS, *options, cwd=cwd, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
+    done = run_program(*launcher, TRAIN, *OPTIONS, *options, cwd=cwd, ACCELERATE_USE_CPU="1")
     assert done.returncode == 0, done.stderr
     return done
 

@@ -21,7 +21,7 @@ from ddpm_hf.trainer import Trainer, TrainingError
 
 SMALL = {
     "dim": 8, "dim_mults": [1, 2], "attn_heads": [2], "attn_dim_head": [4], "train_batch_size": 8,
-    "report_to": ["none"],
+    "report_to": ["none"], "num_cpu_threads": 1,
     "lr_scheduler": "constant", "ddpm_num_inference_steps": 3, "num_samples": 4, "logging_steps": 1,
 }  # fmt: skip
 
