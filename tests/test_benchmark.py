@@ -70,6 +70,31 @@ def test_a_call_its_ratios_and_its_picture(tmp_path, monkeypatch):
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
 
 
+def test_compiled_contenders(tmp_path, monkeypatch):
+    """A call by its blocks, its output checked too; a step as `accelerate launch --dynamo_backend inductor` does it."""
+    tiny(monkeypatch)
+    monkeypatch.setattr(benchmark, "compete", here)
+    monkeypatch.setattr(benchmark, "CALL_SHAPES", ((1, 3, 16, 16),))
+    compiled = []
+    by_blocks = UNet2D.compile_repeated_blocks
+    monkeypatch.setattr(UNet2D, "compile_repeated_blocks", lambda self: by_blocks(self, backend=backend))
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return lambda *values: [x * (1 + 1e-6) for x in graph.forward(*values)]
+
+    command = ["--only", "call", "--rounds", "1", "--threads", "1", "--dtype", "float32", "--compile"]
+    assert benchmark.main([*command, "--output_dir", str(tmp_path)]) == 0
+    plain, other = rows_of(tmp_path, "call")
+    assert compiled and other["what"] == "call 1x3x16x16 float32 compiled" and other["error"] != plain["error"]
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: (compiled.append(options["backend"]), model)[1])
+    task = contenders.save_weights(contenders.Task("peer", "step", (2, 3, 16, 16)), tmp_path)
+    for is_compiled in (False, True):
+        contenders.build_step(contenders.replace(task, side="ours", compiled=is_compiled))()
+    assert compiled[-1] == "inductor" and compiled.count("inductor") == 1
+
+
 def test_outputs_that_differ_are_not_timed(tmp_path, monkeypatch):
     tiny(monkeypatch)
     monkeypatch.setattr(benchmark, "compete", here)

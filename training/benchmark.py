@@ -88,6 +88,15 @@ def name_of(options, *words) -> str:
     return " ".join(word for word in (*words, "" if options.device == "cpu" else options.device) if word)
 
 
+def variants(options) -> list[tuple[str, bool]]:
+    """Of ours: (dtype, whether it is compiled)."""
+    return list(itertools.product(options.dtype, [False, True] if options.compile else [False]))
+
+
+def row_name(options, task: Task) -> str:
+    return name_of(options, task.what, task.shape, task.dtype, "compiled" if task.compiled else "")
+
+
 def compete(tasks: dict[str, Task], rounds: int) -> dict[str, float]:
     """Median seconds of each."""
     contenders = {name: Contender(task) for name, task in tasks.items()}
@@ -101,25 +110,23 @@ def compete(tasks: dict[str, Task], rounds: int) -> dict[str, float]:
 def compare(options, peer: Task) -> list[dict]:
     """The peer, ours in each dtype, and the stock model of images: rows with ratios to the peer, each as it comes to a
     user (our trainer keeps freed memory for the next step), and with memory kept by both."""
-    compiled = [False, True] if options.compile else [False]
     tasks = {"peer": peer, "peer, kept": replace(peer, keep_memory=True)}
     if len(peer.shape) == 4:
         tasks["stock"] = replace(peer, side="stock", dtype="float32")
-    ours = list(itertools.product(options.dtype, compiled))
-    for dtype, is_compiled in ours:
-        kept = replace(peer, side="ours", dtype=dtype, compiled=is_compiled, keep_memory=True)
-        tasks[dtype, is_compiled, "kept"] = kept
+    for dtype, compiled in variants(options):
+        kept = replace(peer, side="ours", dtype=dtype, compiled=compiled, keep_memory=True)
+        tasks[dtype, compiled, "kept"] = kept
         if peer.what != "step":
-            tasks[dtype, is_compiled] = replace(kept, keep_memory=False)
+            tasks[dtype, compiled] = replace(kept, keep_memory=False)
     found = compete(tasks, options.rounds)
     kind = UNet2D if len(peer.shape) == 4 else functools.partial(UNet1D, in_channels=peer.shape[1])
     work = operations(kind, peer.shape) * {"call": 1, "step": 3}[peer.what]
     rows = []
-    for dtype, is_compiled in ours:
-        kept = found[dtype, is_compiled, "kept"]
-        seconds = found.get((dtype, is_compiled), kept)
+    for dtype, compiled in variants(options):
+        kept = found[dtype, compiled, "kept"]
+        seconds = found.get((dtype, compiled), kept)
         row = {
-            "what": name_of(options, peer.what, peer.shape, dtype, "compiled" if is_compiled else ""),
+            "what": row_name(options, replace(peer, dtype=dtype, compiled=compiled)),
             "peer s": found["peer"],
             "ours s": seconds,
             "ratio": found["peer"] / seconds,
@@ -138,17 +145,17 @@ def benchmark_call(options) -> list[dict]:
     for shape in shapes_of(options, CALL_SHAPES):
         with tempfile.TemporaryDirectory() as folder:
             peer = base_task(options, "call", shape, folder)
-            exact = replace(peer, dtype="float32")
-            expected, *found = outputs([exact, *(replace(peer, side="ours", dtype=dtype) for dtype in options.dtype)])
+            ours = [replace(peer, side="ours", dtype=dtype, compiled=c) for dtype, c in variants(options)]
+            expected, *found = outputs([replace(peer, dtype="float32"), *ours])
             errors = {}
-            for dtype, output in zip(options.dtype, found):
-                errors[dtype] = ((output - expected).norm() / expected.norm()).item()
-                allowed = 1e-4 if dtype == "float32" else 0.02
-                if not errors[dtype] <= allowed:
+            for task, output in zip(ours, found):
+                error = errors[row_name(options, task)] = ((output - expected).norm() / expected.norm()).item()
+                allowed = 1e-4 if task.dtype == "float32" else 0.02
+                if not error <= allowed:
                     raise SystemExit(
-                        f"outputs differ by {errors[dtype]:.1e} of their norm in {dtype}, more than {allowed}"
+                        f"outputs differ by {error:.1e} of their norm in {task.dtype}, more than {allowed}"
                     )
-            rows += [row | {"error": errors[row["what"].split()[2]]} for row in compare(options, peer)]
+            rows += [row | {"error": errors[row["what"]]} for row in compare(options, peer)]
     return rows
 
 
