@@ -154,7 +154,7 @@ def _peer_step(diffusion, images: torch.Tensor, task: Task) -> Callable[[], None
     return step
 
 
-def _our_step(model, x: torch.Tensor, task: Task) -> Callable[[], object]:
+def _our_step(model, x: torch.Tensor, task: Task) -> Callable[[], None]:
     """A step of our trainer, without its data; a stock model by the same loop."""
     config = TrainConfig(
         output_dir="nothing is written", report_to="none", train_batch_size=len(x), num_cpu_threads=task.threads,
