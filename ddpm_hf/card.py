@@ -1,7 +1,8 @@
 """The model card of a saved pipeline, from what lies in its folder: nothing is said that was not recorded.
 
 `training.json` (how it was trained), `samples.png` and `loss.png` are put there by the trainer, `evaluation.json` by an
-evaluation; the words are in model_cards/template.md.
+evaluation; the words are in model_cards/template.md. Names from outside (of folders, runs, data, licences) arrive in
+the card as text: every value of the template is escaped for Markdown unless it is marked `Verbatim`.
 """
 
 import json
@@ -31,6 +32,25 @@ PAPERS = {
 }
 
 
+class Verbatim(str):
+    """Markdown that is put into the card as it is: everything else that the template prints is escaped."""
+
+
+def as_text(value) -> str:
+    """Escape a value so that Markdown shows it as one line of text, without markup, links, HTML or table borders."""
+    if isinstance(value, Verbatim):
+        return value
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    line = re.sub(r"[\\`*\[\]<>|~&#$@]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+    return re.sub(r":(?=//)|(?<=www)\.", r"\\\g<0>", line)  # GitHub's Markdown makes links of bare addresses
+
+
+def fence(code: str, language: str = "") -> Verbatim:
+    """A block of code, between fences longer than any in it."""
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", code)), default=0))
+    return Verbatim(f"{ticks}{language}\n{code}\n{ticks}")
+
+
 class Parts:
     """What a pipeline's folder says of itself.
 
@@ -57,9 +77,13 @@ class Parts:
         if default is not None and not file.exists():
             return default
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} of the saved pipeline cannot be read: {error}") from error
+        form = list if isinstance(default, list) else dict
+        if not isinstance(content, form):
+            raise ValueError(f"{file} must be of the form of a JSON {form.__name__}, got {type(content).__name__}")
+        return content
 
     def _count_parameters(self) -> int:
         """From the headers of the weights' files, which tell a truncated file too."""
@@ -104,7 +128,14 @@ def card_text(folder: str | Path, repo_id: str | None = None, licence: str | Non
     file, parts = Path(folder) / "README.md", Parts(Path(folder))
     if file.exists() and not is_own_card(text := file.read_text(encoding="utf-8")):
         return text
-    return sign_card(render(parts, repo_id, licence or parts.training.get("options", {}).get("hub_license")))
+    try:
+        licence = licence or parts.training.get("options", {}).get("hub_license")
+        return sign_card(render(parts, repo_id, licence))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"no card can be made of {folder}: its training.json, evaluation.json or a configuration is not of the form"
+            f" that ddpm_hf writes ({type(error).__name__}: {error})"
+        ) from error
 
 
 def write_card(folder: str | Path) -> None:
@@ -113,31 +144,33 @@ def write_card(folder: str | Path) -> None:
 
 
 def render(parts: Parts, repo_id: str | None, licence: str | None) -> str:
-    place = repo_id or "path/to/this/folder"
-    title = (repo_id or parts.training.get("name") or parts.kind).split("/")[-1]
+    place = json.dumps(repo_id or "path/to/this/folder")
+    name = repo_id.split("/")[-1] if repo_id else parts.training.get("name") or parts.kind
+    title = " ".join(name.split())
     field = "images" if parts.is_image else "sequences"
     training = parts.training
     memorized = [r for r in parts.evaluation if r["metric"] in ("memorization", "memorization_real")]
     content = {
-        "metadata": _metadata(parts, title, licence).to_yaml(),
+        "metadata": Verbatim(_metadata(parts, title, licence).to_yaml()),
         "title": title,
         "summary": _summary(parts),
         "samples": _samples(parts),
         "usage": {
-            "package": _snippet(f"from ddpm_hf import {parts.kind}", f'{parts.kind}.from_pretrained("{place}")', field),
+            "package": _snippet(f"from ddpm_hf import {parts.kind}", f"{parts.kind}.from_pretrained({place})", field),
             "diffusers": _snippet(
                 "from diffusers import DiffusionPipeline",
-                f'DiffusionPipeline.from_pretrained("{place}", trust_remote_code=True)',
+                f"DiffusionPipeline.from_pretrained({place}, trust_remote_code=True)",
                 field,
             ),
-            "code": " and ".join(f"`{name}`" for name in parts.code_files()) or "its code",
-            "fewer_steps": f"A call takes {parts.steps()} steps unless it says `num_inference_steps=`.",
+            "code": Verbatim(" and ".join(f"`{name}`" for name in parts.code_files()) or "its code"),
+            "steps": parts.steps(),
         },
         "model": _model_rows(parts),
         "schedule": _schedule_rows(parts),
         "training": _training_rows(parts),
         "command": training.get("command"),
         "options": yaml.safe_dump(training.get("options", {}), sort_keys=False).strip(),
+        "fence": fence,
         "has_curve": (parts.folder / "loss.png").exists(),
         "metrics": [_metric_row(parts, record) for record in parts.evaluation],
         "metrics_note": _metrics_note(parts),
@@ -153,9 +186,8 @@ def render(parts: Parts, repo_id: str | None, licence: str | None) -> str:
         "citation": "\n".join(PAPERS.values()),
     }
     template = next(file for file in TEMPLATES if file.exists())
-    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    text = environment.from_string(template.read_text(encoding="utf-8")).render(content)
-    return re.sub(r"\n{3,}", "\n\n", text)
+    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined, finalize=as_text)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(content)
 
 
 def _metadata(parts: Parts, title: str, licence: str | None) -> ModelCardData:
@@ -291,7 +323,7 @@ def _metrics_note(parts: Parts) -> str:
     notes = ["Fréchet distances of fewer than 10,000 samples are biased upwards."] if few else []
     if pixels:
         notes.append("Features `pixels` compare runs with each other only: such a FID is not that of papers.")
-    return " ".join(notes)
+    return Verbatim(" ".join(notes))
 
 
 def _knows(parts: Parts) -> str:

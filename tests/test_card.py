@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hub_server import validate_card
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 from test_saved_form import make
 
@@ -45,7 +46,11 @@ def read(folder, repo_id=None):
 def table(text, heading):
     """The rows of the table under a heading, as {first cell: the other cells}."""
     part = text.split(f"## {heading}\n")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
+    rows = [
+        [re.sub(r"\\([^\w\s])", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)\|", line[1:-1])]
+        for line in part.splitlines()
+        if line.startswith("|")
+    ]
     return {row[0]: row[1:] for row in rows[2:]}
 
 
@@ -105,6 +110,62 @@ def test_every_field_of_a_card_of_sequences(runs):
 def test_no_folder_of_the_machine_is_told(runs):
     for file in [*(runs / "pictures" / "pipeline").rglob("*"), *(runs / "waves" / "pipeline").rglob("*")]:
         assert not file.is_file() or str(runs).encode() not in file.read_bytes(), file
+
+
+HOSTILE = (
+    "a | b\n\n# Owned\n```\n~~~\n<script>x</script> [link](https://evil.example) ![i](x) www.evil.example\n---\n*b* \\"
+)
+
+
+def test_names_from_outside_arrive_as_text(tmp_path):
+    """Markdown, HTML and YAML in names neither make elements of the page nor leave their cell, line or block."""
+    make("images").save_pretrained(tmp_path)
+    options = {"max_train_steps": 4, "use_ema": True, "hub_license": HOSTILE, "report_to": HOSTILE}
+    facts = {"name": HOSTILE, "data": {"name": HOSTILE, "items": 3, "shape": [1, 8, 8], "hub_id": None}, "steps": 4,
+             "options": options, "processes": 1, "global_batch": 4, "machine": HOSTILE, "seconds": 3.0,
+             "mixed_precision": "no", "versions": {"torch": HOSTILE}, "command": f"train '{HOSTILE}'"}  # fmt: skip
+    (tmp_path / "training.json").write_text(json.dumps(facts))
+    record = {"metric": "fid", "value": 1.5, "num_samples": 8, "num_real": 8, "num_inference_steps": 3, "seed": 0,
+              "scheduler": HOSTILE, "feature_network": HOSTILE, "data": HOSTILE}  # fmt: skip
+    (tmp_path / "evaluation.json").write_text(json.dumps([record]))
+    text, data = read(tmp_path)
+    one_line = " ".join(HOSTILE.split())
+    assert data["license"] == HOSTILE and data["model-index"][0]["name"] == one_line
+
+    tokens = MarkdownIt("commonmark").enable("table").parse(ModelCard(text).text)
+    ours = MarkdownIt("commonmark").enable("table").parse(ModelCard(render_harmless(tmp_path, facts, record)).text)
+    assert [(t.type, t.tag) for t in tokens] == [(t.type, t.tag) for t in ours]  # the same page but for its words
+    inline = [child.type for token in tokens for child in token.children or []]
+    bare = r"[^\\]://evil|www\.evil"  # GitHub makes links of these
+    assert not any(re.search(bare, token.content) for token in tokens if token.type == "inline")
+    assert inline.count("link_open") == inline.count("html_inline") == inline.count("image") == 0
+    assert tokens[1].content and "".join(c.content for c in tokens[1].children) == one_line
+    cells = ["".join(c.content for c in t.children) for t in tokens if t.type == "inline"]
+    assert one_line in cells and f"{one_line}, 3 items of 1 x 8 x 8" in cells
+    blocks = {token.info: token.content for token in tokens if token.type == "fence"}
+    assert blocks[""] == f"train '{HOSTILE}'\n" and yaml.safe_load(blocks["yaml"]) == options
+
+
+def render_harmless(folder, facts, record):
+    """The card of the same pipeline whose names are one word."""
+    facts = json.loads(json.dumps(facts).replace(json.dumps(HOSTILE)[1:-1], "word"))
+    (folder / "training.json").write_text(json.dumps(facts))
+    (folder / "evaluation.json").write_text(json.dumps([{**record, "scheduler": "w", "feature_network": "w"}]))
+    return card_text(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("training.json", []), ("training.json", {"data": 3}), ("training.json", {"options": []}),
+     ("evaluation.json", {"fid": 3}), ("evaluation.json", [{"metric": "fid"}]), ("model_index.json", []),
+     ("evaluation.json", [{"metric": "fid", "value": "low"}]), ("unet/config.json", {}),
+     ("scheduler/scheduler_config.json", [1])],
+)  # fmt: skip
+def test_records_of_another_form_are_refused_by_name(file, content, tmp_path):
+    make("images").save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + ".*form"):
+        card_text(tmp_path)
 
 
 def test_what_was_not_recorded_is_said(tmp_path):
