@@ -32,7 +32,7 @@ from ddpm_hf.metrics import (
     too_close,
 )
 from ddpm_hf.record import duration, without_folders
-from ddpm_hf.seeding import Stream, derive_seed
+from ddpm_hf.seeding import Stream, derive_seed, generator_seeds
 from ddpm_hf.stream import Part, TrainingView, collate, underlying
 
 IMAGE_METRICS = ("fid", "kid", "memorization", "held_out_loss")
@@ -275,9 +275,8 @@ class Evaluator:
         shown = self.accelerator.is_main_process
         for start in tqdm(starts, desc="sampling", unit="batch", disable=not shown, leave=False):
             part = numbers[start : start + size]
-            generators = [
-                torch.Generator().manual_seed(derive_seed(self.settings.seed, Stream.SAMPLES, i)) for i in part
-            ]
+            seeds = generator_seeds(self.settings.seed, Stream.SAMPLES, part)
+            generators = [torch.Generator().manual_seed(s) for s in seeds]
             yield pipeline(
                 batch_size=len(part), generator=generators, num_inference_steps=steps, output_type=output_type,
                 return_dict=False,

@@ -39,7 +39,7 @@ from ddpm_hf.optimizer import clip_grad_norm, make_optimizer
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.record import RunRecord, data_facts
 from ddpm_hf.scheduler import GaussianScheduler
-from ddpm_hf.seeding import Stream, derive_seed
+from ddpm_hf.seeding import Stream, derive_seed, generator_seeds
 from ddpm_hf.stream import Batch, load_item
 from ddpm_hf.unet import UNet1D, UNet2D
 
@@ -369,7 +369,8 @@ class Trainer:
         for part in range(c.gradient_accumulation_steps):
             x0 = self._next_batch(batches)
             first = (part * acc.num_processes + acc.process_index) * c.train_batch_size
-            seeds = [derive_seed(c.seed, Stream.NOISE, self.step, first + i) for i in range(len(x0))]
+            first += self.step * self._global_batch(acc.num_processes)  # the number of the sample in the run
+            seeds = generator_seeds(c.seed, Stream.NOISE, range(first, first + len(x0)))
             timesteps, noise = training_draws(
                 self.scheduler, x0, seeds, c.noise_offset, c.timestep_sampling, c.logit_mean, c.logit_std
             )
@@ -495,7 +496,8 @@ class Trainer:
             pipeline = self._pipeline(model)
             for start in range(0, len(indices), c.eval_batch_size):
                 part = indices[start : start + c.eval_batch_size]
-                generators = [torch.Generator().manual_seed(derive_seed(c.seed, Stream.SAMPLES, i)) for i in part]
+                seeds = generator_seeds(c.seed, Stream.SAMPLES, part)
+                generators = [torch.Generator().manual_seed(s) for s in seeds]
                 samples += list(pipeline(batch_size=len(part), generator=generators, return_dict=False)[0])
         samples = gather_object(samples)
         if not acc.is_main_process:
