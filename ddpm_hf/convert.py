@@ -108,9 +108,12 @@ def read_checkpoint(
     options.update(norm_groups=norm_groups, theta=theta, sample_size=DEFAULT_SIZE if size is None else size)
     our_weights = _convert_weights(unet_state, options, ndim)
 
-    betas = buffers["betas"].double()
-    if betas.ndim != 1 or len(betas) == 0 or buffers["loss_weight"].shape != betas.shape:
-        raise ValueError(f"betas and loss_weight must be one number a timestep, got the shape {tuple(betas.shape)}")
+    betas, loss_weight = buffers["betas"], buffers["loss_weight"]
+    if betas.ndim != 1 or len(betas) == 0 or loss_weight.shape != betas.shape:
+        raise ValueError(
+            "betas and loss_weight must have one number for each timestep, got the shapes "
+            f"{tuple(betas.shape)} and {tuple(loss_weight.shape)}"
+        )
     if sampling_timesteps is not None and not 1 <= sampling_timesteps <= len(betas):
         raise ValueError(f"sampling_timesteps must be from 1 to {len(betas)}, got {sampling_timesteps}")
     if (seq_length if ndim == 2 else image_size) is not None:
@@ -119,8 +122,8 @@ def read_checkpoint(
     broken = [name for name, value in unet_state.items() if not torch.isfinite(value).all()]
     if broken:
         raise ValueError(f"the weights must be finite; NaN or infinity in: {', '.join(broken[:3])}")
-    schedule = _schedule(betas)
-    target, gamma = _objective(betas, buffers["loss_weight"].double())
+    schedule, betas = _schedule(betas)
+    target, gamma = _objective(betas, loss_weight)
     scheduler = {
         "num_train_timesteps": len(betas),
         "prediction_type": target,
@@ -167,15 +170,16 @@ def _state_of(source, weights: str) -> tuple[dict[str, Tensor], set[str] | None]
     if not isinstance(source, Mapping):
         source = _load(Path(source))
     if not all(key in source for key in FILE_KEYS):
-        return _tensors(source), None
-    state = _tensors(source["model"])
+        return _tensors(source, "state dict"), None
+    state = _tensors(source["model"], "model")
     trained = _trained_names(source.get("opt"), state)
     if weights == "ema":
         prefix = "ema_model."
-        ema = {name.removeprefix(prefix): v for name, v in source["ema"].items() if name.startswith(prefix)}
+        content = source["ema"] if isinstance(source["ema"], Mapping) else {}
+        ema = {name.removeprefix(prefix): v for name, v in content.items() if str(name).startswith(prefix)}
         if not ema:
             raise ValueError("the checkpoint has no EMA weights (no tensor ema_model.*): use weights='model'")
-        state = _tensors(ema)
+        state = _tensors(ema, "ema")
     return state, trained
 
 
@@ -197,10 +201,18 @@ def _load(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _tensors(state) -> dict[str, Tensor]:
-    wrong = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-    if wrong:
-        raise ValueError(f"a state dict must hold tensors alone, not so: {', '.join(wrong[:3])}")
+def _tensors(state, part: str) -> dict[str, Tensor]:
+    """Check that a part of the checkpoint is a dict of dense floating-point tensors by name, and return it."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the checkpoint's {part} must be a dict of tensors, got {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"the names of the checkpoint's {part} must be text, got {name!r}")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the checkpoint's {part} must hold tensors alone, {name} is a {type(value).__name__}")
+        if value.is_meta or value.layout != torch.strided or not value.is_floating_point():
+            kind = "meta" if value.is_meta else f"{value.dtype}, {value.layout}"
+            raise ValueError(f"the checkpoint's tensors must be dense and of floating point, {name} is {kind}")
     # saved from a distributed run
     return {name.removeprefix("module."): value for name, value in state.items()}
 
@@ -221,19 +233,15 @@ def _trained_names(opt, state) -> set[str] | None:
 # The U-Net
 
 
-def _attention(state, prefix: str, name: str) -> Tensor | None:
-    """A tensor of an attention, which 1D wraps as Residual(PreNorm(...))."""
-    return state.get(f"{prefix}.{name}", state.get(f"{prefix}.fn.fn.{name}"))
-
-
 def _unet_options(state, ndim: int, attn_heads, self_condition, learned_variance, trained) -> dict:
     stages = 1 + max(int(match.group(1)) for name in state if (match := re.match(r"downs\.(\d+)\.", name)))
-    dim = state["time_mlp.1.weight"].shape[0] // 4
-    outputs = [_first(state, f"downs.{i}.3.weight", f"downs.{i}.3.1.weight").shape[0] for i in range(stages)]
-    if any(width % dim for width in outputs):
+    dim = _shape(state, 2, "time_mlp.1.weight")[0] // 4
+    outputs = [_shape(state, ndim + 2, f"downs.{i}.3.weight", f"downs.{i}.3.1.weight")[0] for i in range(stages)]
+    if dim < 1 or any(width % dim for width in outputs):
         raise ValueError(f"the stages' widths {outputs} must be multiples of the width {dim} of time_mlp.1.weight / 4")
 
-    channels_in, channels_out = state["init_conv.weight"].shape[1], state["final_conv.weight"].shape[0]
+    channels_in = _shape(state, ndim + 2, "init_conv.weight")[1]
+    channels_out = _shape(state, ndim + 2, "final_conv.weight")[0]
     if self_condition is None:
         self_condition = channels_in == 2 * channels_out
     channels = channels_in // 2 if self_condition else channels_in
@@ -243,13 +251,13 @@ def _unet_options(state, ndim: int, attn_heads, self_condition, learned_variance
 
     full, heads, dim_heads, memories = [], [], [], []
     for prefix in [f"downs.{i}.2" for i in range(stages)] + ["mid_attn"]:
-        qkv, memory = _attention(state, prefix, "to_qkv.weight"), _attention(state, prefix, "mem_kv")
-        if qkv is None:
-            raise ValueError(f"there is no tensor model.{prefix}.to_qkv.weight")
-        is_full = _attention(state, prefix, "to_out.weight") is not None
-        hidden = qkv.shape[0] // 3
+        inner = prefix if f"{prefix}.to_qkv.weight" in state else f"{prefix}.fn.fn"  # 1D: Residual(PreNorm(...))
+        hidden = _shape(state, ndim + 2, f"{inner}.to_qkv.weight")[0] // 3
+        is_full, memory = f"{inner}.to_out.weight" in state, state.get(f"{inner}.mem_kv")
         number = len(heads)
         if memory is not None:
+            if memory.ndim != 4:
+                raise ValueError(f"model.{inner}.mem_kv must have 4 dimensions, got the shape {tuple(memory.shape)}")
             head_count, memories = memory.shape[1], [*memories, memory.shape[2 if is_full else 3]]
         elif isinstance(attn_heads, (list, tuple)):
             head_count = attn_heads[min(number, len(attn_heads) - 1)]
@@ -265,9 +273,9 @@ def _unet_options(state, ndim: int, attn_heads, self_condition, learned_variance
     if not full[-1] or len(set(memories)) > 1:
         raise ValueError("the attention in the middle must be full, and all must have as many memory key-values")
 
-    fourier = state.get("time_mlp.0.weights")
-    kind = "sinusoidal"
-    if fourier is not None:
+    kind, fourier_dim = "sinusoidal", 16
+    if "time_mlp.0.weights" in state:
+        fourier_dim = 2 * _shape(state, 1, "time_mlp.0.weights")[0]
         untrained = trained is not None and "time_mlp.0.weights" not in trained
         kind = "random_fourier" if untrained else "learned_fourier"
     init_dim = state["init_conv.weight"].shape[0]
@@ -287,15 +295,18 @@ def _unet_options(state, ndim: int, attn_heads, self_condition, learned_variance
         "full_attn": full[:-1],
         "num_mem_kv": memories[0] if memories else 0,
         "time_embedding": kind,
-        "fourier_dim": 2 * len(fourier) if fourier is not None else 16,
+        "fourier_dim": fourier_dim,
     }
 
 
-def _first(state, *names: str) -> Tensor:
-    for name in names:
-        if name in state:
-            return state[name]
-    raise ValueError(f"there is no tensor model.{names[0]}")
+def _shape(state, ndim: int, *names: str) -> torch.Size:
+    """Return the shape of the first of these tensors that is there, which must have `ndim` dimensions."""
+    name = next((name for name in names if name in state), None)
+    if name is None:
+        raise ValueError(f"there is no tensor model.{names[0]}")
+    if state[name].ndim != ndim:
+        raise ValueError(f"model.{name} must have {ndim} dimensions, got the shape {tuple(state[name].shape)}")
+    return state[name].shape
 
 
 BLOCK = {
@@ -356,7 +367,7 @@ def _convert_weights(state, options: dict, ndim: int) -> dict[str, Tensor]:
             missing.append(f"model.{theirs}")
             continue
         taken.add(theirs)
-        if value.numel() != parameter.numel() or len(value) != len(parameter) and "norm" not in name:
+        if not _fits(value.shape, parameter.shape):
             misfit.append(f"model.{theirs} of shape {tuple(value.shape)}")
             continue
         # 1x1 convolutions are linear layers here, space-to-depth and 1x1 a 2x2 convolution, and gains are vectors:
@@ -368,6 +379,13 @@ def _convert_weights(state, options: dict, ndim: int) -> dict[str, Tensor]:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"not a whole checkpoint of this model: {what}: {', '.join(names[:3])}{more}")
     return converted
+
+
+def _fits(theirs: torch.Size, ours: torch.Size) -> bool:
+    """Compare a shape of theirs with ours: dimensions of size 1 do not count, nor how a 2x2 convolution is written."""
+    significant = [[size for size in shape if size != 1] for shape in (theirs, ours)]
+    space_to_depth = len(theirs) == 4 and ours == (theirs[0], theirs[1] // 4, 2, 2) and theirs[2:] == (1, 1)
+    return significant[0] == significant[1] or space_to_depth
 
 
 # ---------------------------------------------------------------------------------------------
@@ -383,32 +401,55 @@ def _peer_sigmoid(steps: int) -> Tensor:
     return (1 - abar[1:] / abar[:-1]).clamp(0, 0.999)
 
 
-def _schedule(betas: Tensor) -> str | None:
-    """The named schedule that float32-rounded betas are of, or None."""
+def _schedule(betas: Tensor) -> tuple[str | None, Tensor]:
+    """Return the named schedule that the betas are of, or None, and the betas in float64.
+
+    A named schedule gives its exact betas, so that a checkpoint in half precision loses nothing of it.
+
+    Raises:
+        ValueError: the betas are not in (0, 1), or of half precision and of no named schedule.
+    """
+    candidates = {"cosine": cosine_betas, "sigmoid": _peer_sigmoid}
+    if len(betas) > 20:
+        candidates["linear"] = linear_betas
+    precision = torch.finfo(betas.dtype)
+    # rounding is relative, and absolute below the smallest normal number; in float32, 1 - ratio loses up to 1e-7 of 1
+    # to another order of operations
+    tolerance = {"rtol": max(1e-6, precision.eps), "atol": max(1e-9, precision.smallest_normal * precision.eps)}
+    for name, schedule in candidates.items():
+        exact = schedule(len(betas))
+        if torch.allclose(exact, betas.double(), **tolerance):
+            return name, betas.double() if precision.bits >= 32 else exact
     if not ((betas > 0) & (betas < 1)).all():
         raise ValueError(
             "its betas must lie strictly between 0 and 1 (a linear schedule of fewer than 20 steps does not)"
         )
-    candidates = {"cosine": cosine_betas, "sigmoid": _peer_sigmoid}
-    if len(betas) > 20:
-        candidates["linear"] = linear_betas
-    for name, schedule in candidates.items():
-        # rounding to float32 is relative; 1 - ratio loses up to 1e-7 of 1 to another order of operations
-        if torch.allclose(schedule(len(betas)), betas, rtol=1e-6, atol=1e-9):
-            return name
-    return None
+    if precision.bits < 32:
+        raise ValueError(
+            f"its betas are rounded to {betas.dtype} and are of none of the named schedules (linear, cosine, sigmoid "
+            "at their defaults), so the exact ones are lost: convert the checkpoint as it was before it was halved, or "
+            "put its float32 betas back"
+        )
+    return None, betas.double()
 
 
 def _objective(betas: Tensor, loss_weight: Tensor) -> tuple[str, float | None]:
     """The target, and min-SNR's gamma, whose weights `loss_weight` are."""
+    if not (torch.isfinite(betas).all() and (loss_weight >= 0).all() and (loss_weight > 0).any()):
+        raise ValueError(
+            "its loss_weight must be one number for each timestep, none negative or NaN, not all of them 0"
+        )
     # not from its float32 alphas_cumprod, which near 1 leave few digits to 1 - abar
     alphas_cumprod = torch.cumprod(1 - betas, 0)
     snr = alphas_cumprod / (1 - alphas_cumprod)
+    precision = torch.finfo(loss_weight.dtype)
+    # float32 betas: a last beta of 0.999 keeps 6e-5 of 1 - beta
+    rtol = max(1e-3, 2 * precision.eps)
+    weight = loss_weight.double().clamp(max=precision.max)
     for target, per_snr in (("epsilon", 1 / snr), ("sample", torch.ones_like(snr)), ("v_prediction", 1 / (snr + 1))):
-        clipped = loss_weight / per_snr
-        gamma = clipped.max()
-        # float32 betas: a last beta of 0.999 keeps 6e-5 of 1 - beta
-        if torch.allclose(snr.clamp(max=gamma), clipped, rtol=1e-3, atol=0):
-            unclipped = bool(torch.isclose(gamma, snr.max(), rtol=1e-3))
+        gamma = (weight / per_snr).max()
+        expected = (snr.clamp(max=gamma) * per_snr).clamp(max=precision.max)
+        if torch.allclose(expected, weight, rtol=rtol, atol=precision.smallest_normal * precision.eps):
+            unclipped = gamma >= (1 - rtol) * min(snr.max().item(), precision.max)
             return target, None if unclipped else gamma.item()
     raise ValueError("its loss_weight is of no known objective (pred_noise, pred_x0, pred_v, with or without min-SNR)")

@@ -95,6 +95,85 @@ def test_schedule_target_and_min_snr(objective, schedule, steps, gamma):
     assert line.endswith("off") if gamma is None else float(line.split()[-1]) == pytest.approx(gamma, rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+def test_halved_checkpoints(dtype, objective, schedule):
+    """A named schedule is recognised through the rounding, and its exact betas are taken: half precision costs only
+    that of the weights themselves."""
+    for gamma in (None, 5.0):
+        min_snr = {"min_snr_loss_weight": True, "min_snr_gamma": gamma} if gamma else {}
+        diffusion = GaussianDiffusion(
+            Unet(8, dim_mults=(1, 2)), image_size=8, objective=objective, beta_schedule=schedule, **min_snr
+        )
+        state = {name: value.to(dtype) for name, value in diffusion.state_dict().items()}
+        whole, halved = read_checkpoint(diffusion.state_dict()), read_checkpoint(state)
+        assert halved.scheduler == whole.scheduler and halved.scheduler["beta_schedule"] == schedule
+        line = next(line for line in halved.lines if "min-SNR" in line)
+        # the largest of 1,000 weights is rounded up by at most half a unit in the last place
+        assert (
+            line.endswith("off")
+            if gamma is None
+            else float(line.split()[-1]) == pytest.approx(gamma, rel=torch.finfo(dtype).eps)
+        )
+    pipe = from_denoising_diffusion_pytorch(state)
+    assert pipe.unet.dtype == torch.float32
+    assert torch.equal(pipe.unet.conv_in.bias, state["model.init_conv.bias"].float())
+
+
+def test_halved_betas_of_no_named_schedule_are_refused():
+    diffusion = GaussianDiffusion(
+        Unet(8, dim_mults=(1, 2)), image_size=8, timesteps=50, beta_schedule="cosine", schedule_fn_kwargs={"s": 0.02}
+    )
+    with pytest.raises(ValueError, match="rounded to torch.float16 .* before it was halved"):
+        read_checkpoint({name: value.half() for name, value in diffusion.state_dict().items()})
+
+
+DAMAGES = {
+    "none": lambda v: None, "scalar": lambda v: torch.zeros(()), "empty": lambda v: v[:0],
+    "cut": lambda v: v[: len(v) // 2], "deep": lambda v: v[None, None],
+    "flat": lambda v: v.reshape(-1), "sparse": lambda v: v.to_sparse(),
+    "meta": lambda v: v.to("meta"), "whole numbers": lambda v: v.long(), "complex": lambda v: v.to(torch.complex64),
+    "NaN": lambda v: torch.full_like(v, float("nan")), "infinity": lambda v: torch.full_like(v, float("inf")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damaged_tensor_is_refused(damage):
+    """Whatever a tensor was replaced by, the error names it or its rule, and never is a traceback from inside."""
+    two = GaussianDiffusion(Unet(8, dim_mults=(1, 2)), image_size=8, timesteps=30)
+    one = GaussianDiffusion1D(
+        Unet1D(8, dim_mults=(1, 2), channels=2, random_fourier_features=True), seq_length=16, timesteps=30
+    )
+    accepted = []
+    for state in (two.state_dict(), one.state_dict()):
+        for name in [n for n in state if n.startswith("model.") or n in ("betas", "loss_weight")]:
+            value = DAMAGES[damage](state[name])
+            if damage == "flat" and value.shape == state[name].shape:
+                continue  # a vector is flat already
+            try:
+                read_checkpoint({**state, name: value})
+            except ValueError:
+                continue
+            accepted.append(name)
+    # dimensions of size 1 do not count: the numbers are the same in the same order
+    assert all(damage == "deep" or damage == "flat" and name.endswith(".g") for name in accepted), accepted
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "message"),
+    [("ema", None, "no EMA weights"), ("ema", 3, "no EMA weights"), ("ema", {3: torch.zeros(2)}, "no EMA weights"),
+     ("model", None, "model must be a dict"), ("model", [1], "model must be a dict"),
+     ("model", {3: torch.zeros(2)}, "must be text, got 3"), ("model", {"model.x": None}, "model.x is a NoneType")],
+)  # fmt: skip
+def test_parts_of_another_form_are_refused(part, content, message):
+    state = GaussianDiffusion(Unet(8, dim_mults=(1, 2)), image_size=8, timesteps=30).state_dict()
+    checkpoint = {"model": state, "ema": {f"ema_model.{name}": value for name, value in state.items()}, "step": 1}
+    assert read_checkpoint(checkpoint).ndim == 2
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint({**checkpoint, part: content})
+
+
 def test_other_schedules_keep_their_betas():
     diffusion = GaussianDiffusion(
         Unet(8, dim_mults=(1, 2)), image_size=8, timesteps=50, beta_schedule="cosine", schedule_fn_kwargs={"s": 0.02}
@@ -154,6 +233,8 @@ def test_missing_extra_and_misshapen_tensors_are_named():
         (lambda s: s.update({name: torch.zeros(2, 2)}), rf"of another shape.*{name} of shape \(2, 2\)"),
         (lambda s: s.pop("betas"), "no tensor betas"),
         (lambda s: s.update(loss_weight=torch.rand(1000)), "no known objective"),
+        (lambda s: s.update(loss_weight=torch.zeros(1000)), "not all of them 0"),
+        (lambda s: s.update({"model.time_mlp.1.weight": torch.zeros(3, 8)}), "width 0 of time_mlp"),
     ]:
         changed = dict(state)
         change(changed)
