@@ -106,7 +106,9 @@ class TrainConfig:
     streaming: bool = _option(
         False, "Read tables of images (dataset_name, or train_data_dir) as they come, without a copy of them."
     )
-    shuffle_buffer: int = _option(1000, "Images that streaming shuffles together, in memory, still undecoded.")
+    shuffle_buffer: int = _option(
+        1000, "Images that streaming shuffles together, undecoded; each process has up to twice as many in memory."
+    )  # fmt: skip
     cache_gb: float = _option(
         1.0, "Memory for decoded images, in GB per training process: as many as fit are decoded once only (Linux)."
     )

@@ -3,14 +3,12 @@
 Both are a `torch` loader of batches from any step on, and what must be kept to go on from there.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch.utils.data import DataLoader
 
 from ddpm_hf.data import build_dataset, fingerprint
 from ddpm_hf.stream import StreamSampler, TrainingView, collate, hold_out, underlying
-from ddpm_hf.streaming import ImageStream, StreamingSampler, StreamingView, probe
+from ddpm_hf.streaming import ImageStream, StreamingSampler, StreamingView, check_state, probe
 
 
 class StoredFeed:
@@ -43,6 +41,13 @@ class StoredFeed:
     def _view(self) -> TrainingView:
         return TrainingView(self.dataset, self.config.seed, self.config.on_bad_image)
 
+    def check(self, state: dict) -> None:
+        """Refuse to go on from a `state` that does not fit.
+
+        Raises:
+            ValueError: the state is of another version.
+        """
+
     def loader(self, step: int, process: int, processes: int, state: dict, pin_memory: bool) -> DataLoader:
         """Batches of one process, from after `step` optimizer steps on; `state` as `state(step)` gave it."""
         c = self.config
@@ -51,7 +56,7 @@ class StoredFeed:
         return _loader(self._view(), sampler, c, pin_memory)
 
     def state(self, step: int) -> dict:
-        """What this process must keep to go on after `step`: nothing, the order follows from the step."""
+        """Return what must be kept to go on after `step`: nothing here, the order follows from the step."""
         return {}
 
     def fingerprint(self) -> dict:
@@ -67,6 +72,9 @@ class StreamedFeed:
     def __init__(self, stream: ImageStream, config):
         self.config, self.dataset, self.units = config, stream, stream
         self.items, self.shape = stream.length, probe(stream)
+
+    def check(self, state: dict) -> None:
+        check_state(state)
 
     def loader(self, step: int, process: int, processes: int, state: dict, pin_memory: bool) -> DataLoader:
         c = self.config
@@ -94,11 +102,6 @@ def make_feed(config, dataset=None) -> StoredFeed | StreamedFeed:
         raise ValueError(f"give one source of data, got a dataset and {sources[0]}={getattr(config, sources[0])!r}")
     dataset = build_dataset(config) if dataset is None else dataset
     return (StreamedFeed if isinstance(dataset, ImageStream) else StoredFeed)(dataset, config)
-
-
-def merge_states(states: Sequence[dict]) -> dict:
-    """The states of all processes as one; what several of them have is the same in each."""
-    return {name: place for state in states for name, place in state.items()}
 
 
 def _loader(view, sampler, config, pin_memory: bool) -> DataLoader:

@@ -29,7 +29,7 @@ from ddpm_hf.averaging import WeightAverage
 from ddpm_hf.card import write_card
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.evaluation import EvalSettings, Evaluator
-from ddpm_hf.feed import make_feed, merge_states
+from ddpm_hf.feed import make_feed
 from ddpm_hf.figures import save_image_grid, save_sequence_plot
 from ddpm_hf.hub import check_token, make_publisher, target_of
 from ddpm_hf.interrupt import StopRequest
@@ -567,7 +567,6 @@ class Trainer:
         acc.wait_for_everyone()
         aside = folder / f"step-{self.step:06d}{checkpoint.ASIDE}"
         acc.save_state(aside)
-        feed_state = merge_states(gather_object([self.feed.state(self.step)]))
         average = self.average.state()
         if acc.is_main_process:
             if average:
@@ -575,7 +574,7 @@ class Trainer:
             progress = {
                 "step": self.step, "skipped_images": self.skipped, "interval": self._interval,
                 "evaluation": self.evaluation, "best": self.best, "data": self.feed.fingerprint(),
-                "feed": feed_state, "global_batch": self._global_batch(acc.num_processes),
+                "feed": self.feed.state(self.step), "global_batch": self._global_batch(acc.num_processes),
             }  # fmt: skip
             (aside / "progress.json").write_text(json.dumps(progress))
             (aside / "clock.json").write_text(json.dumps({"seconds": self.record.seconds()}))
@@ -605,6 +604,7 @@ class Trainer:
             )  # fmt: skip
             raise ValueError(f"the data is not that of the run in {self.folder} ({changed}): choose another output_dir")
         self._feed_state = progress.get("feed", {})
+        self.feed.check(self._feed_state)
         now = self._global_batch(self.accelerator.num_processes)
         if self._feed_state and progress["global_batch"] != now:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Streamed pictures: every one once an epoch, one order for any number of processes, exact places to resume from."""
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
+import json
 
 import datasets
 import numpy as np
@@ -11,10 +11,10 @@ from PIL import Image
 from test_sources import save_tars, table
 from test_trainer import config, state
 
-from ddpm_hf import TrainConfig, train
+from ddpm_hf import TrainConfig, streaming, train
 from ddpm_hf.data import build_dataset
 from ddpm_hf.stream import collate
-from ddpm_hf.streaming import Lane, StreamingSampler, StreamingView, lane_count
+from ddpm_hf.streaming import StreamingSampler, StreamingView, probe
 from ddpm_hf.trainer import Trainer
 
 # the number of a picture in its darkest pixel; brighter to the right
@@ -33,62 +33,123 @@ def stream(folder, **options):
     return build_dataset(TrainConfig(train_data_dir=folder, streaming=True, resolution=[8], **options))
 
 
+class Shards:
+    """A stream of numbers in place of pictures, shards of any sizes."""
+
+    name = "the stream"
+
+    def __init__(self, sizes, buffer):
+        self.sizes, self.num_shards, self.buffer = sizes, len(sizes), buffer
+
+    def read(self, shard, skip):
+        return iter(range(100 * shard + skip, 100 * shard + self.sizes[shard]))
+
+
 def places(batches, count):
     return [[(row.epoch, row.shard, row.row) for row in batch] for batch in itertools.islice(batches, count)]
 
 
-def test_an_epoch_of_a_lane_is_each_picture_once(tars):
-    data = stream(tars, shuffle_buffer=5)
-    with ThreadPoolExecutor(1) as pool:
-        lane = Lane(data, 0, 1, 2, 5, pool)  # shards 1, 3, 5: ten pictures
-        rows = [next(lane) for _ in range(30)]
-    order = [(row.shard, row.row) for row in rows]
-    expected = sorted([(s, r) for s in (1, 3) for r in range(4)] + [(5, 0), (5, 1)])
-    for epoch in range(3):
-        part = order[10 * epoch : 10 * epoch + 10]
-        assert sorted(part) == expected and {row.epoch for row in rows[10 * epoch : 10 * epoch + 10]} == {epoch}
-        assert part != expected
-    assert order[:10] != order[10:20]
+def order(data, count, **options):
+    """The first samples of a stream, in steps of one."""
+    return [place for batch in places(StreamingSampler(data, 1, 1, **{"seed": 0, **options}), count) for place in batch]
 
 
-def test_lanes_share_a_global_batch_evenly():
-    assert [lane_count(*p) for p in ((16, 6), (16, 100), (16, 1), (12, 5), (7, 6))] == [4, 16, 1, 4, 1]
+SIZES = {
+    "equal": [20] * 5, "unequal": [90, 10], "empty shards": [3, 0, 7, 0], "one shard": [13], "one item each": [1] * 40,
+    "many": [5, 0, 1, 17, 2, 30, 1, 1, 9, 4, 4, 0, 8, 3, 2, 6, 11, 5, 7, 12], "two items": [0, 1, 1],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("shards", [6, 1])
-def test_one_order_on_any_number_of_processes(shards, tars, tmp_path):
-    """A step of 8 as 1 x 8, 2 x 4, and in two parts of 2 on two processes: the same rows at the same places."""
-    data = stream(tars, shuffle_buffer=12)
-    if shards == 1:
-        table(PICTURES).save_to_disk(str(tmp_path / "one"))
-        data = stream(str(tmp_path / "one"), shuffle_buffer=12)
-    assert data.num_shards == shards
-    whole = places(StreamingSampler(data, 8, 1, seed=3), 9)
-    two = [places(StreamingSampler(data, 4, 1, 3, process=p, processes=2), 9) for p in (0, 1)]
-    assert [a + b for a, b in zip(*two)] == whole
-    parts = [places(StreamingSampler(data, 2, 2, 3, process=p, processes=2), 18) for p in (0, 1)]
-    joined = [a + b for a, b in zip(*parts)]
-    assert [joined[i] + joined[i + 1] for i in range(0, 18, 2)] == whole
-    assert places(StreamingSampler(data, 8, 1, seed=4), 9) != whole
+@pytest.mark.parametrize("open_shards", [1, 3, 16])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_every_item_comes_once_an_epoch(sizes, open_shards, monkeypatch):
+    """The first N samples are the N items, and so are the next N in another order; whatever the shards, the buffer, the
+    number of shards that are open, of processes and of parts of a step. Every process has its part of one order."""
+    monkeypatch.setattr(streaming, "OPEN_SHARDS", open_shards)
+    items = sorted((shard, row) for shard, size in enumerate(sizes) for row in range(size))
+    count = len(items)
+    for buffer in (1, 7, 1000):
+        data = Shards(sizes, buffer)
+        whole = order(data, 3 * count)
+        epochs = [whole[count * e : count * (e + 1)] for e in range(3)]
+        for number, epoch in enumerate(epochs):
+            assert {e for e, _, _ in epoch} == {number}
+            assert sorted(place[1:] for place in epoch) == items
+        if count > 10 and (buffer > 1 or len(sizes) > 3):
+            assert len({tuple(place[1:] for place in epoch) for epoch in epochs} | {tuple(items)}) == 4
+        for batch_size, parts, processes in ((5, 1, 1), (2, 1, 3), (1, 3, 2), (16, 1, 2)):
+            steps = 2 * count // (batch_size * parts * processes) + 1
+            shares = [
+                places(StreamingSampler(data, batch_size, parts, 0, process, processes), steps * parts)
+                for process in range(processes)
+            ]
+            joined = [place for batches in zip(*shares) for batch in batches for place in batch]
+            assert joined[: 2 * count] == whole[: 2 * count]
 
 
-@pytest.mark.parametrize("buffer", [1, 12, 1000])
-def test_it_goes_on_from_any_step(buffer, tars):
-    data = stream(tars, shuffle_buffer=buffer)
-    sampler = StreamingSampler(data, 4, 1, seed=0)
-    whole = places(sampler, 15)
-    for step in range(1, 15):
-        sampler = StreamingSampler(data, 4, 1, seed=0)
-        list(itertools.islice(sampler, step))
-        again = StreamingSampler(data, 4, 1, 0, step=step, states=sampler.state(step))
-        assert places(again, 15 - step) == whole[step:]
+@pytest.mark.parametrize("open_shards", [1, 3, 16])
+def test_it_goes_on_from_every_step(open_shards, monkeypatch):
+    """On one of two processes, with the state of the other one as JSON holds it."""
+    monkeypatch.setattr(streaming, "OPEN_SHARDS", open_shards)
+    for sizes in ([20, 0, 3, 7], [11], SIZES["many"]):
+        for buffer in (1, 6, 1000):
+            data, steps = Shards(sizes, buffer), 2 * sum(sizes) // 4 + 2
+            first, second = (StreamingSampler(data, 2, 1, 0, process, 2, ahead=steps) for process in (0, 1))
+            whole = places(first, steps)
+            list(itertools.islice(second, steps))
+            for step in range(0, steps, 1 if sum(sizes) < 60 else 7):
+                state = json.loads(json.dumps(second.state(step)))
+                again = StreamingSampler(data, 2, 1, 0, 0, 2, step=step, state=state)
+                assert places(again, steps - step) == whole[step:]
+
+
+def test_shuffling_is_as_good_as_the_buffer_allows():
+    """Shards of one class each: in a buffer of them all, neighbours are of one class as often as by chance."""
+    data = Shards([100] * 10, 1000)
+    shards = [shard for _, shard, _ in order(data, 1000)]
+    same = np.mean([a == b for a, b in itertools.pairwise(shards)])
+    assert abs(same - 0.1) < 4 * (0.1 * 0.9 / 999) ** 0.5
+    # of a small buffer each block holds the open shards in equal parts
+    blocks = np.array([shard for _, shard, _ in order(Shards([100] * 10, 50), 1000)]).reshape(20, 50)
+    assert all((np.bincount(block, minlength=10) == 5).all() for block in blocks)
+
+
+def test_memory_holds_the_pictures_of_own_samples_only():
+    rows = next(iter(StreamingSampler(Shards([50, 50], 100), 5, 1, 0, process=1, processes=2)))
+    assert all(row.source == 100 * row.shard + row.row for row in rows)
+    with pytest.raises(ValueError, match="the stream holds no pictures"):
+        order(Shards([0, 0], 10), 1)
+    with pytest.raises(ValueError, match="0.2.0 or earlier"):
+        StreamingSampler(Shards([5], 5), 1, 1, 0, step=3, state={"0": [1, 0, 0, 0, 2]})
+
+
+@pytest.mark.parametrize("form", ["tars", "saved to disk", "parquet with an empty file"])
+def test_tables_are_read_from_any_place(form, tars, tmp_path):
+    """Each picture once, and on from the middle, as the library reads each kind of table."""
+    folder = tars
+    if form == "saved to disk":
+        folder = str(tmp_path / "saved")
+        table(PICTURES).save_to_disk(folder, num_shards=3)
+    elif form != "tars":
+        folder = str(tmp_path)
+        for number, part in enumerate((PICTURES[:0], PICTURES[:15], PICTURES[15:])):
+            table(part).to_parquet(f"{folder}/train-{number:05d}.parquet")
+    data = stream(folder, shuffle_buffer=9)
+    sampler = StreamingSampler(data, 4, 1, seed=0, ahead=20)
+    rows = [row for batch in itertools.islice(sampler, 11) for row in batch]
+    assert data.num_shards == (6 if form == "tars" else 3) and probe(data) == (3, 8, 8)
+    for epoch in (rows[:22], rows[22:]):
+        views = [StreamingView(data, 0, "stop")[row][0] for row in epoch]
+        assert sorted(int(view.min()) for view in views) == list(range(0, 220, 10))
+    again = StreamingSampler(data, 4, 1, 0, step=4, state=sampler.state(4))
+    assert [row for batch in itertools.islice(again, 7) for row in batch] == rows[16:]
 
 
 def test_pictures_and_augmentation(tars):
     data = stream(tars, random_flip=True)
     rows = next(iter(StreamingSampler(data, 6, 1, seed=0)))
     x = collate([StreamingView(data, 0, "stop")[row] for row in rows]).x0
-    numbers = [4 * row.shard + row.row for row in rows]
+    numbers = [4 * row.shard + row.row for row in rows]  # four pictures a tar
     np.testing.assert_array_equal(((x.amin(dim=(1, 2, 3)) + 1) * 127.5).round(), [10 * n for n in numbers])
     later = [row._replace(epoch=epoch) for row in rows[:1] for epoch in range(12)]
     views = [StreamingView(data, 0, "stop")[row][0] for row in later]
@@ -157,4 +218,8 @@ def test_another_batch_is_not_resumed(tars, tmp_path):
     progress.write_text(progress.read_text().replace('"global_batch": 8', '"global_batch": 16'))
     (progress.parent / "checksums.json").write_text("{}")
     with pytest.raises(ValueError, match="the same global batch, 16; got 8"):
+        train(config(tmp_path, **{**options, "max_train_steps": 3}))
+    content = json.loads(progress.read_text())
+    progress.write_text(json.dumps({**content, "global_batch": 8, "feed": {"0": [0, 0, 0, 0, 8]}}))
+    with pytest.raises(ValueError, match="0.2.0 or earlier, whose order was another"):
         train(config(tmp_path, **{**options, "max_train_steps": 3}))
