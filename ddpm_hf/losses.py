@@ -113,6 +113,10 @@ def diffusion_loss(
         with torch.no_grad():
             estimate = model(x_t, timesteps).sample
             extra["x_self_cond"] = scheduler.predict_x0(estimate.to(x_t.dtype), timesteps, x_t)
+    # Autocast keeps the weights that it has cast. Those of a call without gradients (the estimate, or a sampler before)
+    # have no history, and until torch 2.9 at least the call below took them: most weights got no gradient. With the
+    # cache off around the estimate, a model's own autocast (accelerate's) would turn it on again.
+    torch.clear_autocast_cache()
     prediction = model(x_t, timesteps, **extra).sample
     if prediction.shape != target.shape:
         raise ValueError(

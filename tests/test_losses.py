@@ -1,13 +1,16 @@
 """The objective: targets, weights, draws, immiscible noise, self-conditioning."""
 
 import itertools
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from scipy.special import expit
 from scipy.stats import norm
 
+from ddpm_hf import DDPMPipeline1D, UNet1D
 from ddpm_hf.losses import diffusion_loss, immiscible_assignment, training_draws
 from ddpm_hf.scheduler import PREDICTION_TYPES, GaussianScheduler
 
@@ -97,6 +100,56 @@ def test_self_conditioning_shows_the_models_own_estimate(batch):
     assert first.x_self_cond is None and not first.grad and second.grad
     expected = s.x0_from_v(first.x_t, batch.t, batch.out)
     torch.testing.assert_close(second.x_self_cond, expected, rtol=1e-12, atol=1e-12)
+
+
+@contextmanager
+def no_cache():
+    """Autocast without a cache, also where a model's own autocast turns it on."""
+    turn = torch.set_autocast_cache_enabled
+    turn(False)
+    torch.set_autocast_cache_enabled = lambda enabled: turn(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled = turn
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("before", ["estimate", "sampling"])
+def test_all_gradients_after_a_call_without_them_under_autocast(wrapped, before):
+    """To the bit those of a step that casts each weight anew: after the estimate of self-conditioning, and after a
+    pipeline has sampled in the middle of a step; alone, and in the autocast in which accelerate wraps a model."""
+    s, net = GaussianScheduler(), UNet1D(16, 1, dim=8, dim_mults=(1, 2), self_condition=before == "estimate")
+    model = Accelerator(cpu=True, mixed_precision="bf16").prepare(net) if wrapped else net
+    pipe = DDPMPipeline1D(model, GaussianScheduler(), num_inference_steps=1)
+    pipe.set_progress_bar_config(disable=True)
+    x0, noise, t = torch.rand(4, 1, 16) * 2 - 1, torch.randn(4, 1, 16), torch.tensor([10, 200, 500, 900])
+    gradients = []
+    for fresh in (False, True):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), no_cache() if fresh else nullcontext():
+            if before == "sampling":
+                pipe(batch_size=1, generator=torch.Generator().manual_seed(0))
+            loss = diffusion_loss(model, s, x0, t, noise, self_condition=before == "estimate").loss.mean()
+        loss.backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters()})
+    kept, anew = gradients
+    assert [name for name, gradient in kept.items() if gradient is None] == []
+    for name, gradient in anew.items():
+        assert torch.equal(kept[name], gradient), name
+
+
+def test_autocast_keeps_nothing_of_the_estimate(batch, monkeypatch):
+    """On every torch: its cache is emptied between the call without gradients and the one with them."""
+    order, empty = [], torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (order.append("emptied"), empty()))
+
+    def model(x, t, x_self_cond=None):
+        order.append(torch.is_grad_enabled())
+        return SimpleNamespace(sample=torch.zeros_like(x))
+
+    diffusion_loss(model, GaussianScheduler(), batch.x0, batch.t, batch.noise, self_condition=True)
+    assert order == [False, "emptied", True]
 
 
 def test_draws_follow_from_the_seeds():
