@@ -1,13 +1,16 @@
 """AdamW and gradient clipping as torch has them, without the passes over memory that they do not need on CPU; Muon."""
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ddpm_hf.averaging import spread_as, whole
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch names AdamW's states
 
 
 class DenseAdamW(torch.optim.AdamW):
@@ -24,23 +27,46 @@ class DenseAdamW(torch.optim.AdamW):
     def __init__(self, params, lr: float, betas: tuple, eps: float = 1e-8, weight_decay: float = 0.0):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
-    def _init_group(self, group, params, grads, exp_avgs, exp_avg_sqs, *others) -> bool:
-        """torch's own hook, which fills the lists that its kernel is given."""
-        found = super()._init_group(group, params, grads, exp_avgs, exp_avg_sqs, *others)
-        for i, p in enumerate(params):
-            if p.device.type != "cpu" or all(x[i].is_contiguous() for x in (params, grads, exp_avgs, exp_avg_sqs)):
-                continue  # elsewhere the kernel minds the layout
-            order = sorted(range(p.ndim), key=p.stride, reverse=True)
-            if not p.permute(order).is_contiguous():
-                raise ValueError(
-                    f"weights must lie in memory without gaps, got one of shape {tuple(p.shape)}, strides {p.stride()}"
-                )
-            for name, states in (("exp_avg", exp_avgs), ("exp_avg_sq", exp_avg_sqs)):
-                if states[i].stride() != p.stride():  # of a checkpoint of another layout
-                    self.state[p][name] = states[i] = torch.empty_like(p).copy_(states[i])
-                states[i] = states[i].permute(order)
-            params[i], grads[i] = p.permute(order), grads[i].permute(order).contiguous()
-        return found
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        with self._contiguous():
+            super().step()
+        return loss
+
+    @contextlib.contextmanager
+    def _contiguous(self) -> Iterator[None]:
+        """Weights, gradients and states as contiguous views meanwhile; off the CPU the kernel minds the layout."""
+        changed = []
+        try:
+            for p in (p for group in self.param_groups for p in group["params"]):
+                if p.grad is None or p.device.type != "cpu":
+                    continue
+                state, data, gradient = self.state.get(p, {}), p.data, p.grad
+                moments = {name: state[name] for name in MOMENTS if name in state}
+                if all(x.is_contiguous() for x in (p, gradient, *moments.values())):
+                    continue
+                order = sorted(range(p.ndim), key=p.stride, reverse=True)
+                if not data.permute(order).is_contiguous():
+                    raise ValueError(
+                        "weights must lie in memory without gaps, got one of shape "
+                        f"{tuple(p.shape)}, strides {p.stride()}"
+                    )
+                changed.append((p, data, gradient, sorted(range(p.ndim), key=order.__getitem__)))
+                for name, moment in moments.items():
+                    if moment.stride() != p.stride():  # of a checkpoint of another layout
+                        moment = torch.empty_like(data).copy_(moment)
+                    state[name] = moment.permute(order)
+                p.grad, p.data = None, data.permute(order)  # a gradient must have its weight's shape
+                p.grad = gradient.permute(order).contiguous()
+            yield
+        finally:
+            for p, data, gradient, order in changed:
+                p.grad, p.data = None, data
+                p.grad = gradient
+                for name in MOMENTS:
+                    if name in self.state.get(p, {}):
+                        self.state[p][name] = self.state[p][name].permute(order)
 
 
 # a, b, c of X <- (a + b A + c A^2) X, A = X X^T: Jordan's, which lift small singular values fast
@@ -103,16 +129,20 @@ class Muon(DenseAdamW):
         # so that a GradScaler leaves a step with infinite gradients out, instead of leaving that to AdamW's kernel
         self._step_supports_amp_scaling = False
 
-    def _init_group(self, group, *lists) -> bool:
-        """Nothing of the matrices for AdamW's kernel."""
-        return False if group["matrices"] else super()._init_group(group, *lists)
-
     @torch.no_grad()
     def step(self, closure=None):
-        loss = super().step(closure)
-        for group in self.param_groups:
-            if group["matrices"]:
-                self._move_matrices([p for p in group["params"] if p.grad is not None], group)
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        groups = [group for group in self.param_groups if group["matrices"]]
+        gradients = [(p, p.grad) for group in groups for p in group["params"] if p.grad is not None]
+        for p, _ in gradients:
+            p.grad = None  # AdamW leaves alone what has none
+        try:
+            super().step()
+        finally:
+            for p, gradient in gradients:
+                p.grad = gradient
+        for group in groups:
+            self._move_matrices([p for p in group["params"] if p.grad is not None], group)
         return loss
 
     def _move_matrices(self, weights: list[nn.Parameter], group: dict) -> None:

@@ -1,5 +1,7 @@
 """AdamW in any layout: torch's plain one's numbers, without its copies; clipping as torch's; Muon by its definition."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -64,6 +66,21 @@ def test_a_state_of_the_other_layout_is_taken_up(before, after):
         torch.testing.assert_close(p, expected, rtol=1e-13, atol=1e-15)
 
 
+def test_a_closure_is_called_once_with_gradients():
+    for make in (lambda model: DenseAdamW(model.parameters(), **OPTIONS), lambda model: Muon(model, **MUON)):
+        model, calls = Small(False), []
+
+        def closure(model=model, calls=calls):
+            calls.append(torch.is_grad_enabled())
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            return 7.0
+
+        before = [p.detach().clone() for p in model.parameters()]
+        assert make(model).step(closure) == 7.0 and calls == [True]
+        assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+
+
 def test_nothing_big_is_copied():
     p = nn.Parameter(lay(torch.randn(64, 64, 3, 3), last=True))
     p.grad = torch.randn_like(p)
@@ -80,6 +97,22 @@ def test_weights_with_gaps_in_memory_are_refused():
     p.grad = torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"without gaps, got one of shape \(4, 3\), strides \(6, 2\)"):
         DenseAdamW([p], **OPTIONS).step()
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_a_step_leaves_everything_in_its_layout(gaps):
+    """Also one that stops at a weight that it refuses. States lie as their weights do; gradients are not replaced."""
+    parameters = weights(last=True)
+    optimizer = DenseAdamW([*parameters, nn.Parameter(torch.ones(4, 6)[:, :: 2 if gaps else 1])], **OPTIONS)
+    run(optimizer, parameters, range(2), last=False)
+    gradient = torch.ones_like(optimizer.param_groups[0]["params"][-1])
+    optimizer.param_groups[0]["params"][-1].grad = gradient
+    kept = [(p.data_ptr(), p.shape, p.stride(), p.grad) for p in parameters]
+    with pytest.raises(ValueError, match="without gaps") if gaps else nullcontext():
+        optimizer.step()
+    for p, (place, shape, stride, gradient) in zip(parameters, kept):
+        assert (p.data_ptr(), p.shape, p.stride()) == (place, shape, stride) and p.grad is gradient
+        assert all(optimizer.state[p][name].stride() == stride for name in ("exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e3])
