@@ -183,7 +183,7 @@ class TrainConfig:
     lr_scheduler: str = _option(
         "cosine", "A schedule of diffusers.optimization: constant, constant_with_warmup, cosine, ..."
     )
-    lr_warmup_steps: int = _option(100, "Optimizer steps of warm-up.")
+    lr_warmup_steps: int = _option(100, "Optimizer steps of warm-up: step k of n has k / (n + 1) of the rate.")
     adam_beta1: float = _option(0.9, "AdamW's beta1.")
     adam_beta2: float = _option(0.99, "AdamW's beta2.")
     adam_weight_decay: float = _option(0.0, "AdamW's weight decay.")

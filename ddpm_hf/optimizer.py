@@ -1,12 +1,15 @@
-"""AdamW and gradient clipping as torch has them, without the passes over memory that they do not need on CPU; Muon."""
+"""AdamW and gradient clipping as torch has them, without the passes over memory that they do not need on CPU; Muon; the
+learning rate over the steps."""
 
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
 
 import torch
+from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
 
 from ddpm_hf.averaging import spread_as, whole
 
@@ -178,6 +181,33 @@ def make_optimizer(model: nn.Module, config) -> DenseAdamW:
     if c.optimizer == "muon":
         return Muon(model, muon_lr=c.muon_learning_rate, **options)
     return DenseAdamW([p for p in model.parameters() if p.requires_grad], **options)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config) -> LambdaLR:
+    """The learning rate of a `TrainConfig`: diffusers' schedule, whose warm-up begins above 0.
+
+    Step k of a warm-up of n steps, counted from 1, has k / (n + 1) of the peak, and step n + 1 the peak. From there the
+    rates are diffusers'.
+    """
+    c = config
+    # one step later in a schedule that is one step longer: only the warm-up differs
+    later = get_scheduler(
+        c.lr_scheduler, optimizer, num_warmup_steps=c.lr_warmup_steps + 1, num_training_steps=c.max_train_steps + 1
+    )
+    return LambdaLR(optimizer, [lambda step, share=share: share(step + 1) for share in later.lr_lambdas])
+
+
+def warmup_warning(config) -> str | None:
+    """A sentence on a warm-up that takes more than half of the run; None for any other."""
+    c = config
+    if c.lr_scheduler == "constant" or 2 * c.lr_warmup_steps <= c.max_train_steps:
+        return None
+    share = c.max_train_steps / (c.lr_warmup_steps + 1)
+    reached = f"the learning rate reaches {share:.0%} of its peak" if share < 1 else "few steps have the full rate"
+    return (
+        f"lr_warmup_steps {c.lr_warmup_steps} is more than half of max_train_steps {c.max_train_steps}: {reached}; "
+        "give fewer lr_warmup_steps, or more steps"
+    )
 
 
 @torch.no_grad()

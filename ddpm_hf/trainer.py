@@ -19,7 +19,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, gather_object
-from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -35,7 +34,7 @@ from ddpm_hf.hub import check_token, make_publisher, target_of
 from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.memory import keep_freed_memory, return_freed_memory
-from ddpm_hf.optimizer import clip_grad_norm, make_optimizer
+from ddpm_hf.optimizer import clip_grad_norm, make_optimizer, make_schedule, warmup_warning
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.record import RunRecord, data_facts
 from ddpm_hf.scheduler import GaussianScheduler
@@ -131,12 +130,14 @@ class Trainer:
         return total
 
     def describe(self) -> str:
-        """The resolved options, the model's size and the data found."""
+        """The resolved options, the model's size and the data found; and what will hardly be meant so."""
+        warning = warmup_warning(self.config)
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
             f"{self.config.to_yaml()}"
             f"model: {self.model_name}, {parameters:,} parameters\n"
             f"data: {'streamed' if self.feed.items is None else f'{self.feed.items:,}'} items of shape {self.shape}"
+            f"{f'{chr(10)}warning: {warning}' if warning else ''}"
         )
 
     def _check_folder(self) -> bool:
@@ -307,9 +308,7 @@ class Trainer:
             else:  # someone's own model
                 self.model.to(memory_format=torch.channels_last)
         optimizer = make_optimizer(self.model, c)
-        self.lr_scheduler = get_scheduler(
-            c.lr_scheduler, optimizer, num_warmup_steps=c.lr_warmup_steps, num_training_steps=c.max_train_steps
-        )
+        self.lr_scheduler = make_schedule(optimizer, c)
         acc.register_for_checkpointing(self.lr_scheduler)
         self.model, self.optimizer = acc.prepare(self.model, optimizer)
         self.average.start(self.model)
@@ -388,6 +387,7 @@ class Trainer:
                     grad_norm = clip_grad_norm(acc, self.model.parameters(), c.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+        self._lr = self.lr_scheduler.get_last_lr()[0]  # of this step
         self.lr_scheduler.step()
         self.average.update(self.step)
         if hasattr(grad_norm, "full_tensor"):  # of weights that are spread over processes
@@ -440,14 +440,13 @@ class Trainer:
         """A line of metrics.jsonl and a point of the trackers, means over the interval; only the trackers see times."""
         acc = self.accelerator
         loss, grad_norm = np.mean(self._interval, axis=0).tolist()
-        lr = self.lr_scheduler.get_last_lr()[0]
-        record = {"step": self.step, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        record = {"step": self.step, "loss": loss, "grad_norm": grad_norm, "lr": self._lr}
         if self.feed.items is not None:
             record["epoch"] = self.step * global_batch / self.feed.items
         if self.skipped:
             record["skipped_images"] = self.skipped
         self._interval = []
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}")
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {self._lr:.2e}")
         if acc.is_main_process:
             self.metrics.append(record)
         rate = bar.format_dict["rate"]

@@ -1,15 +1,25 @@
 """AdamW in any layout: torch's plain one's numbers, without its copies; clipping as torch's; Muon by its definition."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from ddpm_hf import UNet1D, UNet2D
-from ddpm_hf.optimizer import NEWTON_SCHULZ, DenseAdamW, Muon, clip_grad_norm, orthogonalized
+from ddpm_hf.optimizer import (
+    NEWTON_SCHULZ,
+    DenseAdamW,
+    Muon,
+    clip_grad_norm,
+    make_schedule,
+    orthogonalized,
+    warmup_warning,
+)
 
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = [(6, 4, 3, 3), (5, 3, 1, 1), (4, 3, 2), (7, 5), (3,), ()]
@@ -135,6 +145,49 @@ def test_a_norm_that_is_not_finite_is_not_hidden():
     p.grad = torch.tensor([1.0, float("nan"), 2.0])
     assert clip_grad_norm(Accelerator(cpu=True), [p], 1.0).isnan()
     assert p.grad.isnan().all()
+
+
+SCHEDULES = [kind.value for kind in SchedulerType if kind.value not in ("constant", "piecewise_constant")]
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 20])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_warm_up_begins_above_zero_and_the_rest_is_diffusers(name, warmup):
+    """Both groups of Muon; step k of n has k / (n + 1) of its rate, step n + 1 all of it, later ones what diffusers
+    gives. Taken up in the middle, the rates are the same."""
+    options = SimpleNamespace(lr_scheduler=name, lr_warmup_steps=warmup, max_train_steps=12)
+    optimizers = [Muon(Small(False), **MUON) for _ in range(3)]
+    ours = make_schedule(optimizers[0], options)
+    theirs = get_scheduler(name, optimizers[1], num_warmup_steps=warmup, num_training_steps=12)
+    again = make_schedule(optimizers[2], options)
+    for k in range(1, 13):
+        expected = [k / (warmup + 1) * rate for rate in (0.01, 0.03)] if k <= warmup else theirs.get_last_lr()
+        assert ours.get_last_lr() == again.get_last_lr() == pytest.approx(expected, rel=1e-14, abs=1e-17)
+        assert ours.last_epoch == k - 1
+        if k == 5:
+            state, optimizers[2] = ours.state_dict(), Muon(Small(False), **MUON)
+            again = make_schedule(optimizers[2], options)
+            again.load_state_dict(state)
+        for optimizer, schedule in zip(optimizers, (ours, theirs, again)):
+            optimizer.step()
+            schedule.step()
+
+
+def test_a_constant_rate_has_no_warm_up():
+    optimizer = Muon(Small(False), **MUON)
+    schedule = make_schedule(optimizer, SimpleNamespace(lr_scheduler="constant", lr_warmup_steps=5, max_train_steps=9))
+    assert schedule.get_last_lr() == [0.01, 0.03]
+
+
+def test_a_warm_up_longer_than_half_of_the_run_is_warned_of():
+    def warning(name, warmup):
+        return warmup_warning(SimpleNamespace(lr_scheduler=name, lr_warmup_steps=warmup, max_train_steps=50))
+
+    assert "lr_warmup_steps 99 is more than half of max_train_steps 50: the learning rate reaches 50%" in warning(
+        "cosine", 99
+    )
+    assert "few steps have the full rate" in warning("linear", 26)
+    assert warning("cosine", 25) is None and warning("constant", 99) is None
 
 
 # -- Muon

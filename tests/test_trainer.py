@@ -153,10 +153,14 @@ def test_accumulation_of_two_is_a_batch_of_twice_the_size(tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_run_folder_and_tensorboard(tmp_path):
+def test_run_folder_and_tensorboard(tmp_path, capsys):
     train(
-        config(tmp_path, max_train_steps=4, checkpointing_steps=1, report_to=["tensorboard"], checkpoints_total_limit=2)
-    )
+        config(
+            tmp_path, max_train_steps=4, checkpointing_steps=1, report_to=["tensorboard"], checkpoints_total_limit=2,
+            lr_scheduler="linear", lr_warmup_steps=2,
+        )
+    )  # fmt: skip
+    assert "warning" not in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {
         "config.yaml", "metrics.jsonl", "samples", "checkpoints", "pipeline", "logs"
     }  # fmt: skip
@@ -165,6 +169,8 @@ def test_run_folder_and_tensorboard(tmp_path):
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert {"loss", "grad_norm", "lr", "epoch"} <= records[0].keys()
     assert records[-1]["epoch"] == pytest.approx(32 / 1797)
+    # the rate that the step was made with: two steps of warm-up, the peak, half of the way down
+    assert [r["lr"] / 4e-4 for r in records] == pytest.approx([1 / 3, 2 / 3, 1, 1 / 2])
 
     events = EventAccumulator(str(tmp_path / "logs" / "ddpm_hf")).Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in records])
@@ -196,9 +202,11 @@ def test_trackers_that_cannot_be_started(tmp_path, monkeypatch):
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
-    assert train(config(tmp_path / "run", dry_run=True)) is None
+    warmup = {"lr_scheduler": "cosine", "lr_warmup_steps": 99, "max_train_steps": 50}
+    assert train(config(tmp_path / "run", dry_run=True, **warmup)) is None
     out = capsys.readouterr().out
     assert "learning_rate: 0.0004" in out and "parameters" in out and "1,797 items of shape (1, 8, 8)" in out
+    assert "warning: lr_warmup_steps 99 is more than half of max_train_steps 50" in out
     assert not (tmp_path / "run").exists()
 
 
