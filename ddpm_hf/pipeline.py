@@ -8,6 +8,7 @@ This file imports nothing of ddpm_hf: it ships inside saved pipelines.
 import hashlib
 import inspect
 import json
+import math
 import re
 import sys
 import tempfile
@@ -42,6 +43,8 @@ this card: read them first. How the model was trained was not recorded here.
 """
 IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 FAST = {"solver_order": 2, "algorithm_type": "dpmsolver++", "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
+# The fast sampler spreads its steps below this ratio of noise to signal.
+HIGHEST_NOISE = 500.0
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -110,21 +113,28 @@ def _check_steps(steps, total: int | None = None) -> None:
 
 
 def log_snr_timesteps(alphas_cumprod: Tensor, steps: int) -> list[int]:
-    """Timesteps of a short chain, descending: T-1, and from T-2 down to 0 (left out) evenly in log(abar / (1 - abar)).
+    """Timesteps of a short chain, descending from T-1: evenly in log(abar / (1 - abar)) down to t = 0 (left out).
 
     Evenly in t, a chain crosses the highest noise in its first step. But that is where large pictures take their
     brightness and layout: what all of n pixels share is seen through n times the noise.
+
+    Noise above `HIGHEST_NOISE` times the signal says nothing of x0, so the steps are spread below it. Where the last
+    beta is a jump from far lower noise, so that the second step would lie inside it, they are spread from T-2 on.
 
     Args:
         alphas_cumprod: (T,), descending.
         steps: 1 to T.
     """
-    abar = alphas_cumprod.double().cpu()
+    smallest = 2.0**-24  # keeps log-SNR finite where abar is 0, or 1 in float32
+    abar = alphas_cumprod.double().cpu().clamp(smallest, 1 - smallest)
     last = len(abar) - 1
     if steps == 1 or last == 0:
         return [last]
     log_snr = (abar / (1 - abar)).log()
-    wanted = torch.lerp(log_snr[last - 1], log_snr[0], torch.linspace(0, 1, steps, dtype=torch.float64)[:-1])
+    first = log_snr[last].clamp(min=-2 * math.log(HIGHEST_NOISE))
+    wanted = torch.lerp(first, log_snr[0], torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:-1])
+    if wanted[0] < log_snr[last - 1]:
+        wanted = torch.lerp(log_snr[last - 1], log_snr[0], torch.linspace(0, 1, steps, dtype=torch.float64)[:-1])
     nearest = (log_snr[:last, None] - wanted).abs().argmin(dim=0).tolist()
     chain = [last]
     for t in nearest:

@@ -1,17 +1,19 @@
 """The pipelines: sampling from a known distribution, forms of output, interpolation, self-conditioning, errors."""
 
+import math
 from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import optimal_prediction
+from conftest import load_program, optimal_prediction
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
 from ddpm_hf.pipeline import log_snr_timesteps
 
+spacing = load_program("studies/spacing")
 SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4}
 
 
@@ -48,18 +50,47 @@ class GaussianModel(diffusers.ModelMixin, diffusers.ConfigMixin):
         return SimpleNamespace(sample=optimal_prediction(self.scheduler, x, int(t), self.config.mean, self.config.std))
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
-@pytest.mark.parametrize("steps", [5, 15, 40])
-def test_timesteps_even_in_log_snr(schedule, steps):
-    """Each lies at the timestep that is nearest to its place, or one below the one before."""
-    abar = GaussianScheduler(beta_schedule=schedule).alphas_cumprod
+@pytest.mark.parametrize("schedule, second", [("linear", None), ("cosine", None), ("sigmoid", 998)])
+@pytest.mark.parametrize("steps", [6, 15, 40])
+def test_timesteps_even_in_log_snr(schedule, second, steps):
+    """Each lies at the timestep that is nearest to its place, or one below the one before. The places go from the noise
+    of T-1, at most 500 times the signal, to t = 0; on the sigmoid schedule, which jumps from 58 to 1,800 times in its
+    last step, from T-2."""
+    abar = GaussianScheduler(beta_schedule=schedule).alphas_cumprod.double()
     log_snr = (abar / (1 - abar)).log()
     chain = log_snr_timesteps(abar, steps)
-    assert chain[:2] == [999, 998] and len(chain) == steps
-    for i, (before, t) in enumerate(zip(chain, chain[1:])):
-        place = log_snr[998] + (log_snr[0] - log_snr[998]) * i / (steps - 1)
+    assert chain[0] == 999 and len(chain) == steps
+    first = log_snr[second] if second else log_snr[999].clamp(min=-2 * math.log(500))
+    places = [first + (log_snr[0] - first) * i / (steps - 1 if second else steps) for i in range(steps)]
+    for before, t, place in zip(chain, chain[1:], places if second else places[1:]):
         assert t < before
         assert t == before - 1 or (log_snr[t] - place).abs() <= (log_snr[:999] - place).abs().min() + 1e-12
+
+
+def from_the_second(abar, steps):
+    """The spacing of version 0.2.0: T-1, and from T-2 on evenly in log-SNR."""
+    abar = abar.double().clamp(2**-24)
+    log_snr = (abar / (1 - abar)).log()
+    places = torch.lerp(log_snr[-2], log_snr[0], torch.linspace(0, 1, steps, dtype=torch.float64)[:-1])
+    chain = [999]
+    for t in (log_snr[:-1, None] - places).abs().argmin(dim=0).tolist():
+        chain.append(min(t, chain[-1] - 1))
+    return chain
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+def test_no_call_of_the_fast_sampler_is_lost(schedule, zero_snr):
+    """Over directions of deviations 0.1 to 32 it errs less than steps even in t, and not more than steps from T-2 on:
+    on the linear schedule and with zero SNR, T-2 has noise as high as T-1, and the call there was lost."""
+    own = GaussianScheduler(beta_schedule=schedule, rescale_betas_zero_snr=zero_snr, clip_sample=False)
+    for calls in (4, 5, 6, 8, 10, 15, 20, 30):
+        chain = log_snr_timesteps(own.alphas_cumprod, calls)
+        error = spacing.error(own, chain)
+        assert error < 0.85 * spacing.error(own, spacing.even_timesteps(own.alphas_cumprod, calls))
+        before = spacing.error(own, from_the_second(own.alphas_cumprod, calls))
+        lost = schedule == "linear" and calls <= 15
+        assert error <= (0.85 if lost else 1 + 1e-9) * before, (calls, error, before)
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 50])
