@@ -213,9 +213,9 @@ class TrainConfig:
     holdout: int = _option(0, "Items kept out of training, drawn by the seed, for the held-out loss.")
     eval_steps: int = _option(0, "Steps between evaluations; the last step then always has one. 0: none.")
     eval_metrics: list[str] | None = _option(
-        None, "Images: fid, kid, memorization, held_out_loss; sequences: frechet, spectral_frechet, "
-        "sliced_wasserstein, autocorrelation_error, memorization, held_out_loss. Default: all; held_out_loss with "
-        "holdout."
+        None, "Images: fid, kid, memorization, held_out_loss, held_out_weighted_loss; sequences: frechet, "
+        "spectral_frechet, sliced_wasserstein, autocorrelation_error, memorization, held_out_loss, "
+        "held_out_weighted_loss. Default: all; those of held-out items with holdout."
     )  # fmt: skip
     eval_num_samples: int = _option(1000, "Samples generated for an evaluation; FID below 10,000 is biased.")
     eval_num_real: int = _option(50_000, "Real items that samples are compared with, at most.")

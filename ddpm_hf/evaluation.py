@@ -5,27 +5,24 @@ result follows from (seed, number of samples) and not from the number of process
 """
 
 import contextlib
-import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ddpm_hf.data import ImageDataset, fingerprint
+from ddpm_hf import feature_cache
 from ddpm_hf.features import FeatureNetwork
 from ddpm_hf.losses import diffusion_loss
 from ddpm_hf.metrics import (
     Gaussian,
     autocorrelation_error,
+    distinct,
     frechet_distance,
     log_power_spectrum,
     sliced_wasserstein,
@@ -33,11 +30,13 @@ from ddpm_hf.metrics import (
 )
 from ddpm_hf.record import duration, without_folders
 from ddpm_hf.seeding import Stream, derive_seed, generator_seeds
-from ddpm_hf.stream import Part, TrainingView, collate, underlying
+from ddpm_hf.shares import Items, Shares
+from ddpm_hf.stream import Part, underlying
 
-IMAGE_METRICS = ("fid", "kid", "memorization", "held_out_loss")
+HELD_OUT = ("held_out_loss", "held_out_weighted_loss")
+IMAGE_METRICS = ("fid", "kid", "memorization", *HELD_OUT)
 SEQUENCE_METRICS = ("frechet", "spectral_frechet", "sliced_wasserstein", "autocorrelation_error", "memorization",
-                    "held_out_loss")  # fmt: skip
+                    *HELD_OUT)  # fmt: skip
 METRICS = tuple(dict.fromkeys(IMAGE_METRICS + SEQUENCE_METRICS))
 BIASED = ("fid", "frechet", "spectral_frechet", "sliced_wasserstein")  # upwards, the more the fewer samples
 FEW = 10_000  # samples below which that matters
@@ -57,6 +56,9 @@ class EvalSettings:
         feature_network, feature_resolution: of FID and KID, see `FeatureNetwork`.
         batch_size: samples generated at once, per process.
         cache_dir: where statistics of real pictures are kept; None: ddpm_hf/ in the Hugging Face cache.
+        on_bad_image: "stop", or "skip": a picture that cannot be read counts nowhere, and is reported.
+        random_flip: training mirrors pictures, also where the data set does not say so. For memorization a picture and
+            its mirror image are then one item, so a mirrored copy is a copy.
     """
 
     metrics: Sequence[str] | None = None
@@ -69,6 +71,7 @@ class EvalSettings:
     cache_dir: str | None = None
     workers: int = 0
     on_bad_image: str = "stop"
+    random_flip: bool = False
 
 
 class Evaluator:
@@ -87,15 +90,18 @@ class Evaluator:
     def __init__(self, accelerator, dataset, shape: tuple, settings: EvalSettings, held_out=None):
         self.accelerator, self.dataset, self.shape, self.settings = accelerator, dataset, tuple(shape), settings
         self.held_out = held_out
+        self.shares = Shares(accelerator)
         self.is_image = len(shape) == 3
+        self.mirrored = self.is_image and (settings.random_flip or getattr(underlying(dataset), "random_flip", False))
         possible = IMAGE_METRICS if self.is_image else SEQUENCE_METRICS
-        self.metrics = list(settings.metrics or (m for m in possible if m != "held_out_loss" or held_out is not None))
+        self.metrics = list(settings.metrics or (m for m in possible if m not in HELD_OUT or held_out is not None))
         wrong = [metric for metric in self.metrics if metric not in possible]
         if wrong:
             kind = "images" if self.is_image else "sequences"
             raise ValueError(f"metrics of {kind} are {', '.join(possible)}; got {', '.join(wrong)}")
-        if "held_out_loss" in self.metrics and held_out is None:
-            raise ValueError("the metric held_out_loss needs items that training does not see: holdout of at least 1")
+        if self._any(*HELD_OUT) and held_out is None:
+            named = next(metric for metric in self.metrics if metric in HELD_OUT)
+            raise ValueError(f"the metric {named} needs items that training does not see: holdout of at least 1")
         if settings.num_samples < 2:
             raise ValueError(f"the number of samples must be at least 2, got {settings.num_samples}")
         if len(dataset) < 4:
@@ -103,6 +109,8 @@ class Evaluator:
         count = min(len(dataset), settings.num_real)
         order = np.random.default_rng(derive_seed(settings.seed, Stream.EVALUATION, 0)).permutation(len(dataset))
         self.real = Part(dataset, np.sort(order[:count]))
+        self.items = Items(self.real, settings.on_bad_image, settings.batch_size, settings.workers)
+        self.num_real, self.num_held_out = count, len(held_out or ())  # those that can be read, once they were
         self.network = None
         if self._any("fid", "kid"):
             if shape[0] not in (1, 3, 4):
@@ -113,77 +121,63 @@ class Evaluator:
     def _any(self, *metrics: str) -> bool:
         return any(metric in self.metrics for metric in metrics)
 
-    # -- work shared by processes ----------------------------------------------------------------
-
-    def _share(self, count: int) -> range:
-        """This process' part of the numbers 0 ... count - 1."""
-        size = -(-count // self.accelerator.num_processes)
-        first = self.accelerator.process_index * size
-        return range(min(count, first), min(count, first + size))
-
-    def _gather(self, rows: Tensor, count: int) -> Tensor:
-        """The rows of all processes' shares, in order, on every process."""
-        if self.accelerator.num_processes == 1:
-            return rows
-        size = -(-count // self.accelerator.num_processes)
-        padded = rows.new_zeros(size, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        return self.accelerator.gather(padded.to(self.accelerator.device)).cpu()[:count]
-
-    def _items(self, dataset, numbers: range) -> Iterator[Tensor]:
-        """Batches (B, C, *spatial) of a data set's items, without augmentation."""
-        view = TrainingView(dataset, self.settings.seed, self.settings.on_bad_image, augment=False)
-        loader = DataLoader(
-            view, batch_size=self.settings.batch_size, sampler=[(0, n) for n in numbers], collate_fn=collate,
-            num_workers=self.settings.workers, generator=torch.Generator(),
-        )  # fmt: skip
-        for batch in loader:
-            if batch.error:
-                raise ValueError(f"evaluation: {batch.error}")
-            yield batch.x0
-
-    def _collect(self, batches: Iterator, count: int, *looks: Callable[[Any], Tensor]) -> list[Tensor]:
-        """What each of `looks` makes of this process' batches, gathered."""
-        parts: list[list[Tensor]] = [[] for _ in looks]
-        for batch in batches:
-            for found, look in zip(parts, looks):
-                found.append(look(batch))
-        width = [torch.zeros(0) if not found else found[0][:0] for found in parts]
-        if self.accelerator.num_processes > 1:  # a process without a share learns the shape from the first
-            shapes = self.accelerator.gather_for_metrics([tuple(w.shape[1:]) for w in width], use_gather_object=True)
-            width = [w if found else w.new_zeros(0, *shape) for w, found, shape in zip(width, parts, shapes)]
-        return [self._gather(torch.cat([w, *found]), count) for w, found in zip(width, parts)]
-
     # -- real data -------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """What is known of the real data, once: read from the cache, or computed by all processes and kept there."""
+        """What is known of the real data, once: read from the cache, or computed by all processes and kept there.
+
+        Raises:
+            ValueError: items that cannot be read, or too few that can.
+        """
         if self.is_image:
-            if self.network is not None:
-                self._prepare_features()
-            if self._any("memorization"):
-                (self.reference,) = self._collect(self._real(), len(self.real), self._neighbour_vectors)
+            self._prepare_pictures()
         elif self._any(*SEQUENCE_METRICS[:5]):
-            (natural,) = self._collect(self._real(), len(self.real), self._natural)
-            self.mean = natural.mean(dim=(0, 2), keepdim=True)
-            spread = natural.std(dim=(0, 2), keepdim=True)
-            self.spread = torch.where(spread > 0, spread, 1.0)
-            self.reference = ((natural - self.mean) / self.spread).flatten(1)
-            values = self.reference.numpy()
-            if self._any("frechet"):
-                self.real_gaussian = Gaussian.fit(values)
-            if self._any("spectral_frechet"):
-                self.real_spectrum = Gaussian.fit(log_power_spectrum(values.reshape(-1, *self.shape)))
+            self._prepare_sequences()
         if self._any("memorization"):
-            # as many real items as samples say how near honest ones come
-            numbers = torch.arange(min(len(self.reference), self.settings.num_samples))
-            share = self._share(len(numbers))
-            own = numbers[share.start : share.stop]
-            close = too_close(self.reference[own], self.reference, own) if len(own) else torch.zeros(0)
-            self.honest_rate = self._gather(close.double(), len(numbers)).mean().item()
+            self._prepare_memorization()
+
+    def _prepare_sequences(self) -> None:
+        (natural,) = self.shares.collect(self._real(), self._natural)
+        self.mean = natural.mean(dim=(0, 2), keepdim=True)
+        spread = natural.std(dim=(0, 2), keepdim=True)
+        self.spread = torch.where(spread > 0, spread, 1.0)
+        self.reference = ((natural - self.mean) / self.spread).flatten(1)
+        values = self.reference.numpy()
+        if self._any("frechet"):
+            self.real_gaussian = Gaussian.fit(values)
+        if self._any("spectral_frechet"):
+            self.real_spectrum = Gaussian.fit(log_power_spectrum(values.reshape(-1, *self.shape)))
+
+    def _prepare_memorization(self) -> None:
+        """Equal items count once; as many of them as samples, drawn by the seed, say how near honest ones come."""
+        self.known = self.reference[distinct(self.reference, self._mirror())]
+        if len(self.known) < 3:
+            raise ValueError(
+                f"the metric memorization needs at least 3 different real items, the data has {len(self.known)}: "
+                "name the other metrics"
+            )
+        order = np.random.default_rng(derive_seed(self.settings.seed, Stream.EVALUATION, 2)).permutation(
+            len(self.known)
+        )
+        own = torch.from_numpy(order[: self.settings.num_samples])
+        share = self.shares.of(len(own))
+        own = own[share.start : share.stop]
+        self.honest_rate = self._rate(self.known[own], own)
+
+    def _rate(self, queries: Tensor, own: Tensor | None = None) -> float:
+        """Share of `queries`, this process' part of them, that are too close to an item; over all processes."""
+        close = too_close(queries, self.known, own, self._mirror()).double() if len(queries) else None
+        return self.shares.gather(close).mean().item()
+
+    def _mirror(self) -> Callable[[Tensor], Tensor] | None:
+        """Mirrors neighbour vectors, where training mirrors pictures; else None."""
+        if not self.mirrored:
+            return None
+        shape = (self.shape[0], *self._neighbour_size(self.shape[1:]))
+        return lambda vectors: vectors.unflatten(1, shape).flip(-1).flatten(1)
 
     def _real(self) -> Iterator[Tensor]:
-        return self._items(self.real, self._share(len(self.real)))
+        return (batch.x0 for batch in self.items.read(self.shares.of(len(self.real))))
 
     def _natural(self, x: Tensor) -> Tensor:
         """Items of the data set in the data's own units, float64."""
@@ -192,58 +186,79 @@ class Evaluator:
         shift = torch.tensor(getattr(data, "data_shift", [0.0] * channels), dtype=torch.float64)
         return x.double() * scale[:, None] + shift[:, None]
 
-    def _neighbour_vectors(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) -> (B, D), averaged down to a side of at most 32."""
-        size = [min(side, NEIGHBOUR_SIDE) for side in x.shape[2:]]
-        return F.adaptive_avg_pool2d(x.float(), size).flatten(1)
+    def _neighbour_size(self, size: tuple) -> list[int]:
+        return [min(side, NEIGHBOUR_SIDE) for side in size]
 
-    def _prepare_features(self) -> None:
-        file, stored = self._cache_file(), None
-        self.accelerator.wait_for_everyone()
-        if file is not None and file.exists():
-            try:
-                with np.load(file) as arrays:
-                    stored = {name: arrays[name] for name in ("mean", "root", "features")}
-            except Exception as error:  # damaged: computed again
-                self.accelerator.print(f"{file} cannot be read ({error}); computing it again")
-        # all or none: the nodes of a cluster may each have their own cache
-        have = torch.tensor([stored is not None], device=self.accelerator.device)
-        if self.accelerator.gather(have).all():
+    def _neighbour_vectors(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) -> (B, D), averaged down to a side of at most 32.
+
+        On a grid of 2^-20 all sums are exact in float64, so the vector of a mirrored picture is the mirrored vector.
+        """
+        grid = (x.double() * 2**20).round()
+        return (F.adaptive_avg_pool2d(grid, self._neighbour_size(x.shape[2:])) / 2**20).float().flatten(1)
+
+    def _prepare_pictures(self) -> None:
+        """Statistics of features, and the vectors among which neighbours are looked for."""
+        file, stored, looks = None, None, []
+        if self.network is not None:
+            file = self._cache_file()
+            stored = self._stored(file)
+            if stored is None:
+                self.accelerator.print(
+                    f"features of {len(self.real):,} real pictures by {self.settings.feature_network}: computed once"
+                    + (f", kept in {file}" if file else "")
+                )
+                looks.append(lambda x: self.network(eight_bit(x)))
+        if self._any("memorization"):
+            looks.append(self._neighbour_vectors)
+        found = self.shares.collect(self._real(), *looks) if looks else []
+        bad = self.shares.gather_objects(self.items.bad) if looks else stored["bad"].tolist() if stored else []
+        self._left_out(bad)
+        if self._any("memorization"):
+            self.reference = found[-1]
+        if stored is not None:
             self.real_gaussian, self.real_features = Gaussian(stored["mean"], stored["root"]), stored["features"]
-            return
-        self.accelerator.print(
-            f"features of {len(self.real):,} real pictures by {self.settings.feature_network}: computed once"
-            + (f", kept in {file}" if file else "")
-        )
-        (features,) = self._collect(self._real(), len(self.real), lambda x: self.network(eight_bit(x)))
-        self.real_gaussian = Gaussian.fit(features.numpy())
-        chosen = np.random.default_rng(0).permutation(len(features))[:KID_FEATURES]
-        self.real_features = features.numpy()[np.sort(chosen)]
-        if file is not None and self.accelerator.is_local_main_process:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_name(f"{file.stem}.{os.getpid()}.npz")
-            np.savez(aside, mean=self.real_gaussian.mean, root=self.real_gaussian.root, features=self.real_features)
-            os.replace(aside, file)
+        elif self.network is not None:
+            features = found[0].numpy()
+            self.real_gaussian = Gaussian.fit(features)
+            chosen = np.random.default_rng(0).permutation(len(features))[:KID_FEATURES]
+            self.real_features = features[np.sort(chosen)]
+            if file is not None and self.accelerator.is_local_main_process:
+                arrays = dict(
+                    zip(("mean", "root"), self.real_gaussian), features=self.real_features, bad=np.array(bad, str)
+                )
+                feature_cache.save(file, arrays, print)
+            self.accelerator.wait_for_everyone()
+
+    def _left_out(self, bad: list[str]) -> None:
+        """Count and name the real pictures that cannot be read."""
+        self.num_real = len(self.real) - len(bad)
+        if bad and self.num_real < 4:
+            raise ValueError(f"evaluation needs at least 4 real items that can be read, the data has {self.num_real}")
+        if bad:
+            names = "".join(f"\n  {message}" for message in bad[:3]) + ("\n  ..." if len(bad) > 3 else "")
+            self.accelerator.print(f"evaluation: left out {len(bad):,} of {len(self.real):,} real pictures:{names}")
+
+    def _stored(self, file: Path | None) -> dict | None:
+        """What the cache holds on all nodes: each node of a cluster may have its own."""
         self.accelerator.wait_for_everyone()
+        stored = None if file is None else feature_cache.load(file, self.accelerator.print)
+        return stored if all(self.shares.gather_objects([stored is not None])) else None
 
     def _cache_file(self) -> Path | None:
-        """Named by what the statistics follow from; None for data that has no fingerprint of its own."""
-        data = underlying(self.dataset)
-        if not isinstance(data, ImageDataset):
+        """Named by what the statistics follow from; None for data whose content cannot be told."""
+        digests = feature_cache.content_digests(self.real, self.shares.of(len(self.real)))
+        if not all(self.shares.gather_objects([digests is not None])):
             return None
-        key = hashlib.sha256(repr(fingerprint(data, self.shape)).encode())
-        key.update(repr(data.listing()).encode())
-        key.update(self.real.indices.tobytes())
-        if isinstance(self.dataset, Part):
-            key.update(self.dataset.indices.tobytes())
-        key.update(repr((self.network.digest, len(self.real))).encode())
+        digests = self.shares.gather(digests)
         if self.settings.cache_dir is not None:
             folder = Path(self.settings.cache_dir)
         else:
             from huggingface_hub.constants import HF_HOME
 
             folder = Path(HF_HOME) / "ddpm_hf"
-        return folder / f"{key.hexdigest()[:32]}.npz"
+        more = (self.network.digest, self.settings.on_bad_image)
+        return folder / feature_cache.file_name(underlying(self.dataset), self.shape, digests, *more)
 
     # -- one evaluation --------------------------------------------------------------------------
 
@@ -256,11 +271,11 @@ class Evaluator:
             loss_scheduler: a `GaussianScheduler` for the held-out loss; None: the pipeline's.
         """
         values: dict[str, float] = {}
-        if self._any(*(metric for metric in METRICS if metric != "held_out_loss")):
+        if self._any(*(metric for metric in METRICS if metric not in HELD_OUT)):
             self._announce(pipeline, num_inference_steps)
             values.update((self._of_images if self.is_image else self._of_sequences)(pipeline, num_inference_steps))
-        if "held_out_loss" in self.metrics:
-            values.update(self._held_out_loss(pipeline, loss_scheduler or pipeline.scheduler))
+        if self._any(*HELD_OUT):
+            values.update(self._held_out_losses(pipeline, loss_scheduler or pipeline.scheduler))
         if self.accelerator.num_processes > 1:  # one answer, whatever the rounding of each machine
             from accelerate.utils import broadcast_object_list
 
@@ -269,7 +284,7 @@ class Evaluator:
 
     def _sample(self, pipeline, steps: int, output_type: str = "np") -> Iterator[np.ndarray]:
         """This process' samples, in batches; sample number i has its own generator."""
-        numbers = list(self._share(self.settings.num_samples))
+        numbers = list(self.shares.of(self.settings.num_samples))
         size = self.settings.batch_size
         starts = range(0, len(numbers), size)
         shown = self.accelerator.is_main_process
@@ -284,7 +299,7 @@ class Evaluator:
 
     def _announce(self, pipeline, steps: int) -> None:
         """Say how long sampling will take, from one forward pass (the second: the first may compile or allocate)."""
-        batch = min(self.settings.batch_size, max(1, len(self._share(self.settings.num_samples))))
+        batch = min(self.settings.batch_size, max(1, len(self.shares.of(self.settings.num_samples))))
         x = torch.zeros(batch, *self.shape, device=pipeline.device, dtype=pipeline.unet.dtype)
         t = torch.zeros(batch, dtype=torch.long, device=pipeline.device)
         for _ in range(2):
@@ -299,7 +314,8 @@ class Evaluator:
             self.network(eight_bit(x.float().cpu()))
             seconds += (time.perf_counter() - start) * -(-each // batch)
         biased = ", ".join(metric for metric in self.metrics if metric in BIASED)
-        few = f"; warning: below {FEW:,} samples {biased} is biased upwards" if self.settings.num_samples < FEW else ""
+        few = f"; warning: below {FEW:,} samples {biased} is biased upwards"
+        few = few if biased and self.settings.num_samples < FEW else ""
         self.accelerator.print(
             f"evaluation: {self.settings.num_samples:,} samples of {steps} steps, about {duration(seconds)}{few}"
         )
@@ -307,7 +323,6 @@ class Evaluator:
     def _of_images(self, pipeline, steps: int) -> dict[str, float]:
         from cleanfid.fid import kernel_distance
 
-        count = self.settings.num_samples
         looks: list[Callable] = []
         if self.network is not None:
             looks.append(lambda images: self.network((images * 255).round().astype(np.uint8)))
@@ -315,10 +330,10 @@ class Evaluator:
 
             def copied(images: np.ndarray) -> Tensor:
                 x = torch.from_numpy(images).movedim(-1, 1) * 2 - 1
-                return too_close(self._neighbour_vectors(x), self.reference).double()
+                return too_close(self._neighbour_vectors(x), self.known, mirror=self._mirror()).double()
 
             looks.append(copied)
-        found = self._collect(self._sample(pipeline, steps), count, *looks)
+        found = self.shares.collect(self._sample(pipeline, steps), *looks)
         values = {}
         if "fid" in self.metrics:
             values["fid"] = frechet_distance(self.real_gaussian, found[0].numpy())
@@ -330,8 +345,7 @@ class Evaluator:
         return values
 
     def _of_sequences(self, pipeline, steps: int) -> dict[str, float]:
-        count = self.settings.num_samples
-        (samples,) = self._collect(self._sample(pipeline, steps), count, lambda x: torch.from_numpy(x).double())
+        (samples,) = self.shares.collect(self._sample(pipeline, steps), lambda x: torch.from_numpy(x).double())
         x = ((samples - self.mean) / self.spread).numpy()
         real = self.reference.numpy()
         flat, values = x.reshape(len(x), -1), {}
@@ -344,42 +358,45 @@ class Evaluator:
         if "autocorrelation_error" in self.metrics:
             values["autocorrelation_error"] = autocorrelation_error(x, real.reshape(-1, *self.shape))
         if "memorization" in self.metrics:
-            share = self._share(count)
-            own = torch.from_numpy(flat[share.start : share.stop])
-            close = too_close(own, self.reference).double() if len(own) else torch.zeros(0, dtype=torch.float64)
-            values.update(memorization=self._gather(close, count).mean().item(), memorization_real=self.honest_rate)
+            share = self.shares.of(len(flat))
+            rate = self._rate(torch.from_numpy(flat[share.start : share.stop]))
+            values.update(memorization=rate, memorization_real=self.honest_rate)
         return values
 
     @torch.no_grad()
-    def _held_out_loss(self, pipeline, scheduler) -> dict[str, float]:
-        """The training loss without weighting of SNR on every held-out item, at one timestep of each bucket; timesteps
-        and noise follow from (seed, item, bucket)."""
+    def _held_out_losses(self, pipeline, scheduler) -> dict[str, float]:
+        """Mean squared error of the model's output on every held-out item, at one timestep of each bucket, plain and
+        weighted by SNR; timesteps and noise follow from (seed, item, bucket)."""
         steps = scheduler.config.num_train_timesteps
         edges = np.linspace(0, steps, min(BUCKETS, steps) + 1).astype(int)
+        items = Items(self.held_out, self.settings.on_bad_image, self.settings.batch_size, self.settings.workers)
 
         def losses(numbers: range) -> Iterator[Tensor]:
-            first = numbers.start
-            for x in self._items(self.held_out, numbers):
-                x0 = x if self.is_image else pipeline._encode(self._natural(x), "the data")
+            for batch in items.read(numbers):
+                x0 = batch.x0 if self.is_image else pipeline._encode(self._natural(batch.x0), "the data")
                 x0 = x0.to(pipeline.device, torch.float32)
                 columns = []
                 for bucket, (low, high) in enumerate(zip(edges[:-1], edges[1:])):
-                    draws = [
-                        np.random.default_rng(derive_seed(self.settings.seed, Stream.EVALUATION, 1, first + i, bucket))
-                        for i in range(len(x0))
-                    ]
+                    seeds = [derive_seed(self.settings.seed, Stream.EVALUATION, 1, n, bucket) for n in batch.numbers]
+                    draws = [np.random.default_rng(seed) for seed in seeds]
                     t = torch.tensor([int(draw.integers(low, high)) for draw in draws], device=x0.device)
                     noise = np.stack([draw.standard_normal(x0.shape[1:], dtype=np.float32) for draw in draws])
                     noise = torch.from_numpy(noise).to(x0.device)
-                    columns.append(diffusion_loss(pipeline.unet, scheduler, x0, t, noise).loss.double().cpu())
-                first += len(x0)
-                yield torch.stack(columns, dim=1)
+                    plain = diffusion_loss(pipeline.unet, scheduler, x0, t, noise, weighting="uniform").loss.double()
+                    columns.append(torch.stack((plain, plain * scheduler.loss_weights(t).to(plain))).cpu())
+                yield torch.stack(columns, dim=2).movedim(1, 0)  # (B, 2, buckets)
 
-        count = len(self.held_out)
-        (found,) = self._collect(losses(self._share(count)), count, lambda x: x)
-        means = found.mean(dim=0).tolist()
-        names = [f"held_out_loss_t{low}-{high - 1}" for low, high in zip(edges[:-1], edges[1:])]
-        return {"held_out_loss": float(np.mean(means)), **dict(zip(names, means))}
+        (found,) = self.shares.collect(losses(self.shares.of(len(self.held_out))), lambda x: x)
+        self.num_held_out = len(found)
+        plain, weighted = found.mean(dim=0)
+        values = {}
+        if "held_out_loss" in self.metrics:
+            values["held_out_loss"] = plain.mean().item()
+            names = [f"held_out_loss_t{low}-{high - 1}" for low, high in zip(edges[:-1], edges[1:])]
+            values.update(zip(names, plain.tolist()))
+        if "held_out_weighted_loss" in self.metrics:
+            values["held_out_weighted_loss"] = weighted.mean().item()
+        return values
 
     def records(self, values: dict[str, float], pipeline, num_inference_steps: int, **more) -> list[dict]:
         """One record a metric, with all that its value depends on: what `evaluation.json` holds."""
@@ -387,16 +404,19 @@ class Evaluator:
         if pipeline.is_spaced_by_log_snr():
             scheduler += " at log_snr_timesteps"
         settings = {
-            "num_samples": self.settings.num_samples, "num_real": len(self.real), "shape": list(self.shape),
+            "num_samples": self.settings.num_samples, "num_real": self.num_real, "shape": list(self.shape),
             "num_inference_steps": num_inference_steps, "scheduler": scheduler,
             "seed": self.settings.seed,
         }  # fmt: skip
         if self.network is not None:
             settings |= {"feature_network": without_folders(self.network.name), "feature_digest": self.network.digest}
-        held_out = {"num_held_out": len(self.held_out)} if self.held_out is not None else {}
+        if self.num_real < len(self.real):
+            settings["num_left_out"] = len(self.real) - self.num_real
+        own = {name: {"num_held_out": self.num_held_out} for name in values if "held_out" in name}
+        if self.mirrored:
+            own |= {name: {"mirrored": True} for name in values if "memorization" in name}
         return [
-            {"metric": name, "value": value, **more, **settings, **(held_out if "held_out" in name else {})}
-            for name, value in values.items()
+            {"metric": name, "value": value, **more, **settings, **own.get(name, {})} for name, value in values.items()
         ]
 
     def describe(self, values: dict[str, float]) -> str:
@@ -405,7 +425,7 @@ class Evaluator:
         samples, few = f"{self.settings.num_samples:,} samples", self.settings.num_samples < FEW
         lines = []
         for name, value in values.items():
-            source = f"{len(self.held_out or ()):,} held-out items" if "held_out" in name else samples
+            source = f"{self.num_held_out:,} held-out items" if "held_out" in name else samples
             warning = f" (biased: below {FEW:,})" if few and name in BIASED else ""
             lines.append(f"  {name:<{width}}  {value:<12.6g} from {source}{warning}")
         return "\n".join(lines)

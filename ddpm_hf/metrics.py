@@ -3,6 +3,8 @@
 All compute in float64 and take sets of different sizes. What the network's features are is told in `features`.
 """
 
+import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -114,12 +116,38 @@ class Neighbours(NamedTuple):
     distance: Tensor
 
 
-def nearest(queries: Tensor, reference: Tensor, exclude: Tensor | None = None, chunk: int = 512) -> Neighbours:
+Mirror = Callable[[Tensor], Tensor]  # rows (n, D) -> their mirror images
+
+
+def distinct(x: Tensor, mirror: Mirror | None = None) -> Tensor:
+    """Indices of the rows of x (N, D) in their order, of equal ones the first only.
+
+    Args:
+        mirror: rows that are each other's mirror images are equal too.
+    """
+    rows = (x + 0.0).numpy()  # -0 becomes 0
+    keys: list[bytes] = [row.tobytes() for row in rows]
+    if mirror is not None:
+        keys = [min(key, row.tobytes()) for key, row in zip(keys, mirror(torch.from_numpy(rows)).numpy())]
+    first: dict[bytes, int] = {}
+    for index, key in enumerate(keys):
+        first.setdefault(hashlib.sha256(key).digest(), index)
+    return torch.tensor(list(first.values()), dtype=torch.long)
+
+
+def nearest(
+    queries: Tensor, reference: Tensor, exclude: Tensor | None = None, mirror: Mirror | None = None, chunk: int = 512
+) -> Neighbours:
     """The row of `reference` (N, D) nearest to each of `queries` (n, D).
 
     Args:
         exclude: (n, k) rows that do not count, for each query; k + 1 must be at most N.
+        mirror: the distance is the smaller one of those to a row and to its mirror image.
     """
+    if mirror is not None:  # mirroring either of two gives the same distance
+        straight, turned = (nearest(q, reference, exclude, chunk=chunk) for q in (queries, mirror(queries)))
+        nearer = turned.distance < straight.distance
+        return Neighbours(*(torch.where(nearer, b, a) for a, b in zip(straight, turned)))
     indices, distances = [], []
     squares = reference.square().sum(dim=1)
     for start in range(0, len(queries), chunk):
@@ -137,18 +165,21 @@ def nearest(queries: Tensor, reference: Tensor, exclude: Tensor | None = None, c
     return Neighbours(torch.cat(indices), torch.cat(distances))
 
 
-def too_close(queries: Tensor, reference: Tensor, own: Tensor | None = None) -> Tensor:
+def too_close(queries: Tensor, reference: Tensor, own: Tensor | None = None, mirror: Mirror | None = None) -> Tensor:
     """Which of `queries` lie nearer to a row of `reference` than that row's own nearest neighbour does: (n,) of bool.
 
     A copy of training data is near one item and far from what that item resembles (compare the nearest-neighbour test
-    of Meehan, Chaudhuri, Dasgupta 2020).
+    of Meehan, Chaudhuri, Dasgupta 2020). `reference` must be `distinct`: equal rows would be each other's neighbours at
+    distance 0, and no copy of them would be found.
 
     Args:
         own: (n,) the row that each query is, which then counts nowhere: the rate of real data, left out one by one, is
             what a sampler that copies nothing would have.
+        mirror: a row and its mirror image are one item, so that mirrored copies are copies.
     """
     own = None if own is None else own[:, None]
-    found = nearest(queries, reference, own)
+    found = nearest(queries, reference, own, mirror)
     itself = found.index[:, None]
-    other = nearest(reference[found.index], reference, itself if own is None else torch.cat((itself, own), dim=1))
+    excluded = itself if own is None else torch.cat((itself, own), dim=1)
+    other = nearest(reference[found.index], reference, excluded, mirror)
     return found.distance < other.distance

@@ -1,10 +1,13 @@
 """What tests share: small models, the closed-form denoiser of Gaussian data, and runs of programs."""
 
+import contextlib
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,57 @@ def run_program(*arguments, cwd, **environment):
             os.killpg(process.pid, signal.SIGKILL)  # a launcher's workers too
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+class Process:
+    """What the evaluation needs of accelerate's `Accelerator`, for processes that are threads of a test.
+
+    Gathering is as strict as gloo's: tensors of other types or shapes are an error.
+    """
+
+    device, print = torch.device("cpu"), staticmethod(lambda *_: None)
+
+    def __init__(self, index: int, table: list, barrier: threading.Barrier):
+        self.process_index, self.num_processes, self.table, self.barrier = index, len(table), table, barrier
+        self.is_main_process = self.is_local_main_process = index == 0
+
+    def _exchange(self, mine):
+        self.table[self.process_index] = mine
+        self.barrier.wait()
+        everyone = list(self.table)
+        self.barrier.wait()
+        return everyone
+
+    def gather(self, tensor):
+        everyone = self._exchange(tensor)
+        assert len({(x.dtype, x.shape) for x in everyone}) == 1, "gathered tensors differ in type or shape"
+        return torch.cat(everyone)
+
+    def gather_for_metrics(self, objects, use_gather_object):
+        return [each for part in self._exchange(objects) for each in part]
+
+    def wait_for_everyone(self):
+        self._exchange(None)
+
+    @contextlib.contextmanager
+    def local_main_process_first(self):
+        yield
+
+
+def simulated(processes: int, work) -> list:
+    """The results of work(accelerator) in so many processes, simulated by threads."""
+    table, barrier = [None] * processes, threading.Barrier(processes, timeout=60)
+
+    def start(index):
+        try:
+            return work(Process(index, table, barrier))
+        except BaseException:
+            barrier.abort()  # the others would wait for ever
+            raise
+
+    with ThreadPoolExecutor(processes) as pool:
+        futures = [pool.submit(start, index) for index in range(processes)]
+        errors = [error for error in (future.exception() for future in futures) if error is not None]
+        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+            raise error
+        return [future.result() for future in futures]

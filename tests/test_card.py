@@ -62,7 +62,8 @@ def test_every_field_of_a_card_of_pictures(runs):
     assert data["license"] == "mit" and "ddpm_hf" in data["tags"] and "datasets" not in data
     records = {r["metric"]: r for r in json.loads((folder / "evaluation.json").read_text())}
     results = ModelCard(text).data.eval_results
-    assert {r.metric_type for r in results} == {"fid", "kid", "memorization", "held_out_loss"} == set(data["metrics"])
+    measured = {"fid", "kid", "memorization", "held_out_loss", "held_out_weighted_loss"}
+    assert {r.metric_type for r in results} == measured == set(data["metrics"])
     for result in results:
         assert result.metric_value == records[result.metric_type]["value"]
         assert result.dataset_name == BUNDLED["digits"] and result.task_type == data["pipeline_tag"]

@@ -1,14 +1,19 @@
 """Metrics of pipelines: true values for known generators, one answer on any number of processes, cache, program."""
 
+import errno
+import io
 import json
+import os
 import sys
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from cleanfid.fid import frechet_distance as clean_fid_frechet
-from conftest import ROOT, load_program, run_program
+from conftest import ROOT, load_program, optimal_prediction, run_program, simulated
 from PIL import Image
 from test_trainer import SMALL, config, metrics
 
@@ -16,8 +21,11 @@ from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, tra
 from ddpm_hf.data import ImageDataset, digits
 from ddpm_hf.evaluation import EvalSettings, Evaluator
 from ddpm_hf.features import FeatureNetwork
+from ddpm_hf.metrics import too_close
+from ddpm_hf.seeding import Stream, generator_seeds
 from ddpm_hf.sequences import SequenceDataset
-from ddpm_hf.stream import hold_out
+from ddpm_hf.sources import ImageColumn
+from ddpm_hf.stream import Part, hold_out
 
 EVALUATE = ROOT / "training" / "evaluate.py"
 evaluate_script = load_program("evaluate")
@@ -31,19 +39,18 @@ class Known:
     scheduler = GaussianScheduler()
 
     def __init__(self, samples, shape):
-        self.samples, self.asked = samples, 0
+        self.samples = samples
         self.unet = UNet1D(sample_size=8, dim=8, dim_mults=[1]).eval()
         self.unet.forward = lambda x, t: type("Out", (), {"sample": x})
 
     def __call__(self, batch_size, generator, **_):
-        assert len({g.initial_seed() for g in generator}) == batch_size
-        part = self.samples[self.asked : self.asked + batch_size]
-        self.asked += batch_size
-        return (part,)
+        seeds = generator_seeds(0, Stream.SAMPLES, range(len(self.samples)))
+        return (self.samples[[seeds.index(g.initial_seed()) for g in generator]],)
 
 
-def evaluator(dataset, shape, held_out=None, **options):
-    return Evaluator(Accelerator(cpu=True), dataset, shape, EvalSettings(**{**PIXELS, **options}), held_out)
+def evaluator(dataset, shape, held_out=None, accelerator=None, **options):
+    settings = EvalSettings(**{**PIXELS, **options})
+    return Evaluator(accelerator or Accelerator(cpu=True), dataset, shape, settings, held_out)
 
 
 def measure(dataset, shape, samples, **options):
@@ -78,21 +85,201 @@ def test_fid_and_kid_are_clean_fids(tmp_path):
     assert measure(data, (3, 8, 8), fake / 255 + 0.4 / 255, **options) == values
 
 
-def test_the_cache_is_of_these_pictures(tmp_path):
-    """Another file, another number of items or another network is another key."""
-    for i in range(8):
-        Image.fromarray(np.full((8, 8), 30 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    paths = [str(tmp_path / f"{i}.png") for i in range(8)]
+def grey(count, seed=0, side=8):
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side), dtype=np.uint8)
 
-    def key(sources, **options):
-        e = evaluator(ImageDataset(sources, (8, 8), 1), (1, 8, 8), **options)
-        return e._cache_file()
 
-    keys = [key(paths), key(paths[:7]), key(paths, num_real=7)]
-    Image.fromarray(np.full((8, 8), 31, np.uint8)).save(paths[3])
-    keys.append(key(paths))
-    assert len(set(keys)) == 4 and key(paths) == keys[-1]
-    assert evaluator(list(digits()), (1, 8, 8))._cache_file() is None  # a data set without a mark of its own
+def images(sources, side=8, **options):
+    return ImageDataset(sources, (side, side), 1, **options)
+
+
+def as_samples(arrays):
+    return arrays[..., None] / np.float32(255)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "bytes", "files", "table", "pictures"])
+def test_the_cache_knows_every_picture(kind, tmp_path):
+    """One pixel of one picture among 40 is another key, also in files of equal size and time; so are another number of
+    items and another treatment of bad ones. The same contents have the same key, wherever they are."""
+
+    def encoded(array):
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "bmp")
+        return file.getvalue()
+
+    def sources(arrays, folder):
+        if kind == "files":
+            folder.mkdir()
+            for i, array in enumerate(arrays):
+                (folder / f"{i}.bmp").write_bytes(encoded(array))
+                os.utime(folder / f"{i}.bmp", (0, 0))
+            return [str(folder / f"{i}.bmp") for i in range(len(arrays))]
+        if kind == "table":
+            rows = {"image": [{"bytes": encoded(array), "path": None} for array in arrays]}
+            features = datasets.Features({"image": datasets.Image()})
+            return ImageColumn(datasets.Dataset.from_dict(rows, features=features), "image")
+        form = {"arrays": lambda x: x, "bytes": encoded, "pictures": Image.fromarray}[kind]
+        return [form(array) for array in arrays]
+
+    def key(arrays, folder, **options):
+        return evaluator(images(sources(arrays, tmp_path / folder)), (1, 8, 8), **options)._cache_file().name
+
+    arrays = grey(40)
+    changed = arrays.copy()
+    changed[17, 3, 3] ^= 1
+    keys = [key(arrays, "a"), key(changed, "b"), key(arrays[:39], "c"), key(arrays, "d", num_real=39)]
+    keys.append(key(arrays, "e", on_bad_image="skip"))
+    assert len(set(keys)) == 5 and key(arrays, "f") == keys[0]
+
+
+def test_the_cache_is_not_for_what_cannot_be_told(tmp_path):
+    """Data sets of the user, classes that change ours, and what arrays do not hold have no file."""
+
+    class Own(ImageDataset):
+        pass
+
+    assert evaluator(list(digits()), (1, 8, 8))._cache_file() is None
+    assert evaluator(Own(list(grey(8)), (8, 8), 1), (1, 8, 8))._cache_file() is None
+
+
+def test_other_pictures_in_memory_have_other_statistics(tmp_path):
+    """All but 16 evenly spaced ones of 200 replaced by black: a distance of their own, not the cached one."""
+    options = {"cache_dir": str(tmp_path), "metrics": ["fid"]}
+    first, samples = grey(200), as_samples(grey(100, seed=1))
+    second = np.zeros_like(first)
+    kept = np.linspace(0, 199, 16).astype(int)
+    second[kept] = first[kept]
+    cached = [measure(images(list(x)), (1, 8, 8), samples, **options)["fid"] for x in (first, second)]
+    alone = measure(images(list(second)), (1, 8, 8), samples, metrics=["fid"], cache_dir=str(tmp_path / "other"))["fid"]
+    assert cached[1] == alone > 2 * cached[0]
+
+
+@pytest.mark.parametrize("reason", ["no folder", "full disk"])
+def test_a_cache_that_cannot_be_written_stops_nothing(reason, tmp_path, monkeypatch, capsys):
+    """The value is the same, a warning names the folder and the option, and no half file is left."""
+    samples = as_samples(grey(20, seed=1))
+    expected = measure(images(list(grey(30))), (1, 8, 8), samples, metrics=["fid"], cache_dir=str(tmp_path / "good"))
+    (tmp_path / "file").write_text("mine")
+    folder = tmp_path / "file" / "cache" if reason == "no folder" else tmp_path / "full"
+    if reason == "full disk":
+
+        def full(file, **_):
+            Path(file).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(np, "savez", full)
+    found = measure(images(list(grey(30))), (1, 8, 8), samples, metrics=["fid"], cache_dir=str(folder))
+    assert found == expected
+    said = capsys.readouterr().out
+    assert f"cannot be kept in {folder}" in said and "eval_cache_dir" in said
+    assert (tmp_path / "file").read_text() == "mine" and (reason == "no folder" or not list(folder.iterdir()))
+
+
+def test_bad_pictures_count_nowhere(tmp_path, capsys):
+    """Twelve files, six damaged: every metric is that of the six good ones, from the cache too, and their number is
+    told. Were the next good one taken for a bad one, one picture would stand seven times."""
+    good, options = grey(6), {"cache_dir": str(tmp_path), "on_bad_image": "skip", "metrics": ["fid", "memorization"]}
+    places = (0, 1, 2, 3, 4, 8)
+    sources = iter(good)
+    mixed = [b"damaged" if i in places else next(sources) for i in range(12)]
+    samples = as_samples(grey(20, seed=1))
+    expected = measure(images(list(good)), (1, 8, 8), samples, **options)
+    for metrics_ in (["fid", "memorization"], ["fid", "memorization"], ["fid"]):  # the third needs the cache alone
+        e = evaluator(images(mixed), (1, 8, 8), num_samples=20, **{**options, "metrics": metrics_})
+        e.prepare()
+        values = e(Known(samples, (1, 8, 8)), 5)
+        assert values == {name: value for name, value in expected.items() if name[:3] in ("fid", metrics_[-1][:3])}
+        records = e.records(values, DDPMPipeline(None, GaussianScheduler()), 5)
+        assert {(r["num_real"], r["num_left_out"]) for r in records} == {(6, 6)}
+        assert "left out 6 of 12 real pictures" in capsys.readouterr().out
+    held = evaluator(images(list(good)), (1, 8, 8), images(mixed), metrics=["held_out_loss"], on_bad_image="skip")
+    held(Known([], (1, 8, 8)), 5, GaussianScheduler())
+    assert held.num_held_out == 6
+    with pytest.raises(ValueError, match="at least 4 real items that can be read, the data has 3"):
+        measure(images([*good[:3], *[b"damaged"] * 5]), (1, 8, 8), samples, **options)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_any_number_of_processes_gives_one_answer(processes):
+    """For 1 to 5 held-out items, and 2 to 6 samples, so that some processes have no share."""
+    data = digits()
+
+    def values(accelerator):
+        found = []
+        for held, samples in ((1, 2), (2, 3), (3, 4), (4, 5), (5, 6)):
+            rest, held_out = hold_out(Part(data, range(12 + held)), held, 0)
+            metrics_ = ["memorization", "held_out_loss", "held_out_weighted_loss"]
+            options = {"num_samples": samples, "accelerator": accelerator, "metrics": metrics_}
+            e = evaluator(rest, (1, 8, 8), held_out, **options)
+            e.prepare()
+            sequences = evaluator(
+                SequenceDataset(rng_rows(5)), (1, 8), None, num_samples=samples, accelerator=accelerator
+            )
+            sequences.prepare()
+            found += e(Known(as_samples(grey(samples)), (1, 8, 8)), 5, GaussianScheduler()).values()
+            found += sequences(Known(rng_rows(samples), (1, 8)), 5).values()
+        return found
+
+    expected = values(None)
+    for found in simulated(processes, values):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def rng_rows(count):
+    return np.random.default_rng(3).normal(size=(count, 1, 8))
+
+
+def test_copies_of_data_that_come_twice_are_copies():
+    """Each item twice, once mirrored where training mirrors: all copies are found, and equal items count once."""
+    once = grey(50)
+    options = {"metrics": ["memorization"], "seed": 0}
+    alone = measure(images(list(once)), (1, 8, 8), as_samples(once), **options)
+    twice = measure(images([*once, *once]), (1, 8, 8), as_samples(once), **options)
+    assert alone == twice and twice["memorization"] == 1
+    rows = np.random.default_rng(0).normal(size=(50, 1, 8))
+    both = SequenceDataset(np.concatenate((rows, rows)))
+    assert measure(both, (1, 8), rows, metrics=["memorization"])["memorization"] == 1
+
+
+def test_mirrored_copies_are_copies_where_training_mirrors():
+    """By the data set's own random_flip or by the setting: also of pictures that are averaged to 32 pixels, of data
+    that holds both, and of nearly symmetric pictures. Without, a mirrored picture is another one."""
+    options = {"metrics": ["memorization"]}
+    pictures = grey(40, side=50)
+    mirrored = as_samples(pictures[:, :, ::-1])
+    plain = measure(images(list(pictures), 50), (1, 50, 50), mirrored, **options)
+    assert plain["memorization"] < 0.9
+    by_data = measure(images(list(pictures), 50, random_flip=True), (1, 50, 50), mirrored, **options)
+    by_setting = measure(images(list(pictures), 50), (1, 50, 50), mirrored, random_flip=True, **options)
+    both = measure(images([*pictures, *pictures[:, :, ::-1]], 50), (1, 50, 50), mirrored, random_flip=True, **options)
+    assert by_data == by_setting == both and both["memorization"] == 1
+    symmetric = (pictures // 2 + pictures[:, :, ::-1] // 2) // 2 * 2 + (pictures & 1)
+    same = measure(images(list(symmetric), 50, random_flip=True), (1, 50, 50), as_samples(symmetric), **options)
+    assert same["memorization"] == 1
+
+
+def test_the_rate_of_real_data_is_of_random_items():
+    """Sorted so that half of the data, tight pairs far from each other, comes first: as many items as samples, 60 of
+    400, drawn at random, have the rate of all up to 5 deviations; the first 60 have another."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(100, 1, 8)) * 3
+    pairs = (centres[:, None] + rng.normal(size=(100, 2, 1, 8)) * 0.01).reshape(200, 1, 8)
+    rows = np.concatenate((pairs, rng.normal(size=(200, 1, 8)) * 3))
+    samples = rng.normal(size=(60, 1, 8))
+    every = measure(SequenceDataset(rows), (1, 8), np.repeat(samples, 7, 0), metrics=["memorization"])
+    some, shuffled = (
+        measure(SequenceDataset(r), (1, 8), samples, metrics=["memorization"])["memorization_real"]
+        for r in (rows, rng.permutation(rows))
+    )
+    whole, deviation = every["memorization_real"], (0.25 / 60) ** 0.5
+    assert abs(some - whole) < 5 * deviation and abs(shuffled - whole) < 5 * deviation
+    first = too_close(torch.from_numpy(rows[:60, 0]), torch.from_numpy(rows[:, 0]), torch.arange(60)).double().mean()
+    assert abs(first - whole) > 5 * deviation  # the test can fail
+
+
+def test_memorization_needs_different_items():
+    with pytest.raises(ValueError, match="at least 3 different real items, the data has 2"):
+        measure(images([*grey(2)] * 4), (1, 8, 8), as_samples(grey(5)), metrics=["memorization"])
 
 
 def test_sequences_are_compared_in_their_own_units():
@@ -113,18 +300,51 @@ def test_sequences_are_compared_in_their_own_units():
     assert measure(SequenceDataset(real), (1, 8), real[:100], metrics=["memorization"])["memorization"] == 1
 
 
-def test_held_out_loss_of_a_model_that_says_nothing():
-    """A model that gives 0 for epsilon has the loss E|epsilon|^2 = 1 at every timestep: 80 items x 64 numbers, 5
-    deviations of a mean of squared normals."""
-    data = list(torch.randn(100, 1, 8, 8).clamp(-1, 1))
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_held_out_loss_of_a_model_that_says_nothing(kind):
+    """A model that gives 0 has the mean square of the target, whatever the SNR: E|epsilon|^2 = 1 for noise, 0.25 for
+    x0 of +-0.5, abar + 0.25 (1 - abar) for v. Weighted by SNR in units of x0 it is, for epsilon, the same. 80 items of
+    64 numbers; 5 deviations of a mean of squared normals."""
+    data = list(torch.randint(0, 2, (100, 1, 8, 8)) - 0.5)
     rest, held = hold_out(data, 80, 0)
     pipeline = Known([], (1, 8, 8))
     pipeline.unet.forward = lambda x, t: type("Out", (), {"sample": torch.zeros_like(x)})
-    values = evaluator(rest, (1, 8, 8), held, metrics=["held_out_loss"])(
-        pipeline, 5, GaussianScheduler(prediction_type="epsilon")
-    )
-    assert len(values) == 11
-    np.testing.assert_allclose(list(values.values()), 1, atol=5 * np.sqrt(2 / (80 * 64)))
+    names = ["held_out_loss", "held_out_weighted_loss"]
+    scheduler = GaussianScheduler(prediction_type=kind)
+    values = evaluator(rest, (1, 8, 8), held, metrics=names)(pipeline, 5, scheduler)
+    assert len(values) == 12
+    abar = scheduler.alphas_cumprod.double().reshape(10, 100).mean(dim=1)
+    expected = {"epsilon": torch.ones(10), "sample": torch.full((10,), 0.25), "v_prediction": abar + 0.25 * (1 - abar)}
+    buckets = [value for name, value in values.items() if "_t" in name]
+    # of v the timesteps are drawn too: within a bucket abar has a deviation of at most its range / sqrt(12)
+    spread = scheduler.alphas_cumprod.double().reshape(10, 100)
+    spread = (spread[:, 0] - spread[:, -1]).max().item() * 0.75 / 12**0.5 if kind == "v_prediction" else 0
+    tolerance = 5 * np.sqrt(2 / (80 * 64)) + 5 * spread / np.sqrt(80)
+    np.testing.assert_allclose(buckets, expected[kind], atol=tolerance)
+    assert values["held_out_loss"] == pytest.approx(np.mean(buckets), rel=1e-12)
+    if kind == "epsilon":
+        assert values["held_out_weighted_loss"] == pytest.approx(values["held_out_loss"], rel=1e-12)
+
+
+def test_the_weighted_held_out_loss_is_that_of_the_noise():
+    """One and the same denoiser as epsilon, x0 and v: plain losses differ, those weighted by SNR are all the squared
+    error of the noise."""
+    rest, held = hold_out(digits(), 20, 0)
+    names, values = ["held_out_loss", "held_out_weighted_loss"], []
+    for kind in ("epsilon", "sample", "v_prediction"):
+        pipeline, scheduler = Known([], (1, 8, 8)), GaussianScheduler(prediction_type=kind)
+
+        def forward(x, t, scheduler=scheduler):
+            return type("Out", (), {"sample": optimal_batch(scheduler, x, t)})
+
+        pipeline.unet.forward = forward
+        values.append(evaluator(rest, (1, 8, 8), held, metrics=names)(pipeline, 5, scheduler))
+    plain, weighted = ([v[name] for v in values] for name in names)
+    assert weighted == pytest.approx([weighted[0]] * 3, rel=1e-3) and len({round(p, 2) for p in plain}) == 3
+
+
+def optimal_batch(scheduler, x, t):
+    return torch.stack([optimal_prediction(scheduler, x[i], int(t[i]), 0.0, 0.5) for i in range(len(x))])
 
 
 @pytest.mark.parametrize(
@@ -228,19 +448,25 @@ def test_results_of_something_else_are_left(sequences, tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over processes is tested on Linux")
-def test_two_processes_measure_what_one_does(tmp_path):
-    """The same samples and data, in batches of other sizes, whose rounding is other: to 1e-4."""
+def test_three_processes_measure_what_one_does(tmp_path, monkeypatch):
+    """The same samples and data, in batches of other sizes, whose rounding is other: to 1e-4. One of the three has none
+    of the two held-out items."""
     train(config(tmp_path / "run", max_train_steps=3, **{**SMALL, "num_samples": 4}))
-    values = []
-    for processes in (1, 2):
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-        done = run_program(
-            *launcher, EVALUATE, "--pipeline=run/pipeline", "--data=digits", "--feature_network=pixels",
-            "--num_samples=31", "--holdout=51", f"--output_dir=out{processes}", f"--eval_cache_dir=cache{processes}",
-            cwd=tmp_path, ACCELERATE_USE_CPU="1",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        records = json.loads((tmp_path / f"out{processes}" / "evaluation.json").read_text())
-        values.append({record["metric"]: record["value"] for record in records})
-    assert values[0].keys() == values[1].keys() and len(values[0]) == 4 + 11
-    np.testing.assert_allclose(list(values[0].values()), list(values[1].values()), rtol=1e-4)
+    options = [
+        "--pipeline=run/pipeline",
+        "--data=digits",
+        "--feature_network=pixels",
+        "--num_samples=31",
+        "--holdout=2",
+    ]
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_script.main([*options, "--output_dir=out1", "--eval_cache_dir=cache1"]) == 0
+    done = run_program(
+        "-m", "torch.distributed.run", "--nproc_per_node=3", "--standalone", EVALUATE, *options, "--output_dir=out3",
+        "--eval_cache_dir=cache3", cwd=tmp_path, ACCELERATE_USE_CPU="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = [json.loads((tmp_path / out / "evaluation.json").read_text()) for out in ("out1", "out3")]
+    one, three = ({record["metric"]: record["value"] for record in each} for each in records)
+    assert one.keys() == three.keys() and len(one) == 4 + 12
+    np.testing.assert_allclose(list(one.values()), list(three.values()), rtol=1e-4)

@@ -24,7 +24,7 @@ from ddpm_hf.card import write_card
 from ddpm_hf.checkpoint import write_text
 from ddpm_hf.config import BUNDLED
 from ddpm_hf.data import build_dataset
-from ddpm_hf.evaluation import EvalSettings, Evaluator
+from ddpm_hf.evaluation import HELD_OUT, EvalSettings, Evaluator
 from ddpm_hf.figures import save_steps_plot
 from ddpm_hf.hub import load_pipeline
 from ddpm_hf.memory import keep_freed_memory
@@ -127,7 +127,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     held_out = None
     if config.holdout:
         dataset, held_out = hold_out(dataset, config.holdout, config.seed)
-    elif "held_out_loss" in (config.metrics or ()):
+    elif set(HELD_OUT) & set(config.metrics or ()):
         held_out = dataset
     if held_out is not None and not isinstance(own, GaussianScheduler):
         raise ValueError(f"the held-out loss needs a pipeline with a GaussianScheduler, got {type(own).__name__}")
@@ -152,7 +152,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         accelerator.print(f"{n} steps:\n{evaluator.describe(values)}", flush=True)
         records += evaluator.records(values, pipeline, n, data=without_folders(config.data), split=config.dataset_split)
         # it does not depend on the number of sampling steps
-        evaluator.metrics = [metric for metric in evaluator.metrics if metric != "held_out_loss"] or evaluator.metrics
+        evaluator.metrics = [metric for metric in evaluator.metrics if metric not in HELD_OUT] or evaluator.metrics
     if accelerator.is_main_process:
         save(records, earlier, steps, config, folder)
     accelerator.end_training()
