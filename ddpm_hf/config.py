@@ -210,7 +210,11 @@ class TrainConfig:
     num_samples: int = _option(25, "Samples in a picture.")
     ddpm_num_inference_steps: int = _option(50, "Sampling steps, of the pictures and as the saved pipeline's default.")
     eval_batch_size: int = _option(64, "Samples generated at once, per process.")
-    holdout: int = _option(0, "Items kept out of training, drawn by the seed, for the held-out loss.")
+    holdout: int = _option(
+        0, "Items kept out of training, drawn by the seed, for the held-out loss. Of windows: those of whole "
+        "sequences, or of stretches of a single one; what is nearer to those than a window's length is left out of "
+        "training too."
+    )  # fmt: skip
     eval_steps: int = _option(0, "Steps between evaluations; the last step then always has one. 0: none.")
     eval_metrics: list[str] | None = _option(
         None, "Images: fid, kid, memorization, held_out_loss, held_out_weighted_loss; sequences: frechet, "

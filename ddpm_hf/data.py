@@ -279,7 +279,9 @@ def fingerprint(dataset, shape: tuple) -> dict:
         for index in np.linspace(0, len(dataset) - 1, min(16, len(dataset))).astype(int):
             with contextlib.suppress(BadImageError):
                 digest.update(dataset[int(index)].numpy().tobytes())
-        digest.update(repr((getattr(dataset, "data_shift", None), getattr(dataset, "data_scale", None))).encode())
+        shift, scale = getattr(dataset, "data_shift", None), getattr(dataset, "data_scale", None)
+        # version 0.2.0 gave channels that never change the scale 1; its runs can be resumed
+        digest.update(repr((shift, scale and [value or 1.0 for value in scale])).encode())
     return {"items": len(dataset), "shape": list(shape), "digest": digest.hexdigest()}
 
 
@@ -336,7 +338,10 @@ def _sequences(config, array, name: str) -> SequenceDataset:
     """Windows where a stride is given; else whole sequences, or their first `sequence_length` samples."""
     length = config.sequence_length
     if length is not None and len(array.shape) >= 1 and array.shape[-1] < length:
-        raise ValueError(f"sequence_length must be at most the data's length {array.shape[-1]}, got {length}")
+        # the rows of a table may as well be points in time
+        long = len(array.shape) == 2 and array.shape[0] >= length and config.stride is None
+        way_out = f"; to cut windows of {length} from a table whose rows are points in time: --stride" if long else ""
+        raise ValueError(f"sequence_length must be at most the data's length {array.shape[-1]}, got {length}{way_out}")
     if config.stride is not None:
         return SequenceDataset(array, name, config.sequence_norm, length, config.stride)
     # a single window at the start: a stride of the whole leaves no room for a second

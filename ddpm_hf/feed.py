@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ddpm_hf.data import build_dataset, fingerprint
-from ddpm_hf.stream import StreamSampler, TrainingView, collate, hold_out, underlying
+from ddpm_hf.sequences import SequenceDataset
+from ddpm_hf.stream import StreamSampler, TrainingView, collate, hold_out, split_record, underlying
 from ddpm_hf.streaming import ImageStream, StreamingSampler, StreamingView, check_state, probe
 
 
@@ -19,6 +20,8 @@ class StoredFeed:
         units: the data set that knows the scaling of sequences.
         items: how many training sees; None where that is not known.
         shape: of an item, (C, *spatial).
+        split: what an evaluation needs to hold out the same items (see `split_record`), or None.
+        notes: what is to be said of the data at the start, in lines.
 
     Raises:
         ValueError: not map-style, empty, or a first item that cannot be had.
@@ -29,14 +32,29 @@ class StoredFeed:
             raise ValueError(f"dataset must be map-style (len and indexing), got {type(dataset).__name__}")
         if len(dataset) == 0:
             raise ValueError("the data is empty: at least one item is needed")
-        self.config, self.dataset, self.held_out = config, dataset, None
+        self.config, self.dataset, self.held_out, self.split = config, dataset, None, None
         if config.holdout:
             self.dataset, self.held_out = hold_out(dataset, config.holdout, config.seed)
-        self.units, self.items = underlying(dataset), len(self.dataset)
+            self.split = split_record(self.held_out)
+        self.units, self.items = underlying(self.dataset), len(self.dataset)
         first = collate([self._view()[0, 0]])
         if first.error:
             raise ValueError(first.error)
         self.shape = tuple(first.x0.shape[1:])
+        self.notes = self._notes()
+
+    def _notes(self) -> list[str]:
+        notes, held = [], self.held_out
+        if held is not None:
+            where = underlying(held)
+            of = f", in {where.extent()}" if isinstance(where, SequenceDataset) else ""
+            notes.append(f"held out: {len(held):,} items{of}")
+        if isinstance(self.units, SequenceDataset):
+            notes += [
+                f"channel {channel} of {self.units.name} never changes: samples will have its value, {value:g}"
+                for channel, value in self.units.constants().items()
+            ]
+        return notes
 
     def _view(self) -> TrainingView:
         return TrainingView(self.dataset, self.config.seed, self.config.on_bad_image)
@@ -67,7 +85,8 @@ class StoredFeed:
 class StreamedFeed:
     """An `ImageStream`; the attributes and methods are those of `StoredFeed`."""
 
-    held_out = None
+    held_out = split = None
+    notes: tuple = ()
 
     def __init__(self, stream: ImageStream, config):
         self.config, self.dataset, self.units = config, stream, stream

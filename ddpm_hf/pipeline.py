@@ -608,7 +608,8 @@ class DDPMPipeline1D(_SamplingPipeline):
         unet: `UNet1D`.
         scheduler: `GaussianScheduler`, or a stock scheduler.
         num_inference_steps: steps where a call gives none; None: every training step.
-        data_shift, data_scale: per channel, data = x * scale + shift for the model's x in [-1, 1]; None: x itself.
+        data_shift, data_scale: per channel, data = x * scale + shift for the model's x in [-1, 1]; None: x itself. A
+            channel with the scale 0 is the constant `shift`, and its x is 0.
         log_snr_spacing: as `use_fast_sampler` sets it.
     """
 
@@ -630,8 +631,8 @@ class DDPMPipeline1D(_SamplingPipeline):
         for name, values in (("data_shift", data_shift), ("data_scale", data_scale)):
             if values is not None and (len(values) != channels or not np.isfinite(values).all()):
                 raise ValueError(f"{name} must be one finite number per channel ({channels}), got {values}")
-        if data_scale is not None and not all(scale > 0 for scale in data_scale):
-            raise ValueError(f"data_scale must be greater than 0, got {data_scale}")
+        if data_scale is not None and not all(scale >= 0 for scale in data_scale):
+            raise ValueError(f"data_scale must be at least 0 (0: a channel that never changes), got {data_scale}")
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(
             num_inference_steps=num_inference_steps,
@@ -687,12 +688,15 @@ class DDPMPipeline1D(_SamplingPipeline):
         if x.ndim != 3 or len(x) == 0 or x.shape[1] != self._channels() or not torch.isfinite(x).all():
             raise ValueError(f"{name} must be finite, (B, {self._channels()}, length); got the shape {tuple(x.shape)}")
         scale, shift = self._affine()
-        return ((x - shift) / scale).to(self._execution_device, self.unet.dtype)
+        x = torch.where(scale > 0, x - shift, 0.0) / torch.where(scale > 0, scale, 1.0)
+        return x.to(self._execution_device, self.unet.dtype)
 
     def _decode(self, x: Tensor, output_type: str):
         """(B, C, length) of the model -> in the data's units; float64 where float32 has too few digits for them."""
         scale, shift = self._affine()
-        narrow = (scale > 1e-4 * shift.abs()).all() and (scale + shift.abs()).max() < 1e37 and scale.min() > 1e-37
+        constant = (scale == 0) & (shift.float() == shift)
+        wide_enough = (scale > 1e-4 * shift.abs()) & (scale > 1e-37)
+        narrow = (constant | wide_enough).all() and (scale + shift.abs()).max() < 1e37
         exact = x.cpu().double() * scale + shift
         out = exact.to(torch.promote_types(x.dtype, torch.float32)) if narrow else exact
         return out.to(x.device) if output_type == "pt" else out.numpy()

@@ -1,8 +1,10 @@
 """Sequences from arrays and tables: scaled by channel in one pass over the data, cut into windows where asked.
 
+What is held out of training shares no data with the rest, and the scaling is that of the rest (a second pass).
 Arrays are read in parts and indexed lazily, so a memory-mapped file may be larger than the memory.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from ddpm_hf.seeding import Stream, derive_seed
 
 NORMS = ("minmax", "meanstd")
 FILE_ENDINGS = (".npy", ".npz", ".csv", ".parquet")
@@ -29,8 +33,11 @@ class SequenceDataset(Dataset):
             then also be one-dimensional. None: whole sequences.
 
     Attributes:
-        data_shift, data_scale: per channel, data = x * scale + shift for the x that items are.
+        data_shift, data_scale: per channel, data = x * scale + shift for the x that items are; a channel that never
+            changes has the scale 0, and its x is 0.
         data_range: largest |x|: 1 for "minmax" (up to rounding), measured for "meanstd".
+        rows, ranges: the sequences and the (first, last + 1) windows of each that items are of; all, but in the parts
+            that `hold_out` makes.
 
     Raises:
         ValueError: another number of dimensions, no sequences, not numbers, NaN or infinity (the rows are named), or
@@ -63,18 +70,43 @@ class SequenceDataset(Dataset):
         if self.length > array.shape[2]:
             raise ValueError(f"{name} must have at least {self.length} samples a sequence, got {array.shape[2]}")
         self.windows = (array.shape[2] - self.length) // self.stride + 1 if stride else 1
-        self._measure(norm)
+        self.norm, self.rows, self.ranges = norm, range(array.shape[0]), [(0, self.windows)]
+        self._scale()
 
-    def _measure(self, norm: str) -> None:
-        """Range, mean and deviation of each channel in one pass (moments joined as Chan, Golub, LeVeque 1983)."""
+    def _scale(self) -> None:
+        """Take the scaling from the items of this data set."""
+        low, high, mean, deviation = self._measure()
+        spread = (high - low) / 2 if self.norm == "minmax" else deviation
+        # the mean of equal numbers is off by rounding
+        shift = np.where(high > low, (high + low) / 2 if self.norm == "minmax" else mean, low)
+        scale = np.where(high > low, np.where(spread > 0, spread, 1.0), 0.0)
+        self.data_shift, self.data_scale = shift.tolist(), scale.tolist()
+        self.data_range = 1.0 if self.norm == "minmax" else self._largest(low, high)
+
+    def _largest(self, low: np.ndarray, high: np.ndarray) -> float:
+        """The largest |x| of channels between `low` and `high`."""
+        x = [self.scaled(limit[:, None]) for limit in (low, high)]
+        return float(np.abs(x).max()) or 1.0
+
+    def scaled(self, part: np.ndarray) -> np.ndarray:
+        """Data (C, samples) -> x, float64."""
+        shift, scale = (np.array(values)[:, None] for values in (self.data_shift, self.data_scale))
+        return np.where(scale > 0, part - shift, 0.0) / np.where(scale > 0, scale, 1.0)
+
+    def constants(self) -> dict[int, float]:
+        """The channels that never change, with their values."""
+        return {channel: self.data_shift[channel] for channel, scale in enumerate(self.data_scale) if scale == 0}
+
+    def _measure(self) -> tuple:
+        """Low, high, mean and deviation of each channel in one pass (moments joined as Chan, Golub, LeVeque 1983)."""
         channels = self.array.shape[1]
         low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
         count, mean, squares = 0, np.zeros(channels), np.zeros(channels)
         bad: set[int] = set()
-        for first, part in self._parts():
-            rows = np.flatnonzero(~np.isfinite(part).all(axis=(1, 2)))
-            bad.update(first + int(row) for row in rows)
-            if len(rows):
+        for rows, part in self._parts():
+            wrong = ~np.isfinite(part).all(axis=(1, 2))
+            bad.update(rows[wrong].tolist())
+            if wrong.any():
                 continue
             low, high = np.minimum(low, part.min(axis=(0, 2))), np.maximum(high, part.max(axis=(0, 2)))
             n, part_mean = part.shape[0] * part.shape[2], part.mean(axis=(0, 2))
@@ -85,39 +117,143 @@ class SequenceDataset(Dataset):
             listed = sorted(bad)
             more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
             raise ValueError(f"{self.name} has NaN or infinity in rows {', '.join(map(str, listed[:10]))}{more}")
-        # A channel that never changes is mapped to 0: there the mean of equal numbers is off by rounding.
-        middle = (high + low) / 2
-        spread = (high - low) / 2 if norm == "minmax" else np.sqrt(squares / count)
-        shift = np.where(high > low, middle if norm == "minmax" else mean, low)
-        scale = np.where((high > low) & (spread > 0), spread, 1.0)
-        self.data_shift, self.data_scale = shift.tolist(), scale.tolist()
-        self.data_range = 1.0
-        if norm == "meanstd":
-            self.data_range = float((np.maximum(high - shift, shift - low) / scale).max()) or 1.0
+        return low, high, mean, np.sqrt(squares / count)
 
-    def _parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the first sequence, float64 (n, C, samples)) over all that windows can reach."""
+    def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(numbers of n sequences, float64 (n, C, samples)) over all that the windows can reach."""
         count, channels, _ = self.array.shape
-        reached = (self.windows - 1) * self.stride + self.length
-        rows = max(1, PART // (channels * reached))
-        samples = reached if rows > 1 else max(1, PART // channels)
-        for row in range(0, count, rows):
-            for start in range(0, reached, samples):
-                part = self.array[row : row + rows][:, :, start : min(start + samples, reached)]
-                yield row, np.asarray(part, dtype=np.float64)
+        reached = [(a * self.stride, (b - 1) * self.stride + self.length) for a, b in self.ranges]
+        longest = max(stop - start for start, stop in reached)
+        rows = max(1, PART // (channels * longest))
+        samples = longest if rows > 1 else max(1, PART // channels)
+        for first in range(0, count, rows):
+            own = np.arange(first, min(first + rows, count))
+            if not isinstance(self.rows, range):  # a part of them
+                own = self.rows[slice(*np.searchsorted(self.rows, (first, first + rows)))]
+            if not len(own):
+                continue
+            among = slice(None) if len(own) == own[-1] + 1 - own[0] else own - own[0]
+            for start, stop in reached:
+                for sample in range(start, stop, samples):
+                    part = self.array[own[0] : own[-1] + 1][:, :, sample : min(sample + samples, stop)]
+                    yield own, np.asarray(part[among], dtype=np.float64)
 
     def __len__(self) -> int:
-        return self.array.shape[0] * self.windows
+        return len(self.rows) * sum(b - a for a, b in self.ranges)
 
     def __getitem__(self, index: int) -> Tensor:
         """Float32 (C, length), scaled."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} sequences")
-        row, window = divmod(int(index) % len(self), self.windows)
+        row, window = self.place(int(index) % len(self))
         start = window * self.stride
         part = np.asarray(self.array[row : row + 1][0, :, start : start + self.length], dtype=np.float64)
-        scaled = (part - np.array(self.data_shift)[:, None]) / np.array(self.data_scale)[:, None]
-        return torch.from_numpy(scaled.astype(np.float32))
+        return torch.from_numpy(self.scaled(part).astype(np.float32))
+
+    def place(self, index: int) -> tuple[int, int]:
+        """(number of the sequence in the array, number of the window in it) of an item."""
+        row, window = divmod(index, sum(b - a for a, b in self.ranges))
+        for first, stop in self.ranges:
+            if window < stop - first:
+                break
+            window -= stop - first
+        return int(self.rows[row]), first + window
+
+    def hold_out(self, count: int, seed: int) -> tuple["SequenceDataset", "SequenceDataset"]:
+        """Split into (a part to train on, a part of at least `count` items that shares no data with it).
+
+        Whole sequences are held out, with all their windows, where there are several. Of a single one stretches are,
+        and a window's length before and after each of them is left out of both parts. Both are scaled as the
+        first one needs.
+
+        Raises:
+            ValueError: nothing would be left to train on, or the array's rows overlap each other.
+        """
+        total = self.array.shape[0]
+        if total == 1:
+            held = held_out_stretches(self.windows, self.length, self.stride, count, seed, self.name)
+            apart = _apart(held, self.windows, self.length, self.stride)
+            parts = self._part(self.rows, apart), self._part(self.rows, held)
+        else:
+            if isinstance(self.array, np.ndarray) and np.shares_memory(self.array[0], self.array[1]):
+                raise ValueError(
+                    f"the rows of {self.name} overlap in memory, as those of a sliding window: what is held out would "
+                    "be trained on. Give the recording itself, with the length and stride of its windows"
+                )
+            number = -(-count // self.windows)
+            if number >= total:
+                raise ValueError(
+                    f"holdout takes whole sequences of {self.name}, {total} of {self.windows} windows each, and must "
+                    f"leave one to train on: at most {(total - 1) * self.windows}, got {count}"
+                )
+            order = np.random.default_rng(derive_seed(seed, Stream.HOLDOUT)).permutation(total)
+            parts = self._part(np.sort(order[number:]), self.ranges), self._part(np.sort(order[:number]), self.ranges)
+        rest, held = parts
+        rest._scale()
+        held.data_shift, held.data_scale = rest.data_shift, rest.data_scale
+        held.data_range = held._largest(*held._measure()[:2])
+        return parts
+
+    def extent(self) -> str:
+        """The sequences, or stretches of the one, that items are of, in words."""
+        total = self.array.shape[0]
+        if total > 1:
+            return f"{len(self.rows):,} of the {total:,} sequences of {self.name}"
+        stretches = f"{len(self.ranges):,} stretch{'es' if len(self.ranges) > 1 else ''} of {self.name}"
+        return f"{stretches} (and the length of a window before and after is left out of training)"
+
+    def _part(self, rows: np.ndarray, ranges: list[tuple[int, int]]) -> "SequenceDataset":
+        part = copy.copy(self)
+        part.rows, part.ranges = rows, ranges
+        return part
+
+
+def held_out_stretches(
+    windows: int, length: int, stride: int, count: int, seed: int, name: str = "the recording"
+) -> list[tuple[int, int]]:
+    """The (first, last + 1) windows of stretches of a recording, `count` windows in all, drawn by `seed`.
+
+    There is one for every forty window lengths that are left, at most, so that the gaps take a tenth of the recording.
+    Of a short recording it is a single one, at the start or the end, where only one gap is lost.
+
+    Raises:
+        ValueError: no window would be left to train on.
+    """
+    reach = _reach(length, stride)
+    left = windows - count - reach
+    if left < 1:
+        most = windows - reach - 1
+        raise ValueError(
+            f"holdout must leave windows to train on that are a window's length apart from what is held out: of the "
+            f"{windows} windows of {name} at most {max(most, 0)} can be held out, got {count}"
+        )
+    rng = np.random.default_rng(derive_seed(seed, Stream.HOLDOUT))
+    number = max(1, min(count, (windows - count) // max(2, -(-40 * length // stride))))
+    if number == 1 and left - reach < 0.9 * left:
+        first = int(rng.integers(2)) * (windows - count)
+        return [(first, first + count)]
+    held = []
+    for i in range(number):
+        size = (i + 1) * count // number - i * count // number
+        start, stop = i * windows // number, (i + 1) * windows // number
+        first = int(rng.integers(start, stop - size + 1))
+        held.append((first, first + size))
+    return held
+
+
+def _reach(length: int, stride: int) -> int:
+    """Windows on each side of one that begin less than two lengths from it: those without a gap of one length."""
+    return -(-2 * length // stride) - 1
+
+
+def _apart(held: list[tuple[int, int]], windows: int, length: int, stride: int) -> list[tuple[int, int]]:
+    """The ranges of windows that are a window's length or more apart from all that are held out."""
+    reach, ranges, start = _reach(length, stride), [], 0
+    for first, stop in [*held, (windows + reach, windows)]:
+        if first - reach > start:
+            ranges.append((start, first - reach))
+        start = max(start, stop + reach)
+    return ranges
 
 
 def ecg(length: int = 256, stride: int = 2, norm: str = "minmax") -> SequenceDataset:

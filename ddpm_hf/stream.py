@@ -4,6 +4,7 @@ The order is an endless stream of (epoch, index) keys that follows from the seed
 in it, on any number of processes.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ddpm_hf.data import BadImageError, ImageDataset, from_8bit, to_tensor
 from ddpm_hf.seeding import Stream, derive_seed
+from ddpm_hf.sequences import SequenceDataset
 
 Key = tuple[int, int]  # (epoch, index)
 
@@ -85,16 +87,36 @@ class Part(Dataset):
         return self.dataset[int(self.indices[index])]
 
 
-def hold_out(dataset, count: int, seed: int) -> tuple[Part, Part]:
-    """(the rest, `count` items drawn by `seed` for evaluation), each in the order of the data.
+def hold_out(dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Split into (what is left to train on, `count` items drawn by `seed`), each in the order of the data.
+
+    Items of a `SequenceDataset` may overlap, so it makes the parts itself, and scales both by the first.
 
     Raises:
         ValueError: nothing would be left to train on.
     """
     if not 1 <= count < len(dataset):
         raise ValueError(f"holdout must be at least 0 and less than the {len(dataset)} items of the data, got {count}")
+    if isinstance(dataset, SequenceDataset):
+        rest, held = dataset.hold_out(count, seed)
+        if len(held) > count:  # of whole recordings
+            chosen = np.random.default_rng(derive_seed(seed, Stream.HOLDOUT, 1)).permutation(len(held))[:count]
+            held = Part(held, np.sort(chosen))
+        return rest, held
     order = np.random.default_rng(derive_seed(seed, Stream.HOLDOUT)).permutation(len(dataset))
     return Part(dataset, np.sort(order[count:])), Part(dataset, np.sort(order[:count]))
+
+
+def split_record(held_out: Dataset) -> dict:
+    """What tells the items held out from others of the same data: their number, and a digest of their places."""
+    digest, part = hashlib.sha256(), held_out
+    while isinstance(part, Part):
+        digest.update(part.indices.tobytes())
+        part = part.dataset
+    digest.update(str(len(part)).encode())
+    if isinstance(part, SequenceDataset):
+        digest.update(repr((list(map(int, part.rows)), part.ranges, part.length, part.stride)).encode())
+    return {"items": len(held_out), "digest": digest.hexdigest()}
 
 
 def load_item(dataset, index: int, rng: np.random.Generator | None = None, raw: bool = False) -> Tensor:

@@ -85,7 +85,8 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.feed = make_feed(config, dataset)
         self.shape = self.feed.shape
-        self.record = RunRecord(config, data_facts(config, dataset, self.feed.items, self.shape), command)
+        facts = data_facts(config, dataset, self.feed.items, self.shape)
+        self.record = RunRecord(config, {**facts, "held_out": self.feed.split}, command)
         torch.manual_seed(derive_seed(config.seed, Stream.WEIGHTS))
         self.scheduler = GaussianScheduler(
             num_train_timesteps=config.ddpm_num_steps,
@@ -137,7 +138,8 @@ class Trainer:
             f"{self.config.to_yaml()}"
             f"model: {self.model_name}, {parameters:,} parameters\n"
             f"data: {'streamed' if self.feed.items is None else f'{self.feed.items:,}'} items of shape {self.shape}"
-            f"{f'{chr(10)}warning: {warning}' if warning else ''}"
+            + "".join(f"\n{note}" for note in self.feed.notes)
+            + f"{f'{chr(10)}warning: {warning}' if warning else ''}"
         )
 
     def _check_folder(self) -> bool:

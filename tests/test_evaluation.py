@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, tra
 from ddpm_hf.data import ImageDataset, digits
 from ddpm_hf.evaluation import EvalSettings, Evaluator
 from ddpm_hf.features import FeatureNetwork
+from ddpm_hf.feed import make_feed
 from ddpm_hf.metrics import too_close
 from ddpm_hf.seeding import Stream, generator_seeds
 from ddpm_hf.sequences import SequenceDataset
 from ddpm_hf.sources import ImageColumn
-from ddpm_hf.stream import Part, hold_out
+from ddpm_hf.stream import Part, hold_out, split_record
 
 EVALUATE = ROOT / "training" / "evaluate.py"
 evaluate_script = load_program("evaluate")
@@ -447,11 +449,42 @@ def test_results_of_something_else_are_left(sequences, tmp_path, capsys):
     assert "is left as it is" in capsys.readouterr().err and (tmp_path / "evaluation.json").read_text() == "mine"
 
 
+def test_the_program_holds_out_what_the_run_did(tmp_path, capsys):
+    """Count, seed and stride are those that the pipeline's training.json says, whatever the seed of the samples."""
+    table = str(tmp_path / "long.csv")
+    np.savetxt(table, np.random.default_rng(0).normal(size=(300, 3)), delimiter=",")
+    options = {"dataset_name": None, "train_data_file": table, "sequence_length": 16, "stride": 2, "max_train_steps": 2}
+    run = config(tmp_path / "run", holdout=10, seed=3, **options)
+    train(run)
+    pipeline = tmp_path / "run" / "pipeline"
+    command = [f"--pipeline={pipeline}", f"--data={table}", "--seed=7", "--num_samples=8", "--num_inference_steps=2"]
+    assert evaluate_script.main(command) == 0
+    records = {r["metric"]: r for r in json.loads((pipeline / "evaluation.json").read_text())}
+    feed = make_feed(run)
+    assert records["held_out_loss"]["num_held_out"] == 10 and records["frechet"]["num_real"] == feed.items == 118
+    assert json.loads((pipeline / "training.json").read_text())["data"]["held_out"] == split_record(feed.held_out)
+    capsys.readouterr()
+    for option, message in (
+        ("--holdout=11", "must be that of the pipeline's run, 10, or 0"),
+        ("--stride=1", "is not as it was in training"),
+        ("--stride=8", "is not as it was in training"),
+    ):
+        assert evaluate_script.main([*command, option]) == 2
+        assert message in capsys.readouterr().err
+    assert evaluate_script.main([*command, "--holdout=0", "--metrics=held_out_loss"]) == 0
+    # another name is other data; so long a table has no sequences of its columns
+    other = shutil.copy(table, tmp_path / "other.csv")
+    command[1] = f"--data={other}"
+    assert evaluate_script.main(command) == 2
+    assert "to cut windows of 16 from a table whose rows are points in time: --stride" in capsys.readouterr().err
+    assert evaluate_script.main([*command, "--stride=2", "--metrics=frechet"]) == 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over processes is tested on Linux")
 def test_three_processes_measure_what_one_does(tmp_path, monkeypatch):
     """The same samples and data, in batches of other sizes, whose rounding is other: to 1e-4. One of the three has none
     of the two held-out items."""
-    train(config(tmp_path / "run", max_train_steps=3, **{**SMALL, "num_samples": 4}))
+    train(config(tmp_path / "run", max_train_steps=3, holdout=2, **{**SMALL, "num_samples": 4}))
     options = [
         "--pipeline=run/pipeline",
         "--data=digits",

@@ -316,7 +316,7 @@ def test_bad_parts():
         images(5)(1)
     assert images(5)(1, output_type="np").images.shape == (1, 8, 8, 5)
     with pytest.raises(ValueError, match="data_scale"):
-        sequences(data_scale=[1.0, 0.0])
+        sequences(data_scale=[1.0, -1.0])
     with pytest.raises(ValueError, match="data_shift"):
         sequences(data_shift=[1.0])
     with pytest.raises(ValueError, match="num_inference_steps"):

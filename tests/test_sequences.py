@@ -1,14 +1,20 @@
 """Sequences: scaling in one pass, windows, and each format of file with what can be wrong in it."""
 
+import itertools
+import json
+
 import datasets
 import numpy as np
 import pytest
 import torch
+from test_trainer import config
 
-from ddpm_hf import sequences
-from ddpm_hf.config import TrainConfig
+from ddpm_hf import DDPMPipeline1D, TrainConfig, sequences
 from ddpm_hf.data import build_dataset
+from ddpm_hf.feed import make_feed
 from ddpm_hf.sequences import SequenceDataset, read_sequences
+from ddpm_hf.stream import hold_out, load_item, split_record, underlying
+from ddpm_hf.trainer import Trainer
 
 
 def test_sequences_are_scaled_by_channel_and_back(tmp_path):
@@ -64,7 +70,7 @@ def test_mean_and_deviation_in_one_pass(monkeypatch):
         np.testing.assert_allclose(data.data_shift, array.mean(axis=(0, 2)), rtol=1e-12)
         np.testing.assert_allclose(data.data_scale[:2], array.std(axis=(0, 2))[:2], rtol=1e-7)
         x = torch.stack(list(data))
-        assert data.data_scale[2] == 1 and (x[:, 2] == 0).all()
+        assert data.data_scale[2] == 0 and (x[:, 2] == 0).all()
         assert data.data_range == pytest.approx(x.abs().max().item(), rel=1e-6)
     with pytest.raises(ValueError, match="minmax, meanstd, got 'max'"):
         SequenceDataset(array, norm="max")
@@ -84,6 +90,96 @@ def test_windows_are_slices():
         SequenceDataset(array, length=4)
     with pytest.raises(ValueError, match="stride needs sequence_length.*stride 2"):
         TrainConfig(train_data_file="x.npy", stride=2)
+
+
+def points(part):
+    """The values of each item, in the data's units: where each point has its own, the points that it is of."""
+    scale, shift = underlying(part).data_scale[0], underlying(part).data_shift[0]
+    return [tuple((part[i][0].double() * scale + shift).round().int().tolist()) for i in range(len(part))]
+
+
+@pytest.mark.parametrize(
+    ("count", "samples", "length", "stride", "held"),
+    [
+        (1, 1024, 256, 2, 10), (1, 1024, 256, 2, 129), (1, 1200, 8, 1, 7), (1, 1200, 8, 1, 300), (1, 100, 4, 3, 5),
+        (1, 100, 4, 6, 5), (1, 80, 1, 10, 3), (1, 100, 10, 10, 6), (9, 50, 10, 3, 5), (9, 50, 10, 3, 40),
+        (30, 6, 6, 1, 4),
+    ],
+)  # fmt: skip
+def test_no_point_of_a_held_out_window_is_trained_on(count, samples, length, stride, held):
+    """Nor, of a single recording, any point that is nearer than a window's length to it."""
+    array = np.arange(count * samples, dtype=float).reshape(count, samples)
+    data = SequenceDataset(array, length=length, stride=stride)
+    windows = set(points(data))
+    for seed in range(2):
+        rest, test = hold_out(data, held, seed)
+        assert len(set(points(test))) == len(test) == held and len(set(points(rest))) == len(rest) >= 1
+        assert windows.issuperset(points(rest)) and windows.issuperset(points(test))
+        trained, tested = (np.array(sorted({p for item in points(part) for p in item})) for part in (rest, test))
+        distance = np.abs(trained[:, None] - tested).min()
+        assert distance >= 1 if count > 1 else distance > length
+        assert rest.data_scale == [(trained[-1] - trained[0]) / 2] and rest.data_shift == [trained[[0, -1]].mean()]
+    seeds = {split_record(hold_out(data, held, seed)[1])["digest"] for seed in range(8)}
+    assert len(seeds) > 1 and split_record(test) == split_record(hold_out(data, held, seed)[1])
+
+
+def test_what_cannot_be_held_out():
+    data = SequenceDataset(np.arange(1024.0), length=256, stride=2)
+    with pytest.raises(ValueError, match="of the 385 windows of the array at most 129 can be held out, got 130"):
+        hold_out(data, 130, 0)
+    data = SequenceDataset(np.random.default_rng(0).normal(size=(3, 20)), length=5, stride=1)
+    with pytest.raises(ValueError, match="3 of 16 windows each.* at most 32, got 33"):
+        hold_out(data, 33, 0)
+    sliding = np.lib.stride_tricks.sliding_window_view(np.arange(50.0), 10)
+    with pytest.raises(ValueError, match="overlap in memory.*Give the recording itself"):
+        hold_out(SequenceDataset(sliding), 3, 0)
+    assert len(hold_out(SequenceDataset(sliding.copy(order="F")), 3, 0)[0]) == 38
+
+
+def test_the_scale_is_of_the_training_part(tmp_path, monkeypatch):
+    """Held-out values far outside of it change neither scale nor range, and are scaled like the others; as stored in
+    files and tables, of whole sequences and of windows, in parts of any size."""
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=(40, 2, 12))
+    held = hold_out(SequenceDataset(array), 5, seed=3)[1].rows
+    array[held[2], 1, 4] = 1e4
+    np.save(tmp_path / "x.npy", array)
+    lists = {name: array[:, channel].tolist() for channel, name in enumerate("ab")}
+    datasets.Dataset.from_dict(lists).to_parquet(str(tmp_path / "x.parquet"))
+    for name, part in (("x.npy", 1 << 22), ("x.npy", 50), ("x.parquet", 200)):
+        monkeypatch.setattr(sequences, "PART", part)
+        for norm, windows in itertools.product(("minmax", "meanstd"), ({}, {"sequence_length": 12, "stride": 1})):
+            options = {"train_data_file": str(tmp_path / name), "sequence_norm": norm, **windows}
+            feed = make_feed(TrainConfig(holdout=5, seed=3, **options))
+            alone = SequenceDataset(np.delete(array, held, axis=0), norm=norm)
+            np.testing.assert_allclose(feed.units.data_scale, alone.data_scale, rtol=1e-12)
+            np.testing.assert_allclose(feed.units.data_shift, alone.data_shift, rtol=1e-9, atol=1e-12)
+            assert feed.units.data_range == pytest.approx(alone.data_range) and feed.items == 35
+            outlier = load_item(feed.held_out, 2)[1, 4]  # evaluation reads it
+            assert outlier == pytest.approx((1e4 - alone.data_shift[1]) / alone.data_scale[1])
+            assert feed.notes == [f"held out: 5 items, in 5 of the 40 sequences of {tmp_path / name}"]
+
+
+def test_a_constant_channel_is_named_and_comes_back(tmp_path):
+    array = np.random.default_rng(0).normal(size=(16, 3, 16))
+    array[:, 1], array[:, 2] = 3.0, 0.1
+    np.save(tmp_path / "x.npy", array)
+    options = {
+        "dataset_name": None, "train_data_file": str(tmp_path / "x.npy"), "max_train_steps": 2, "learning_rate": 0.1,
+        "holdout": 3, "eval_steps": 2, "eval_num_samples": 4, "ddpm_num_inference_steps": 2,
+    }  # fmt: skip
+    trainer = Trainer(config(tmp_path / "run", **options))
+    told = trainer.describe().splitlines()[-2:]
+    assert [line.split(": ")[0].split(" of ")[0] for line in told] == ["channel 1", "channel 2"]
+    assert all(line.endswith(end) for line, end in zip(told, ("its value, 3", "its value, 0.1")))
+    trainer.run()
+    pipe = DDPMPipeline1D.from_pretrained(tmp_path / "run" / "pipeline")
+    samples = pipe(batch_size=4).sequences
+    assert (samples[:, 1] == 3).all() and (samples[:, 2] == 0.1).all() and samples[:, 0].std() > 0
+    values = [r for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "eval/frechet" in r]
+    assert all(np.isfinite(list(values[0].values())))
+    encoded = pipe._encode(array, "the data").numpy()
+    assert (encoded[:, 1:] == 0).all() and np.abs(encoded[:, 0]).max() > 0.5
 
 
 def test_a_file_larger_than_memory_is_not_read(tmp_path):

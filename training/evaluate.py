@@ -11,12 +11,13 @@ several numbers of steps, steps-versus-metric.png shows them.
 import argparse
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import diffusers
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
+from huggingface_hub import hf_hub_download
 from transformers import HfArgumentParser
 
 from ddpm_hf import GaussianScheduler, TrainConfig
@@ -29,7 +30,8 @@ from ddpm_hf.figures import save_steps_plot
 from ddpm_hf.hub import load_pipeline
 from ddpm_hf.memory import keep_freed_memory
 from ddpm_hf.record import without_folders
-from ddpm_hf.stream import hold_out, load_item
+from ddpm_hf.sequences import SequenceDataset
+from ddpm_hf.stream import hold_out, load_item, split_record
 
 
 def _option(default, help: str):
@@ -54,15 +56,18 @@ class EvaluateConfig:
     feature_network: str = _option("inception", "'inception', a TorchScript file, or 'pixels'.")
     feature_resolution: int = _option(299, "Pixels of a TorchScript feature network's input.")
     batch_size: int = _option(64, "Samples generated at once, per process.")
-    seed: int = _option(0, "Of samples, and of what is held out.")
-    holdout: int = _option(
-        0, "Items held out in training with this seed. 0: the held-out loss is of the data as given."
-    )
+    seed: int = _option(0, "Of samples; and of what is held out, where the pipeline does not say it.")
+    holdout: int | None = _option(
+        None, "Items held out in training. Default: those that the pipeline's training.json names, where --data is the "
+        "data of its run. 0: the data as given."
+    )  # fmt: skip
     dataset_config_name: str | None = _option(None, "Configuration of a data set on the Hub.")
     dataset_split: str = _option("train", "Split of a data set of the Hub, or of a folder of tables.")
     image_column: str | None = _option(None, "Column of the images in a table.")
     sequence_columns: list[str] | None = field(default=None, metadata={"help": "Columns of the sequences in a table."})
-    stride: int | None = _option(None, "Compare with windows of the data, every stride-th.")
+    stride: int | None = _option(
+        None, "Compare with windows of the data, every stride-th. Default: as the pipeline's run, for its data."
+    )
     dataloader_num_workers: int = _option(0, "Processes that load data.")
     on_bad_image: str = _option("stop", "A picture that cannot be read: 'stop', or 'skip'.")
     eval_cache_dir: str | None = _option(None, "Where statistics of real images are kept.")
@@ -110,6 +115,51 @@ def real_data(config: EvaluateConfig, pipeline):
     return dataset, shape
 
 
+def run_of(config: EvaluateConfig) -> dict:
+    """What the pipeline's training.json says of its run, if --data is the data that it was trained on; else {}."""
+    folder = Path(config.pipeline)
+    try:
+        file = folder / "training.json" if folder.is_dir() else hf_hub_download(config.pipeline, "training.json")
+        facts = json.loads(Path(file).read_text(encoding="utf-8"))
+        options, name = facts["options"], facts["data"]["name"]
+        same = all(options[key] == getattr(config, key) for key in ("dataset_config_name", "dataset_split"))
+    except (OSError, ValueError, KeyError, TypeError):  # without one, or one of something else
+        return {}
+    return facts if same and name == without_folders(config.data) else {}
+
+
+def split(config: EvaluateConfig, run: dict, dataset) -> tuple:
+    """(the real items, those held out or None), as the run that trained the pipeline split them.
+
+    Raises:
+        ValueError: --holdout says something else than the run, or the data is not the run's any more.
+    """
+    options = run.get("options", {})
+    count, seed = options.get("holdout", 0), options.get("seed", config.seed)
+    asked = config.holdout
+    if run and asked and asked != count:
+        raise ValueError(
+            f"--holdout must be that of the pipeline's run, {count}, or 0 for the data as given: what the run did not "
+            f"hold out it was trained on; got {asked}"
+        )
+    count = (count if run else 0) if asked is None else asked
+    if not count:
+        return dataset, dataset if set(HELD_OUT) & set(config.metrics or ()) else None
+    rest, held_out = hold_out(dataset, count, seed)
+    recorded = run.get("data", {}).get("held_out")
+    if recorded is not None and recorded != split_record(held_out):
+        raise ValueError(
+            f"{config.data} is not as it was in training (items, length or stride), so that others would be held out; "
+            "--holdout 0 takes the data as given"
+        )
+    if run and recorded is None and isinstance(dataset, SequenceDataset) and dataset.windows > 1:
+        raise ValueError(
+            f"the pipeline was trained by ddpm_hf 0.2.0 or earlier, which held out {count} single windows and trained "
+            "on others that overlap them; --holdout 0 takes the data as given"
+        )
+    return rest, held_out
+
+
 def evaluate(config: EvaluateConfig) -> list[dict]:
     """All records of this evaluation, one a metric and number of steps.
 
@@ -123,12 +173,11 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     pipeline, own = load(config)
+    run = run_of(config)
+    if run and config.stride is None:
+        config = replace(config, stride=run["options"].get("stride"))
     dataset, shape = real_data(config, pipeline)
-    held_out = None
-    if config.holdout:
-        dataset, held_out = hold_out(dataset, config.holdout, config.seed)
-    elif set(HELD_OUT) & set(config.metrics or ()):
-        held_out = dataset
+    dataset, held_out = split(config, run, dataset)
     if held_out is not None and not isinstance(own, GaussianScheduler):
         raise ValueError(f"the held-out loss needs a pipeline with a GaussianScheduler, got {type(own).__name__}")
     steps = config.num_inference_steps or [pipeline.config.num_inference_steps or own.config.num_train_timesteps]
