@@ -3,11 +3,15 @@
 Both are a `torch` loader of batches from any step on, and what must be kept to go on from there.
 """
 
+from pathlib import Path
+
 import torch
 from torch.utils.data import DataLoader
 
 from ddpm_hf.data import build_dataset, fingerprint
+from ddpm_hf.mapped import MappedFiles, mapped_files
 from ddpm_hf.sequences import SequenceDataset
+from ddpm_hf.sources import saved_to_disk
 from ddpm_hf.stream import StreamSampler, TrainingView, collate, hold_out, split_record, underlying
 from ddpm_hf.streaming import ImageStream, StreamingSampler, StreamingView, check_state, probe
 
@@ -22,6 +26,7 @@ class StoredFeed:
         shape: of an item, (C, *spatial).
         split: what an evaluation needs to hold out the same items (see `split_record`), or None.
         notes: what is to be said of the data at the start, in lines.
+        files: those that are mapped into memory.
 
     Raises:
         ValueError: not map-style, empty, or a first item that cannot be had.
@@ -33,6 +38,7 @@ class StoredFeed:
         if len(dataset) == 0:
             raise ValueError("the data is empty: at least one item is needed")
         self.config, self.dataset, self.held_out, self.split = config, dataset, None, None
+        self.files = MappedFiles(mapped_files(underlying(dataset)))
         if config.holdout:
             self.dataset, self.held_out = hold_out(dataset, config.holdout, config.seed)
             self.split = split_record(self.held_out)
@@ -42,6 +48,9 @@ class StoredFeed:
             raise ValueError(first.error)
         self.shape = tuple(first.x0.shape[1:])
         self.notes = self._notes()
+        changed = self.files.changed()
+        if changed:
+            raise ValueError(f"the data is written to while it is read: {changed}. Start again when it is whole")
 
     def _notes(self) -> list[str]:
         notes, held = [], self.held_out
@@ -91,6 +100,8 @@ class StreamedFeed:
     def __init__(self, stream: ImageStream, config):
         self.config, self.dataset, self.units = config, stream, stream
         self.items, self.shape = stream.length, probe(stream)
+        folder = Path(config.train_data_dir or config.dataset_name or "")
+        self.files = MappedFiles(sorted(map(str, folder.rglob("*.arrow"))) if saved_to_disk(folder) else [])
 
     def check(self, state: dict) -> None:
         check_state(state)

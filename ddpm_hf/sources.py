@@ -20,7 +20,7 @@ def open_named(name: str, config_name: str | None, split: str, streaming: bool =
     """
     import datasets
 
-    if _saved_to_disk(Path(name)):
+    if saved_to_disk(Path(name)):
         return open_folder(name, split, streaming)
     try:
         return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
@@ -45,7 +45,7 @@ def open_files(builder: str, files: Sequence[str], streaming: bool = False) -> A
 
 def table_folder(folder: str) -> bool:
     """Whether a folder holds tables (saved to disk, parquet, arrow, webdataset tars) rather than pictures."""
-    return _saved_to_disk(Path(folder)) or bool(_table_files(folder))
+    return saved_to_disk(Path(folder)) or bool(_table_files(folder))
 
 
 def open_folder(folder: str, split: str, streaming: bool = False) -> Any:
@@ -57,7 +57,7 @@ def open_folder(folder: str, split: str, streaming: bool = False) -> Any:
     import datasets
 
     root = Path(folder)
-    if _saved_to_disk(root):
+    if saved_to_disk(root):
         try:
             table = datasets.load_from_disk(folder)
         except Exception as error:
@@ -81,7 +81,8 @@ def open_folder(folder: str, split: str, streaming: bool = False) -> Any:
         raise ValueError(f"cannot read the {kinds[0]} files of {folder}, split {split!r}: {_reason(error)}") from error
 
 
-def _saved_to_disk(folder: Path) -> bool:
+def saved_to_disk(folder: Path) -> bool:
+    """Whether the folder was written by `save_to_disk`."""
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )

@@ -412,6 +412,8 @@ class Trainer:
         evaluate = self.evaluator is not None and (last or self.step % c.eval_steps == 0)
         if log or save or sample or evaluate or acc.device.type == "cpu":
             self._look_at_losses()
+        if save or sample or evaluate:
+            self._check_files()
         with self._writing(OSError):
             if log:
                 self._log(bar, global_batch)
@@ -426,6 +428,17 @@ class Trainer:
                 self._save_checkpoint()
             if self.publisher is not None and (c.hub_every_save or last):
                 self.publisher.submit(self.step)
+
+    def _check_files(self) -> None:
+        """Stop before the data is read again, if a mapped file is not as it was: reading one that was cut would end the
+        process without a word."""
+        changed = self.feed.files.changed()
+        if changed:
+            raise TrainingError(
+                f"step {self.step}: the data was written to while training read it: {changed}. The newest whole "
+                f"checkpoint is {self._newest_checkpoint()}; the same command goes on from there when the data is as "
+                "it was. To exchange such a file, write another one and rename it when no run reads it"
+            )
 
     @contextlib.contextmanager
     def _writing(self, *errors: type):
@@ -575,7 +588,8 @@ class Trainer:
             progress = {
                 "step": self.step, "skipped_images": self.skipped, "interval": self._interval,
                 "evaluation": self.evaluation, "best": self.best, "data": self.feed.fingerprint(),
-                "feed": self.feed.state(self.step), "global_batch": self._global_batch(acc.num_processes),
+                "feed": self.feed.state(self.step), "files": self.feed.files.marks,
+                "global_batch": self._global_batch(acc.num_processes),
             }  # fmt: skip
             (aside / "progress.json").write_text(json.dumps(progress))
             (aside / "clock.json").write_text(json.dumps({"seconds": self.record.seconds()}))
@@ -604,6 +618,12 @@ class Trainer:
                 for key in data if progress["data"][key] != data[key]
             )  # fmt: skip
             raise ValueError(f"the data is not that of the run in {self.folder} ({changed}): choose another output_dir")
+        changed = self.feed.files.differing(progress.get("files", self.feed.files.marks))
+        if changed:
+            self.accelerator.print(
+                f"note: since the checkpoint of step {progress['step']} the data was written to: {changed}. What is "
+                "compared of its content (the scaling, or some items) is the same"
+            )
         self._feed_state = progress.get("feed", {})
         self.feed.check(self._feed_state)
         now = self._global_batch(self.accelerator.num_processes)
