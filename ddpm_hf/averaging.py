@@ -74,9 +74,15 @@ class WeightAverage:
     @contextlib.contextmanager
     def weights(self) -> Iterator[nn.Module]:
         """A whole model, without wrappers, in eval mode and with the average (or, without one, the weights) for the
-        time being. All processes must enter together."""
+        time being. All processes must enter together.
+
+        It computes as the saved model does, in the type of its weights: accelerate's autocast is set aside too.
+        """
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
+        wrapped = model.forward
+        if "_original_forward" in vars(model):  # accelerate's name for what it has wrapped in autocast
+            model.forward = model._original_forward
         if self.ema is not None:
             self.ema.store(model.parameters())
             self.ema.copy_to(model.parameters())
@@ -89,6 +95,8 @@ class WeightAverage:
         finally:
             if self.ema is not None:
                 self.ema.restore(model.parameters())
+            if "_original_forward" in vars(model):
+                model.forward = wrapped
             model.train()
 
     def state(self) -> dict[str, Tensor]:
