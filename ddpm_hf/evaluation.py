@@ -102,8 +102,12 @@ class Evaluator:
         if self._any(*HELD_OUT) and held_out is None:
             named = next(metric for metric in self.metrics if metric in HELD_OUT)
             raise ValueError(f"the metric {named} needs items that training does not see: holdout of at least 1")
-        if settings.num_samples < 2:
-            raise ValueError(f"the number of samples must be at least 2, got {settings.num_samples}")
+        least = {"num_samples": 2, "num_real": 2, "batch_size": 1, "workers": 0, "seed": 0}
+        for name, value in least.items():
+            if getattr(settings, name) < value:
+                raise ValueError(f"{name} must be at least {value}, got {getattr(settings, name)}")
+        if settings.on_bad_image not in ("stop", "skip"):
+            raise ValueError(f"on_bad_image must be 'stop' or 'skip', got {settings.on_bad_image!r}")
         if len(dataset) < 4:
             raise ValueError(f"evaluation needs at least 4 real items, the data has {len(dataset)}")
         count = min(len(dataset), settings.num_real)

@@ -354,7 +354,11 @@ def optimal_batch(scheduler, x, t):
     [
         ({"metrics": ["frechet"]}, "metrics of images are fid, kid.*got frechet"),
         ({"metrics": ["held_out_loss"]}, "holdout of at least 1"),
-        ({"num_samples": 1}, "at least 2, got 1"),
+        ({"metrics": ["held_out_weighted_loss"]}, "held_out_weighted_loss needs.*holdout of at least 1"),
+        ({"num_samples": 1}, "num_samples must be at least 2, got 1"),
+        ({"num_real": 1}, "num_real must be at least 2, got 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"on_bad_image": "ignore"}, "'stop' or 'skip', got 'ignore'"),
         ({"feature_network": "nothing.pt"}, "nothing.pt is no file"),
     ],
 )
@@ -441,6 +445,48 @@ def test_what_the_program_refuses(option, message, sequences, capsys):
     command = [f"{key}={value}" for key, value in others.items() if key != name]
     assert evaluate_script.main([*command, option]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_written(sequences, tmp_path, monkeypatch, capsys):
+    """A folder that cannot be written is found before the work; a disk that is full by its end is told."""
+    command = [f"--pipeline={sequences}", "--data=ecg", "--num_samples=4", "--num_inference_steps=2"]
+    command += ["--metrics=memorization"]
+
+    def fails(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate_script, "write_text", fails)
+        assert evaluate_script.main([*command, f"--output_dir={tmp_path}"]) == 2
+    said = capsys.readouterr()
+    assert "memorization_real" in said.out and f"{tmp_path}/evaluation.json cannot be written" in said.err
+    monkeypatch.setattr(evaluate_script.tempfile, "TemporaryFile", fails)
+    assert evaluate_script.main([*command, f"--output_dir={tmp_path}"]) == 2
+    said = capsys.readouterr()
+    assert "--output_dir" in said.err and "memorization" not in said.out
+    (tmp_path / "file").touch()
+    assert evaluate_script.main([*command, f"--output_dir={tmp_path}/file/out"]) == 2
+    assert "Another folder: --output_dir" in capsys.readouterr().err
+
+
+def test_the_program_knows_how_training_saw_pictures(tmp_path, capsys):
+    """A bad first picture is skipped; random_flip is what the run recorded, unless the option says otherwise."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, array in enumerate(grey(12)):
+        Image.fromarray(array).save(folder / f"{i:02d}.png")
+    train(config(tmp_path / "run", dataset_name=None, train_data_dir=str(folder), resolution=[8], image_channels=1,
+                 max_train_steps=1, random_flip=True))  # fmt: skip
+    (folder / "00.png").write_bytes(b"damaged")
+    command = [f"--pipeline={tmp_path}/run/pipeline", f"--data={folder}", "--num_samples=4", "--num_inference_steps=2"]
+    command += ["--metrics=memorization"]
+    assert evaluate_script.main(command) == 2 and "--on_bad_image skip" in capsys.readouterr().err
+    command += ["--on_bad_image=skip", f"--output_dir={tmp_path}/out"]
+    for option, mirrored in ((), True), (("--random_flip=false",), None), (("--random_flip=true",), True):
+        (tmp_path / "out" / "evaluation.json").unlink(missing_ok=True)
+        assert evaluate_script.main([*command, *option]) == 0
+        records = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        assert {r.get("mirrored") for r in records} == {mirrored} and {r["num_left_out"] for r in records} == {1}
 
 
 def test_results_of_something_else_are_left(sequences, tmp_path, capsys):

@@ -11,6 +11,7 @@ several numbers of steps, steps-versus-metric.png shows them.
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ddpm_hf import GaussianScheduler, TrainConfig
 from ddpm_hf.card import write_card
 from ddpm_hf.checkpoint import write_text
 from ddpm_hf.config import BUNDLED
-from ddpm_hf.data import build_dataset
+from ddpm_hf.data import BadImageError, build_dataset
 from ddpm_hf.evaluation import HELD_OUT, EvalSettings, Evaluator
 from ddpm_hf.figures import save_steps_plot
 from ddpm_hf.hub import load_pipeline
@@ -70,6 +71,11 @@ class EvaluateConfig:
     )
     dataloader_num_workers: int = _option(0, "Processes that load data.")
     on_bad_image: str = _option("stop", "A picture that cannot be read: 'stop', or 'skip'.")
+    random_flip: bool | None = field(
+        default=None,
+        metadata={"help": "'true' if training mirrored pictures: a mirrored copy is one (memorization). Default: "
+                          "as training.json in the pipeline's folder says, else no."},
+    )  # fmt: skip
     eval_cache_dir: str | None = _option(None, "Where statistics of real images are kept.")
     output_dir: str | None = _option(
         None, "Where results go. Default: the pipeline's folder; evaluation/ for a Hub name."
@@ -109,23 +115,30 @@ def real_data(config: EvaluateConfig, pipeline):
     else:
         options |= {"sequence_length": size[0]}
     dataset = build_dataset(TrainConfig(**source, **options, cache_gb=0))
-    shape, expected = tuple(load_item(dataset, 0).shape), (pipeline.unet.config.in_channels, *size)
+    shape, expected = first_shape(dataset, config.on_bad_image), (pipeline.unet.config.in_channels, *size)
     if shape != expected:
         raise ValueError(f"the pipeline generates {expected}, the data has {shape}")
     return dataset, shape
 
 
-def run_of(config: EvaluateConfig) -> dict:
-    """What the pipeline's training.json says of its run, if --data is the data that it was trained on; else {}."""
+def record_of(config: EvaluateConfig) -> dict:
+    """The pipeline's training.json, where there is one with options and data; else {}."""
     folder = Path(config.pipeline)
     try:
         file = folder / "training.json" if folder.is_dir() else hf_hub_download(config.pipeline, "training.json")
         facts = json.loads(Path(file).read_text(encoding="utf-8"))
-        options, name = facts["options"], facts["data"]["name"]
-        same = all(options[key] == getattr(config, key) for key in ("dataset_config_name", "dataset_split"))
+        return facts if isinstance(facts["options"], dict) and isinstance(facts["data"], dict) else {}
     except (OSError, ValueError, KeyError, TypeError):  # without one, or one of something else
         return {}
-    return facts if same and name == without_folders(config.data) else {}
+
+
+def run_of(config: EvaluateConfig) -> dict:
+    """What the pipeline's training.json says of its run, if --data is the data that it was trained on; else {}."""
+    facts = record_of(config)
+    if not facts or facts["data"].get("name") != without_folders(config.data):
+        return {}
+    keys = ("dataset_config_name", "dataset_split")
+    return facts if all(facts["options"].get(key) == getattr(config, key) for key in keys) else {}
 
 
 def split(config: EvaluateConfig, run: dict, dataset) -> tuple:
@@ -160,6 +173,27 @@ def split(config: EvaluateConfig, run: dict, dataset) -> tuple:
     return rest, held_out
 
 
+def first_shape(dataset, on_bad_image: str) -> tuple:
+    """The shape of the first item that can be read.
+
+    Raises:
+        ValueError: there is none, or a picture before it cannot be read and is not to be skipped.
+    """
+    for index in range(len(dataset)):
+        try:
+            return tuple(load_item(dataset, index).shape)
+        except BadImageError as error:
+            if on_bad_image != "skip":
+                raise ValueError(f"{error}. To leave such pictures out: --on_bad_image skip") from error
+    raise ValueError("none of the pictures can be read")
+
+
+def trained_mirrored(config: EvaluateConfig) -> bool:
+    """Whether training mirrored pictures, by the option or by what the run has recorded."""
+    options = record_of(config).get("options", {})
+    return options.get("random_flip") is True if config.random_flip is None else config.random_flip
+
+
 def evaluate(config: EvaluateConfig) -> list[dict]:
     """All records of this evaluation, one a metric and number of steps.
 
@@ -188,6 +222,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         feature_network=config.feature_network, feature_resolution=config.feature_resolution,
         batch_size=config.batch_size, seed=config.seed, cache_dir=config.eval_cache_dir,
         workers=config.dataloader_num_workers, on_bad_image=config.on_bad_image,
+        random_flip=trained_mirrored(config),
     )  # fmt: skip
     evaluator = Evaluator(accelerator, dataset, shape, settings, held_out)
     pipeline.to(accelerator.device)
@@ -212,11 +247,16 @@ def read_records(folder: Path) -> list[dict]:
     """What an earlier evaluation left in the folder, which is made if it is not there.
 
     Raises:
-        ValueError: evaluation.json holds something else, or the folder cannot be made.
+        ValueError: evaluation.json holds something else, or the folder cannot be made or written.
     """
     file = folder / "evaluation.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"results cannot be written into {folder}: {error}. Another folder: --output_dir") from error
+    try:
         earlier = json.loads(file.read_text()) if file.exists() else []
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read, and is left as it is: {error}") from error
@@ -233,7 +273,10 @@ def save(records: list[dict], earlier: list[dict], steps: list[int], config: Eva
         return {name: value for name, value in record.items() if name != "value"}
 
     kept = [record for record in earlier if settings(record) not in [settings(new) for new in records]]
-    write_text(file, json.dumps(kept + records, indent=1))
+    try:
+        write_text(file, json.dumps(kept + records, indent=1))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error}. The results are those printed above") from error
     print(f"results: {file}")
     if (folder / "model_index.json").exists():
         write_card(folder)
