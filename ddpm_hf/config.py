@@ -17,10 +17,10 @@ from huggingface_hub.utils import validate_repo_id
 from ddpm_hf.losses import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
 from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_ALIASES, PREDICTION_TYPES
 from ddpm_hf.sequences import NORMS as SEQUENCE_NORMS
+from ddpm_hf.trackers import TRACKERS
 from ddpm_hf.unet import NORMS, TIME_EMBEDDINGS
 
 BUNDLED = {"digits": "scikit-learn's handwritten digits", "ecg": "PyWavelets' electrocardiogram"}
-TRACKERS = ("tensorboard", "wandb")
 OPTIMIZERS = ("adamw", "muon")
 CONSTANT_LR = ("constant", "constant_with_warmup")
 # What a resumed run may change: nothing here alters the weights that the steps done so far have led to.
@@ -202,8 +202,9 @@ class TrainConfig:
         50, "Steps between lines of metrics.jsonl and tracker points (means over the interval)."
     )
     report_to: list[str] = _option(
-        ["tensorboard"], "Trackers: 'tensorboard', 'wandb', both, or 'none'; metrics.jsonl is always written."
-    )
+        ["tensorboard"], "Trackers: 'tensorboard' and 'wandb', which also show the sample pictures; any other of "
+        "accelerate's (comet_ml, mlflow, ...); or 'none'. metrics.jsonl is always written."
+    )  # fmt: skip
     save_samples_steps: int = _option(
         1000, "Steps between sample pictures; the last step always has one. 0: only the last."
     )
@@ -319,7 +320,7 @@ class TrainConfig:
         rule(self.prediction_type in PREDICTION_TYPES, "prediction_type", f"one of {', '.join(PREDICTION_TYPES)}")
         rule(self.mixed_precision in (None, "no", "bf16", "fp16"), "mixed_precision", "'no', 'bf16' or 'fp16'")
         trackers = self.report_to == ["none"] or (self.report_to and set(self.report_to) <= set(TRACKERS))
-        rule(trackers, "report_to", f"'none', or one or both of {', '.join(TRACKERS)}")
+        rule(trackers, "report_to", f"'none', or one or more of {', '.join(TRACKERS)}")
         rule(self.sequence_norm in SEQUENCE_NORMS, "sequence_norm", f"one of {', '.join(SEQUENCE_NORMS)}")
         for name in ("eval_num_samples", "eval_num_real"):
             rule(getattr(self, name) >= 2, name, "a whole number of at least 2")

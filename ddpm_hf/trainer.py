@@ -5,8 +5,6 @@ batch), so a resumed run goes on as if it had not been stopped.
 """
 
 import contextlib
-import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -40,6 +38,7 @@ from ddpm_hf.record import RunRecord, data_facts
 from ddpm_hf.scheduler import GaussianScheduler
 from ddpm_hf.seeding import Stream, derive_seed, generator_seeds
 from ddpm_hf.stream import Batch, load_item
+from ddpm_hf.trackers import check_installed, log_picture, start_trackers
 from ddpm_hf.unet import UNet1D, UNet2D
 
 
@@ -81,6 +80,7 @@ class Trainer:
     """One run. `run()` does all; the parts are methods in the order in which they happen."""
 
     def __init__(self, config: TrainConfig, dataset=None, model=None, command: list[str] | None = None):
+        check_installed(config.report_to)
         self.config = config
         self.folder = Path(config.output_dir)
         self.feed = make_feed(config, dataset)
@@ -192,9 +192,6 @@ class Trainer:
                 check_token(target_of(c))
             self.accelerator.print(self.describe())
             return None
-        missing = [name for name in c.report_to if name != "none" and importlib.util.find_spec(name) is None]
-        if missing:
-            raise ValueError(f"report_to names {', '.join(missing)}, which must be installed: pip install {missing[0]}")
         self._start()
         acc = self.accelerator
         global_batch = self._global_batch(acc.num_processes)
@@ -229,7 +226,7 @@ class Trainer:
 
         if acc.is_main_process:
             self.metrics.rewind(self.step)
-        self._start_trackers()
+        start_trackers(acc, c.report_to, self.folder, self.step)
         if self.evaluator is not None:
             self.evaluator.prepare()
         acc.print(self.describe() if self.step == 0 else f"resuming {self.folder} after step {self.step}")
@@ -324,23 +321,6 @@ class Trainer:
         self.best: dict | None = None  # metric, value and step of the best so far
         self._feed_state: dict = {}  # where the data is read on
         self._seconds_before = 0.0  # of training, as far as the checkpoint knows
-
-    def _start_trackers(self) -> None:
-        """A resumed run takes the place of what was logged after its checkpoint."""
-        if self.config.report_to == ["none"]:
-            return
-        tensorboard = {"purge_step": self.step + 1} if self.step else {}
-        identity = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:12]
-        wandb = {"dir": str(self.folder / "logs"), "name": self.folder.name, "id": identity, "resume": "allow"}
-        if self.accelerator.is_main_process:
-            (self.folder / "logs").mkdir(exist_ok=True)
-        try:
-            self.accelerator.init_trackers("ddpm_hf", init_kwargs={"tensorboard": tensorboard, "wandb": wandb})
-        except Exception as error:  # not logged in, no network, a tracker's own kinds
-            raise ValueError(
-                f"report_to {' '.join(self.config.report_to)} cannot be started: {error} "
-                "(wandb works without an account or network with WANDB_MODE=offline)"
-            ) from error
 
     def _next_batch(self, batches) -> torch.Tensor:
         try:
@@ -530,6 +510,7 @@ class Trainer:
             pipeline_units = self._pipeline(self.accelerator.unwrap_model(self.model))
             save_sequence_plot(np.stack(samples), pipeline_units._decode(torch.stack(real), "np"), path)
             np.save(path.with_suffix(".npy"), np.stack(samples))
+        log_picture(acc, "samples", path, self.step)
 
     def _evaluate(self) -> None:
         """Metrics of the EMA weights; where they are the best so far, the pipeline in best/."""

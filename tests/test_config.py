@@ -14,7 +14,7 @@ train_script = load_program("train")
 @pytest.mark.parametrize(
     "options",
     [
-        {"prediction_type": "noise"}, {"ddpm_beta_schedule": "exp"}, {"norm": "layer"}, {"report_to": ["mlflow"]},
+        {"prediction_type": "noise"}, {"ddpm_beta_schedule": "exp"}, {"norm": "layer"}, {"report_to": ["mlflo"]},
         {"learning_rate": 0.0},
         {"learning_rate": "fast"}, {"use_ema": 1}, {"image_channels": True}, {"output_dir": 5}, {"num_mem_kv": 1.5},
         {"train_batch_size": 0}, {"max_train_steps": 1.5}, {"resolution": [1, 2, 3]},

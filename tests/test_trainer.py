@@ -1,6 +1,7 @@
 """The training loop, at small size: exact resume, accumulation, averaging, refusals."""
 
 import errno
+import io
 import json
 import re
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.utils import LoggerType
 from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -176,16 +179,25 @@ def test_run_folder_and_tensorboard(tmp_path, capsys):
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in records])
     with Image.open(tmp_path / "samples" / "step-000004.png") as grid:
         assert grid.size == (132, 132)  # 2 x 2 cells of 64 pixels and a border
+        (shown,) = events.Images("samples")
+        assert shown.step == 4
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(shown.encoded_image_string))), np.asarray(grid))
 
 
 def test_wandb_offline_beside_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    train(config(tmp_path / "run", max_train_steps=3, report_to=["wandb", "tensorboard"]))
+    options = {"dataset_name": "ecg", "sequence_length": 32, "save_samples_steps": 2}
+    train(config(tmp_path / "run", max_train_steps=3, report_to=["wandb", "tensorboard"], **options))
     (events,) = (tmp_path / "run" / "logs" / "wandb").glob("offline-run-*/*.wandb")
     assert b"grad_norm" in events.read_bytes()
-    scalars = EventAccumulator(str(tmp_path / "run" / "logs" / "ddpm_hf")).Reload().Scalars("loss")
-    assert [event.step for event in scalars] == [1, 2, 3]
+    logged = EventAccumulator(str(tmp_path / "run" / "logs" / "ddpm_hf"), {"images": 0}).Reload()
+    assert [event.step for event in logged.Scalars("loss")] == [1, 2, 3]
+    assert [event.step for event in logged.Images("samples")] == [2, 3]
+    for step in (2, 3):
+        (picture,) = events.parent.glob(f"files/media/images/samples_{step}_*.png")
+        with Image.open(picture) as shown, Image.open(tmp_path / f"run/samples/step-00000{step}.png") as plot:
+            assert np.array_equal(np.asarray(shown), np.asarray(plot.convert("RGB")))
 
 
 def test_trackers_that_cannot_be_started(tmp_path, monkeypatch):
@@ -195,10 +207,32 @@ def test_trackers_that_cannot_be_started(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "init_trackers", refused)
     with pytest.raises(ValueError, match="report_to wandb cannot be started: No API key .*WANDB_MODE=offline"):
         train(config(tmp_path / "run", max_train_steps=3, report_to=["wandb"]))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="names wandb, which must be installed"):
-        train(config(tmp_path / "other", max_train_steps=3, report_to=["wandb"]))
+    monkeypatch.setattr("ddpm_hf.trackers.get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    names = ["tensorboard", "comet_ml", "mlflow"]
+    with pytest.raises(ValueError, match="comet_ml, mlflow, which must be installed: pip install comet-ml mlflow$"):
+        # before the data are looked for
+        train(config(tmp_path / "other", max_train_steps=3, report_to=names, dataset_name=None))
     assert not (tmp_path / "other").exists()
+
+
+def test_another_tracker_by_name(tmp_path, monkeypatch):
+    """A stand-in for a package that is not installed, where accelerate looks for it."""
+    logged = []
+
+    class Stand(GeneralTracker):
+        name, requires_logging_directory, tracker = "mlflow", False, None
+
+        def __init__(self, run_name, **kwargs):
+            super().__init__()
+
+        def log(self, values, step=None, **kwargs):
+            logged.append((step, values["loss"]))
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mlflow", Stand)
+    for module in ("ddpm_hf.trackers", "accelerate.tracking"):
+        monkeypatch.setattr(f"{module}.get_available_trackers", lambda: [LoggerType.MLFLOW])
+    train(config(tmp_path, max_train_steps=2, report_to=["mlflow"]))
+    assert logged == [(r["step"], r["loss"]) for r in metrics(tmp_path)]
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
