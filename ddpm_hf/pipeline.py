@@ -219,8 +219,8 @@ class _SamplingPipeline(DiffusionPipeline):
     # a download looks for the components' files by the names in the index, and must still find them.
 
     @classmethod
-    def _dict_from_json_file(cls, json_file):
-        index = super()._dict_from_json_file(json_file)
+    def _dict_from_json_file(cls, json_file, **options):
+        index = super()._dict_from_json_file(json_file, **options)
         name = index.get("_class_name")
         if __name__ == "ddpm_hf.pipeline" and isinstance(name, list) and CARRIED.fullmatch(str(name[0])):
             index["_class_name"] = name[1]
