@@ -4,7 +4,6 @@ Names are those of diffusers' unconditional training example where it has them.
 """
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,8 @@ import yaml
 from diffusers.optimization import SchedulerType
 from huggingface_hub.utils import validate_repo_id
 
+from ddpm_hf import scope
+from ddpm_hf.arguments import unknown_option
 from ddpm_hf.losses import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
 from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_ALIASES, PREDICTION_TYPES
 from ddpm_hf.sequences import NORMS as SEQUENCE_NORMS
@@ -34,21 +35,23 @@ CHANGEABLE = {
     "create_pr", "hub_license",
 }  # fmt: skip
 
-# Options that count with one value of another only.
-PART_OF = {
-    "muon_learning_rate": ("optimizer", "muon"),
-    "logit_mean": ("timestep_sampling", "logit_normal"),
-    "logit_std": ("timestep_sampling", "logit_normal"),
-    **dict.fromkeys(
-        ("ema_max_decay", "ema_inv_gamma", "ema_power", "ema_update_after_step", "ema_update_every"), ("use_ema", True)
-    ),
-}
+
+class Help(str):
+    """The help of an option, with what the option applies to.
+
+    The metadata of a field holds nothing else, because HfArgumentParser gives argparse everything that it finds there.
+    """
+
+    scope: scope.Scope | None
+    off: Any
 
 
-def _option(default: Any, help: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, applies: scope.Scope | None = None, off: Any = None) -> Any:
+    """A field with its help and, where it does not always apply, its scope; `off`: the value that asks for nothing."""
+    text = Help(f"{help} Applies to {applies.text}." if applies else help)
+    text.scope, text.off = applies, off
+    kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**kind, metadata={"help": text})
 
 
 @dataclass
@@ -64,8 +67,8 @@ class TrainConfig:
         None, "Bundled data: 'digits' (8x8 images) or 'ecg' (windows of a recording); or the name of a data set on "
         "the Hub, or a local folder that the datasets library can load."
     )  # fmt: skip
-    dataset_config_name: str | None = _option(None, "Configuration of the data set on the Hub.")
-    dataset_split: str = _option("train", "Split of a data set of the Hub, or of a folder of tables.")
+    dataset_config_name: str | None = _option(None, "Configuration of the data set on the Hub.", scope.NAMED_TABLES)
+    dataset_split: str = _option("train", "Split of a data set of the Hub, or of a folder of tables.", scope.TABLES)
     train_data_dir: str | None = _option(
         None, "Folder of images, searched with its subfolders, any format of Pillow; or of tables of images: a data "
         "set saved to disk, .parquet, .arrow, or webdataset .tar files."
@@ -76,41 +79,56 @@ class TrainConfig:
         ".parquet: as .csv, or columns of lists, each a channel."
     )  # fmt: skip
     image_column: str | None = _option(
-        None, "Column of the images in a table. Default: the only one that can be meant."
+        None, "Column of the images in a table. Default: the only one that can be meant.", scope.IMAGE_TABLES
     )
     sequence_columns: list[str] | None = _option(
-        None, "Columns of the sequences in a table. Default: all. Needed to read sequences with dataset_name."
+        None,
+        "Columns of the sequences in a table. Default: all. Needed to read sequences with dataset_name.",
+        scope.SEQUENCE_TABLES,
     )
     resolution: list[int] | None = _option(
         None, "Height and width in pixels (one number: square): the shorter side is resized, the rest is cropped. "
-        "Default: 64; 8 for digits."
+        "Default: 64; 8 for digits.", scope.IMAGES
     )  # fmt: skip
     image_channels: int | None = _option(
-        None, "1 (grey), 3 (RGB) or 4 (RGBA); transparency is laid on white for 1 and 3. Default: 3; 1 for digits."
+        None,
+        "1 (grey), 3 (RGB) or 4 (RGBA); transparency is laid on white for 1 and 3. Default: 3; 1 for digits.",
+        scope.IMAGES,
     )
-    center_crop: bool = _option(True, "Crop from the centre; else at a random place.")
-    random_flip: bool = _option(False, "Mirror half of the images left to right.")
+    center_crop: bool = _option(True, "Crop from the centre; else at a random place.", scope.IMAGES)
+    random_flip: bool = _option(False, "Mirror half of the images left to right.", scope.IMAGES, off=False)
     sequence_length: int | None = _option(
         None, "Length of the sequences in samples: shortens longer ones to their start; windows of ecg. "
-        "Default: the data's; 256 for ecg."
+        "Default: the data's; 256 for ecg.", scope.SEQUENCES
     )  # fmt: skip
     stride: int | None = _option(
         None, "Train on windows of sequence_length samples, every stride-th, of each sequence. Default: whole "
-        "sequences; 2 for ecg."
+        "sequences; 2 for ecg.", scope.SEQUENCES
     )  # fmt: skip
     sequence_norm: str = _option(
-        "minmax", "Scaling of each channel: 'minmax', to [-1, 1] by its range; 'meanstd', to mean 0 and deviation 1."
+        "minmax",
+        "Scaling of each channel: 'minmax', to [-1, 1] by its range; 'meanstd', to mean 0 and deviation 1.",
+        scope.SEQUENCES,
     )
-    on_bad_image: str = _option("stop", "A picture that cannot be read: 'stop' with its name, or 'skip' and count it.")
+    on_bad_image: str = _option(
+        "stop", "A picture that cannot be read: 'stop' with its name, or 'skip' and count it.", scope.CHECKED_IMAGES
+    )
     dataloader_num_workers: int = _option(0, "Processes that load data, per training process; 0: in the main one.")
     streaming: bool = _option(
-        False, "Read tables of images (dataset_name, or train_data_dir) as they come, without a copy of them."
+        False,
+        "Read tables of images (dataset_name, or train_data_dir) as they come, without a copy of them.",
+        scope.STREAMS,
+        off=False,
     )
     shuffle_buffer: int = _option(
-        1000, "Images that streaming shuffles together, undecoded; each process has up to twice as many in memory."
+        1000, "Images that streaming shuffles together, undecoded; each process has up to twice as many in memory.",
+        scope.STREAMING,
     )  # fmt: skip
     cache_gb: float = _option(
-        1.0, "Memory for decoded images, in GB per training process: as many as fit are decoded once only (Linux)."
+        1.0,
+        "Memory for decoded images, in GB per training process: as many as fit are decoded once only (Linux).",
+        scope.KEPT_IMAGES,
+        off=0,
     )
 
     # Run folder
@@ -126,26 +144,30 @@ class TrainConfig:
     dry_run: bool = _option(False, "Print the resolved options, the model's size and the data found, and stop.")
 
     # Model (see UNet2D and UNet1D)
-    dim: int = _option(64, "Width of the U-Net that dim_mults multiply.")
-    init_dim: int | None = _option(None, "Width after the first convolution. Default: dim.")
+    dim: int = _option(64, "Width of the U-Net that dim_mults multiply.", scope.NEW_MODEL)
+    init_dim: int | None = _option(None, "Width after the first convolution. Default: dim.", scope.NEW_MODEL)
     dim_mults: list[int] = _option(
-        [1, 2, 4, 8], "Width of each stage over dim; every stage but the last halves the size."
+        [1, 2, 4, 8], "Width of each stage over dim; every stage but the last halves the size.", scope.NEW_MODEL
     )
     self_condition: bool = _option(False, "Condition on the previous x0 estimate (in half of the training steps).")
-    norm: str = _option("rms", "Norm of the residual blocks: 'rms' or 'group'.")
-    norm_groups: int = _option(8, "Groups of norm 'group'.")
-    dropout: float = _option(0.0, "Dropout probability in the residual blocks.")
-    attn_heads: list[int] = _option([4], "Attention heads: one number, or one per stage.")
-    attn_dim_head: list[int] = _option([32], "Size of an attention head: one number, or one per stage.")
+    norm: str = _option("rms", "Norm of the residual blocks: 'rms' or 'group'.", scope.NEW_MODEL)
+    norm_groups: int = _option(8, "Groups of norm 'group'.", scope.GROUP_NORM)
+    dropout: float = _option(0.0, "Dropout probability in the residual blocks.", scope.NEW_MODEL)
+    attn_heads: list[int] = _option([4], "Attention heads: one number, or one per stage.", scope.NEW_MODEL)
+    attn_dim_head: list[int] = _option(
+        [32], "Size of an attention head: one number, or one per stage.", scope.NEW_MODEL
+    )
     full_attn: list[str] | None = _option(
-        None, "Full attention, true or false: one, or one per stage. Default: images, the last stage; sequences, none."
+        None,
+        "Full attention, true or false: one, or one per stage. Default: images, the last stage; sequences, none.",
+        scope.NEW_MODEL,
     )
     num_mem_kv: int | None = _option(
-        None, "Memory key-values in each attention. Default: 4 for images, 0 for sequences."
+        None, "Memory key-values in each attention. Default: 4 for images, 0 for sequences.", scope.NEW_MODEL
     )
-    time_embedding: str = _option("sinusoidal", "'sinusoidal', 'learned_fourier' or 'random_fourier'.")
-    fourier_dim: int = _option(16, "Features of a Fourier time embedding.")
-    theta: float = _option(10000.0, "Longest period of the sinusoidal time embedding, over 2 pi.")
+    time_embedding: str = _option("sinusoidal", "'sinusoidal', 'learned_fourier' or 'random_fourier'.", scope.NEW_MODEL)
+    fourier_dim: int = _option(16, "Features of a Fourier time embedding.", scope.FOURIER)
+    theta: float = _option(10000.0, "Longest period of the sinusoidal time embedding, over 2 pi.", scope.SINUSOIDAL)
     gradient_checkpointing: bool = _option(False, "Save memory by recomputing activations in the backward pass.")
 
     # Diffusion (see GaussianScheduler)
@@ -163,8 +185,8 @@ class TrainConfig:
     timestep_sampling: str = _option(
         "uniform", "Timesteps of training: 'uniform', or 'logit_normal', more often in the middle of the schedule."
     )
-    logit_mean: float = _option(0.0, "Of logit_normal: above 0 towards noise.")
-    logit_std: float = _option(1.0, "Of logit_normal: the smaller, the closer to the middle.")
+    logit_mean: float = _option(0.0, "Of logit_normal: above 0 towards noise.", scope.LOGIT_NORMAL)
+    logit_std: float = _option(1.0, "Of logit_normal: the smaller, the closer to the middle.", scope.LOGIT_NORMAL)
     immiscible: bool = _option(False, "Re-assign noise to the nearest data within the batch.")
     rescale_betas_zero_snr: bool = _option(False, "Rescale the schedule to end in pure noise (not with epsilon).")
 
@@ -178,12 +200,14 @@ class TrainConfig:
     learning_rate: float = _option(4e-4, "Peak learning rate of AdamW.")
     muon_learning_rate: float = _option(
         2.5e-3, "Peak learning rate of Muon: an update's root mean square is 0.2 of it. Small models in few steps like "
-        "more (9e-3)."
+        "more (9e-3).", scope.MUON
     )  # fmt: skip
     lr_scheduler: str = _option(
         "cosine", "A schedule of diffusers.optimization: constant, constant_with_warmup, cosine, ..."
     )
-    lr_warmup_steps: int = _option(100, "Optimizer steps of warm-up: step k of n has k / (n + 1) of the rate.")
+    lr_warmup_steps: int = _option(
+        100, "Optimizer steps of warm-up: step k of n has k / (n + 1) of the rate.", scope.WARM_UP, off=0
+    )
     adam_beta1: float = _option(0.9, "AdamW's beta1.")
     adam_beta2: float = _option(0.99, "AdamW's beta2.")
     adam_weight_decay: float = _option(0.0, "AdamW's weight decay.")
@@ -191,11 +215,13 @@ class TrainConfig:
     max_grad_norm: float = _option(1.0, "Clip the gradient's norm to this.")
     mixed_precision: str | None = _option(None, "'no', 'bf16' or 'fp16'. Default: what accelerate is configured for.")
     use_ema: bool = _option(True, "Sample from and publish an exponential moving average of the weights.")
-    ema_max_decay: float = _option(0.9999, "Largest decay of the average.")
-    ema_inv_gamma: float = _option(1.0, "Warm-up of the decay: 1 - (1 + step / inv_gamma) ** -power.")
-    ema_power: float = _option(0.75, "Power of that warm-up.")
-    ema_update_after_step: int = _option(0, "Steps after which averaging starts; the weights are copied before.")
-    ema_update_every: int = _option(1, "Steps between updates of the average.")
+    ema_max_decay: float = _option(0.9999, "Largest decay of the average.", scope.EMA)
+    ema_inv_gamma: float = _option(1.0, "Warm-up of the decay: 1 - (1 + step / inv_gamma) ** -power.", scope.EMA)
+    ema_power: float = _option(0.75, "Power of that warm-up.", scope.EMA)
+    ema_update_after_step: int = _option(
+        0, "Steps after which averaging starts; the weights are copied before.", scope.EMA
+    )
+    ema_update_every: int = _option(1, "Steps between updates of the average.", scope.EMA)
 
     # Looking and saving
     logging_steps: int = _option(
@@ -220,20 +246,24 @@ class TrainConfig:
     eval_metrics: list[str] | None = _option(
         None, "Images: fid, kid, memorization, held_out_loss, held_out_weighted_loss; sequences: frechet, "
         "spectral_frechet, sliced_wasserstein, autocorrelation_error, memorization, held_out_loss, "
-        "held_out_weighted_loss. Default: all; those of held-out items with holdout."
+        "held_out_weighted_loss. Default: all; those of held-out items with holdout.", scope.EVALUATION
     )  # fmt: skip
-    eval_num_samples: int = _option(1000, "Samples generated for an evaluation; FID below 10,000 is biased.")
-    eval_num_real: int = _option(50_000, "Real items that samples are compared with, at most.")
+    eval_num_samples: int = _option(
+        1000, "Samples generated for an evaluation; FID below 10,000 is biased.", scope.EVALUATION
+    )
+    eval_num_real: int = _option(50_000, "Real items that samples are compared with, at most.", scope.EVALUATION)
     feature_network: str = _option(
         "inception", "Features of FID and KID: 'inception' (clean-fid's), a TorchScript file (B, 3, S, S) in [0, 255] "
-        "-> (B, D), or 'pixels' (no file needed; coarse)."
+        "-> (B, D), or 'pixels' (no file needed; coarse).", scope.FEATURES
     )  # fmt: skip
-    feature_resolution: int = _option(299, "S of a TorchScript feature network, in pixels.")
+    feature_resolution: int = _option(299, "S of a TorchScript feature network, in pixels.", scope.TORCHSCRIPT)
     eval_cache_dir: str | None = _option(
-        None, "Where statistics of real images are kept. Default: ddpm_hf/ in the Hugging Face cache."
+        None, "Where statistics of real images are kept. Default: ddpm_hf/ in the Hugging Face cache.", scope.FEATURES
     )
     metric_for_best: str | None = _option(
-        None, "Metric whose lowest value's pipeline is kept in best/. Default: the first of eval_metrics."
+        None,
+        "Metric whose lowest value's pipeline is kept in best/. Default: the first of eval_metrics.",
+        scope.EVALUATION,
     )
     checkpointing_steps: int = _option(1000, "Steps between checkpoints; the last step always has one.")
     checkpoints_total_limit: int = _option(2, "Newest checkpoints to keep; 0: all.")
@@ -241,18 +271,31 @@ class TrainConfig:
     # Publishing (the token: `hf auth login`, or the environment's HF_TOKEN)
     push_to_hub: bool = _option(False, "Publish the pipeline, with its model card, on the Hub when training ends.")
     hub_model_id: str | None = _option(
-        None, "The repo, 'user/name' or 'name'. Default: the name of the run folder, of the token's user."
+        None, "The repo, 'user/name' or 'name'. Default: the name of the run folder, of the token's user.", scope.HUB
     )
-    hub_every_save: bool = _option(False, "Publish at every save too, in the background.")
+    hub_every_save: bool = _option(False, "Publish at every save too, in the background.", scope.HUB, off=False)
     hub_upload_state: bool = _option(
-        False, "Publish the newest checkpoint too (optimizer, random states), in training_state/."
+        False, "Publish the newest checkpoint too (optimizer, random states), in training_state/.", scope.HUB, off=False
     )
-    hub_private_repo: bool | None = _option(None, "Make a new repo private. Default: as the account's settings say.")
-    hub_revision: str | None = _option(None, "Branch to publish on; made if it is not there. Default: the main one.")
-    create_pr: bool = _option(False, "Publish as a pull request (one a run) instead of writing to the branch.")
+    hub_private_repo: bool | None = _option(
+        None, "Make a new repo private. Default: as the account's settings say.", scope.HUB
+    )
+    hub_revision: str | None = _option(
+        None, "Branch to publish on; made if it is not there. Default: the main one.", scope.HUB
+    )
+    create_pr: bool = _option(
+        False, "Publish as a pull request (one a run) instead of writing to the branch.", scope.HUB, off=False
+    )
     hub_license: str | None = _option(
         None, "Licence of the weights, by its name on the Hub ('mit', 'cc-by-4.0', ...). Default: not stated."
     )
+
+    def __new__(cls, *args, **options):
+        """Remember which options were given, so that one at its default can be refused where it does not apply."""
+        config = super().__new__(cls)
+        # most of them together are a copy or a saved config.yaml, which names options that nobody gave
+        config._given = frozenset(options) if 2 * len(options) < len(cls.__dataclass_fields__) else frozenset()
+        return config
 
     def __post_init__(self):
         if self.mixed_precision is False:  # YAML reads a bare no as false
@@ -283,6 +326,7 @@ class TrainConfig:
         self._check_types()
         self.prediction_type = PREDICTION_ALIASES.get(self.prediction_type, self.prediction_type)
         self._check()
+        self.check_scope()
 
     def _check_types(self) -> None:
         for name, kind in TYPES.items():
@@ -332,10 +376,6 @@ class TrainConfig:
             if refused:
                 raise ValueError(f"streaming is for tables of images, and not with {', '.join(refused)} "
                                  "(evaluate such a run with training/evaluate.py)")  # fmt: skip
-        hub = ("hub_model_id", "hub_every_save", "hub_upload_state", "hub_private_repo", "hub_revision", "create_pr")
-        given = [name for name in hub if getattr(self, name)]
-        if given and not self.push_to_hub:
-            raise ValueError(f"{given[0]} needs push_to_hub; got {getattr(self, given[0])!r} without it")
         if self.create_pr and self.hub_revision is not None:
             raise ValueError(f"create_pr is for the main branch; got it with hub_revision {self.hub_revision!r}")
         if self.hub_model_id is not None:
@@ -393,19 +433,69 @@ class TrainConfig:
             options[name] = one_or_all(options[name])
         return {name: value for name, value in options.items() if value is not None}
 
+    # -- what options apply to -----------------------------------------------------------------
+
+    def applied(self, kind: str | None = None, given_model: bool = False) -> dict[str, Any]:
+        """The options that have an effect, with their values.
+
+        Args:
+            kind: the kind of data, of `scope.KINDS`; None: not known yet, and every kind counts.
+            given_model: whether the model comes from Python.
+        """
+        scopes = {f.name: f.metadata["help"].scope for f in dataclasses.fields(self)}
+        return {
+            name: value for name, value in dataclasses.asdict(self).items()
+            if scopes[name] is None or scopes[name].reason_against(self, kind, given_model) is None
+        }  # fmt: skip
+
+    def also_given(self, names: set[str]) -> None:
+        """Take these options as given, even where they are at their defaults, and check them."""
+        self._given = self._given | names
+        self.check_scope()
+
+    def _is_given(self, f: dataclasses.Field) -> bool:
+        value = getattr(self, f.name)
+        if value is None or value == f.metadata["help"].off:
+            return False
+        return f.name in self._given or value != default_of(f)
+
+    def check_scope(self, kind: str | None = None, model: Any = None) -> None:
+        """Check that every option that was given applies.
+
+        Args:
+            kind: the kind of data, of `scope.KINDS`; None: not known yet.
+            model: the model given from Python, if there is one; an option that says what this model is may be given.
+
+        Raises:
+            ValueError: an option was given that has no effect here.
+        """
+        has = _plain(dict(model.config)) if model is not None and hasattr(model, "config") else {}
+        for f in dataclasses.fields(self):
+            applies, value = f.metadata["help"].scope, getattr(self, f.name)
+            if applies is None or not self._is_given(f):
+                continue
+            if applies.new_model and f.name in has and has[f.name] == _plain(self.model_options()).get(f.name):
+                continue
+            reason = applies.reason_against(self, kind, model is not None)
+            if reason is not None:
+                raise ValueError(f"{f.name} applies to {applies.text}; got {value!r} with {reason}: leave it out")
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
-    def differences(self, earlier: dict) -> list:
-        """Lines "option: earlier -> now" for what another run's options say differently and a resumed run must keep."""
+    def differences(self, earlier: dict, kind: str | None = None, given_model: bool = False) -> list:
+        """Lines "option: earlier -> now" for what another run's options say differently and a resumed run must keep.
+
+        `kind` and `given_model` are as in `applied`.
+        """
         lines = []
         if earlier.get("min_snr_gamma", 0.0) is None:
             earlier = {**earlier, "min_snr_gamma": 0.0}
         earlier = {"loss_weighting": "snr", **earlier}  # which was the only one when it was no option
-        # that only another option's value brings in: a change of that one is listed
-        without_effect = {name for name, (other, value) in PART_OF.items() if getattr(self, other) != value}
+        # an option that does not apply has no effect: where another option's value took it out, that one is listed
+        applied = self.applied(kind, given_model)
         for name, now in dataclasses.asdict(self).items():
-            changed = name in earlier and earlier[name] != now and name not in without_effect
+            changed = name in earlier and earlier[name] != now and name in applied
             if name == "max_train_steps" and changed and self.lr_scheduler not in CONSTANT_LR:
                 lines.append(
                     f"max_train_steps: {earlier[name]} -> {now} (the '{self.lr_scheduler}' learning rate follows it)"
@@ -421,6 +511,16 @@ def _is_int(value) -> bool:
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def default_of(f: dataclasses.Field) -> Any:
+    return f.default_factory() if f.default is dataclasses.MISSING else f.default
+
+
+def _plain(options: dict) -> dict:
+    """Options with lists for tuples, and one number for a list of one."""
+    plain = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in options.items()}
+    return {name: v[0] if isinstance(v, list) and len(v) == 1 else v for name, v in plain.items()}
 
 
 # The types as written: HfArgumentParser strips "| None" off those of the class.
@@ -450,7 +550,5 @@ def read_yaml(path: str) -> dict:
     known = [f.name for f in dataclasses.fields(TrainConfig)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--config {path}: unknown option {name!r}{hint}")
+            raise ValueError(f"--config {path}: {unknown_option(str(name), known)}")
     return options

@@ -298,10 +298,15 @@ def build_dataset(config):
     )
     images = {"center_crop": config.center_crop, "random_flip": config.random_flip, "cache_gb": config.cache_gb}
     if config.dataset_name == "digits":
+        config.check_scope("digits")
         return digits(size or (8, 8), config.image_channels or 1, **images)
     if config.dataset_name == "ecg":
+        config.check_scope("ecg")
         return ecg(config.sequence_length or 256, config.stride or 2, config.sequence_norm)
     if config.train_data_file:
+        config.check_scope(
+            "array" if Path(config.train_data_file).suffix.lower() in (".npy", ".npz") else "sequence file"
+        )
         array = read_sequences(config.train_data_file, config.sequence_columns, config.stride is not None)
         return _sequences(config, array, config.train_data_file)
     if config.train_data_dir and not sources.table_folder(config.train_data_dir):
@@ -309,9 +314,12 @@ def build_dataset(config):
             raise ValueError(
                 f"streaming is for tables; the pictures of {config.train_data_dir} are read as needed anyway"
             )
+        config.check_scope("folder")
         return image_folder(config.train_data_dir, size or (64, 64), config.image_channels or 3, **images)
     if not (config.train_data_dir or config.dataset_name):
         raise ValueError("no data: give one of dataset_name, train_data_dir, train_data_file, or a dataset from Python")
+    stored = "sequence table" if config.sequence_columns else "image table"
+    config.check_scope("image stream" if config.streaming else stored)
     table, name = open_table(config, config.streaming)
     if config.sequence_columns:
         return _sequences(

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from ddpm_hf.data import build_dataset, fingerprint
+from ddpm_hf.config import BUNDLED
+from ddpm_hf.data import ImageDataset, build_dataset, fingerprint
 from ddpm_hf.mapped import MappedFiles, mapped_files
 from ddpm_hf.sequences import SequenceDataset
-from ddpm_hf.sources import saved_to_disk
+from ddpm_hf.sources import ImageColumn, saved_to_disk
 from ddpm_hf.stream import StreamSampler, TrainingView, collate, hold_out, split_record, underlying
 from ddpm_hf.streaming import ImageStream, StreamingSampler, StreamingView, check_state, probe
 
@@ -27,6 +28,7 @@ class StoredFeed:
         split: what an evaluation needs to hold out the same items (see `split_record`), or None.
         notes: what is to be said of the data at the start, in lines.
         files: those that are mapped into memory.
+        kind: the kind of data, of `scope.KINDS`; `make_feed` sets it.
 
     Raises:
         ValueError: not map-style, empty, or a first item that cannot be had.
@@ -130,8 +132,27 @@ def make_feed(config, dataset=None) -> StoredFeed | StreamedFeed:
     sources = [name for name in ("dataset_name", "train_data_dir", "train_data_file") if getattr(config, name)]
     if dataset is not None and sources:
         raise ValueError(f"give one source of data, got a dataset and {sources[0]}={getattr(config, sources[0])!r}")
-    dataset = build_dataset(config) if dataset is None else dataset
-    return (StreamedFeed if isinstance(dataset, ImageStream) else StoredFeed)(dataset, config)
+    given, dataset = dataset is not None, build_dataset(config) if dataset is None else dataset
+    feed = (StreamedFeed if isinstance(dataset, ImageStream) else StoredFeed)(dataset, config)
+    feed.kind = kind_of(config, feed, given)
+    config.check_scope(feed.kind)
+    return feed
+
+
+def kind_of(config, feed: StoredFeed | StreamedFeed, given: bool) -> str:
+    """Return the kind of data, of `scope.KINDS`; `given`: it comes from Python."""
+    if given:
+        images = "given ImageDataset" if isinstance(feed.units, (ImageDataset, ImageStream)) else "given images"
+        return images if len(feed.shape) == 3 else "given sequences"
+    if config.dataset_name in BUNDLED:
+        return config.dataset_name
+    if config.train_data_file:
+        return "array" if Path(config.train_data_file).suffix.lower() in (".npy", ".npz") else "sequence file"
+    if config.streaming:
+        return "image stream"
+    if len(feed.shape) == 2:
+        return "sequence table"
+    return "image table" if isinstance(feed.units.sources, ImageColumn) else "folder"
 
 
 def _loader(view, sampler, config, pin_memory: bool) -> DataLoader:

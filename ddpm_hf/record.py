@@ -3,7 +3,6 @@
 Paths of the machine are left out: the folder of a pipeline is made to be published.
 """
 
-import dataclasses
 import json
 import os
 import platform
@@ -77,10 +76,13 @@ def data_facts(config: TrainConfig, dataset, items: int | None, shape: tuple) ->
 
 
 class RunRecord:
-    """Facts and time of a run; the time goes on over stops, as far as checkpoints carry it."""
+    """Facts and time of a run; the time goes on over stops, as far as checkpoints carry it.
 
-    def __init__(self, config: TrainConfig, data: dict, command: list[str] | None):
-        self.config, self.data, self.command = config, data, command
+    `options` are those that have an effect, as `TrainConfig.applied` gives them.
+    """
+
+    def __init__(self, config: TrainConfig, data: dict, command: list[str] | None, options: dict[str, Any]):
+        self.config, self.data, self.command, self.options = config, data, command, options
         self._before = 0.0
         self._started = time.monotonic()
 
@@ -105,6 +107,6 @@ class RunRecord:
             "samples_step": int(pictures[-1].stem.split("-")[1]) if pictures else None,
             "versions": versions(), "data": self.data, **more,
             "command": public_command(self.command) if self.command else None,
-            "options": public_options(dataclasses.asdict(self.config)),
+            "options": public_options(self.options),
         }  # fmt: skip
         (folder / "training.json").write_text(json.dumps(facts, indent=1))

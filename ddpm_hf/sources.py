@@ -21,6 +21,8 @@ def open_named(name: str, config_name: str | None, split: str, streaming: bool =
     import datasets
 
     if saved_to_disk(Path(name)):
+        if config_name is not None:
+            raise ValueError(f"dataset_config_name does not apply to {name}, saved to disk; got {config_name!r}")
         return open_folder(name, split, streaming)
     try:
         return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
@@ -66,6 +68,8 @@ def open_folder(folder: str, split: str, streaming: bool = False) -> Any:
             if split not in table:
                 raise ValueError(f"dataset_split must be one of {', '.join(table)} in {folder}, got {split!r}")
             table = table[split]
+        elif split != "train":
+            raise ValueError(f"dataset_split applies where several splits are; {folder} holds one, got {split!r}")
         shards = len(table.cache_files) or 1
         return table.to_iterable_dataset(num_shards=min(shards, max(1, len(table)))) if streaming else table
     files = _table_files(folder)

@@ -85,8 +85,10 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.feed = make_feed(config, dataset)
         self.shape = self.feed.shape
-        facts = data_facts(config, dataset, self.feed.items, self.shape)
-        self.record = RunRecord(config, {**facts, "held_out": self.feed.split}, command)
+        # for the card, which does not say an option that had no effect
+        self.options = config.applied(self.feed.kind, model is not None)
+        facts = {**data_facts(config, dataset, self.feed.items, self.shape), "held_out": self.feed.split}
+        self.record = RunRecord(config, facts, command, self.options)
         torch.manual_seed(derive_seed(config.seed, Stream.WEIGHTS))
         self.scheduler = GaussianScheduler(
             num_train_timesteps=config.ddpm_num_steps,
@@ -97,6 +99,7 @@ class Trainer:
         )
         self.model = self._build_model() if model is None else model
         self.model_name = type(self.model).__name__  # before accelerate wraps it
+        self.given_model = model is not None
         self._check_model()
 
     # -- before anything is written ------------------------------------------------------------
@@ -109,7 +112,16 @@ class Trainer:
         return UNet2D(sample_size=sample_size, in_channels=self.shape[0], **self.config.model_options())
 
     def _check_model(self) -> None:
-        model_config = self.model.config
+        c, model_config = self.config, self.model.config
+        if self.given_model:
+            c.check_scope(self.feed.kind, self.model)
+            conditioned = bool(getattr(model_config, "self_condition", False))
+            if conditioned != c.self_condition:
+                raise ValueError(f"self_condition must be the given model's, {conditioned}, got {c.self_condition}")
+            able = hasattr(self.model, "enable_gradient_checkpointing")
+            able = able and getattr(self.model, "_supports_gradient_checkpointing", True)
+            if c.gradient_checkpointing and not able:
+                raise ValueError(f"gradient_checkpointing must be false: {self.model_name} does not support it")
         if model_config.in_channels != self.shape[0]:
             raise ValueError(f"the model takes {model_config.in_channels} channels, the data has {self.shape[0]}")
         if len(self.shape) == 3 and self.shape[0] not in IMAGE_MODES:
@@ -156,7 +168,7 @@ class Trainer:
                     raise ValueError("not a mapping of options")
             except (OSError, ValueError, yaml.YAMLError) as error:
                 raise ValueError(f"{config_file} cannot be read: {error}") from error
-            differences = self.config.differences(earlier)
+            differences = self.config.differences(earlier, self.feed.kind, self.given_model)
             if differences:
                 listed = "\n  ".join(differences)
                 raise ValueError(

@@ -27,10 +27,10 @@ SMALL = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "attn_dim_head": 4, "re
 def runs(tmp_path_factory):
     """A run of pictures and one of sequences, evaluated."""
     folder = tmp_path_factory.mktemp("runs")
-    more = {"eval_steps": 4, "eval_num_samples": 12, "holdout": 8, "eval_cache_dir": str(folder / "cache")}
+    more = {"eval_steps": 4, "eval_num_samples": 12, "holdout": 8}
     pictures = TrainConfig(
         dataset_name="digits", output_dir=str(folder / "pictures"), feature_network="pixels", hub_license="mit",
-        **SMALL, **more,
+        eval_cache_dir=str(folder / "cache"), **SMALL, **more,
     )  # fmt: skip
     train(pictures, command=["python", "training/train.py", f"--output_dir={folder}/pictures", "--holdout", "8"])
     np.save(folder / "waves.npy", np.random.default_rng(0).standard_normal((40, 2, 16)))

@@ -103,10 +103,12 @@ def test_differences():
         ({"muon_learning_rate": 1e-3}, {"optimizer": "muon"}),
         ({"logit_std": 0.5}, {"timestep_sampling": "logit_normal"}),
     ]:
-        assert TrainConfig(**without_effect).differences(earlier) == []
+        with pytest.raises(ValueError, match="applies to runs with"):
+            TrainConfig(**without_effect)
+        assert TrainConfig().differences({**earlier, **without_effect}) == []  # of a run of an earlier version
         assert len(TrainConfig(**without_effect, **with_effect).differences(earlier)) == 2
     plain = yaml.safe_load(TrainConfig(use_ema=False).to_yaml())
-    assert TrainConfig(use_ema=False, ema_power=0.6).differences(plain) == []
+    assert TrainConfig(use_ema=False).differences({**plain, "ema_power": 0.6}) == []
     assert TrainConfig(ema_power=0.6).differences(plain) == ["use_ema: False -> True", "ema_power: 0.75 -> 0.6"]
     constant = yaml.safe_load(TrainConfig(lr_scheduler="constant").to_yaml())
     assert TrainConfig(lr_scheduler="constant", max_train_steps=5).differences(constant) == []

@@ -26,8 +26,8 @@ print(out.shape, hashlib.sha256(out.tobytes()).hexdigest())
     "config,name,shape", [("digits", "DDPMPipeline", (2, 8, 8, 1)), ("ecg", "DDPMPipeline1D", (2, 1, 64))]
 )
 def test_train_load_and_sample(config, name, shape, tmp_path):
-    extra = ["--eval_num_samples=32", f"--eval_cache_dir={tmp_path}/cache"]
-    extra += ["--sequence_length=64", "--dim_mults", "1", "2"] if config == "ecg" else []
+    own = {"digits": [f"--eval_cache_dir={tmp_path}/cache"], "ecg": ["--sequence_length=64", "--dim_mults", "1", "2"]}
+    extra = ["--eval_num_samples=32", *own[config]]
     file = ROOT / "training" / "configs" / f"{config}.yaml"
     done = run_program(
         "-m", "accelerate.commands.launch", "--cpu", TRAIN, f"--config={file}", *SHORT, *extra, cwd=tmp_path

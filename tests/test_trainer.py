@@ -426,6 +426,10 @@ def test_a_stock_model_can_be_trained(tmp_path):
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, layers_per_block=1,
     )  # fmt: skip
-    result = train(config(tmp_path, max_train_steps=2), model=model)
+    built = ("dim", "dim_mults", "attn_heads", "attn_dim_head")
+    options = {name: value for name, value in SMALL.items() if name not in built}
+    result = train(
+        TrainConfig(dataset_name="digits", output_dir=str(tmp_path), max_train_steps=2, **options), model=model
+    )
     pipe = DDPMPipeline.from_pretrained(result.pipeline_dir)
     assert isinstance(pipe.unet, UNet2DModel) and pipe(2).images[0].size == (8, 8)

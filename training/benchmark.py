@@ -41,6 +41,7 @@ from contenders import (
 )
 
 from ddpm_hf import UNet1D, UNet2D
+from ddpm_hf.arguments import SuggestingParser
 
 KEPT = "ratio, memory kept by both"
 # Ratios to keep, measured on two CPU threads (README). Speed, where more is better: KEPT, because the other moves with
@@ -310,7 +311,7 @@ def is_worse(row: dict) -> bool:
 
 
 def main(arguments: list) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = SuggestingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="parts to measure")
     parser.add_argument("--rounds", type=int, default=9, help="times that each contender is measured")
     parser.add_argument("--device", default="cpu", help="of the model's measurements: cpu or cuda")

@@ -10,12 +10,13 @@ import os
 import sys
 from pathlib import Path
 
+from ddpm_hf.arguments import SuggestingParser
 from ddpm_hf.checkpoint import ASIDE
 from ddpm_hf.convert import build, read_checkpoint
 
 
 def main(arguments: list) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = SuggestingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="Its model-*.pt file.")
     parser.add_argument("--output_dir", required=True, help="Folder of the pipeline; must be new or empty.")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="Which weights. Default: ema.")

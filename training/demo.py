@@ -9,9 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from ddpm_hf.arguments import SuggestingParser
+
 
 def main(arguments: list) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = SuggestingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", required=True, help="Folder of a saved pipeline, or a name on the Hub.")
     parser.add_argument("--host", default="127.0.0.1", help="Address to serve on; 0.0.0.0: to other machines too.")
     parser.add_argument("--port", type=int, help="Default: the first free one from 7860.")

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import diffusers
@@ -22,6 +22,7 @@ from huggingface_hub import hf_hub_download
 from transformers import HfArgumentParser
 
 from ddpm_hf import GaussianScheduler, TrainConfig
+from ddpm_hf.arguments import SuggestingParser
 from ddpm_hf.card import write_card
 from ddpm_hf.checkpoint import write_text
 from ddpm_hf.config import BUNDLED
@@ -82,6 +83,10 @@ class EvaluateConfig:
     )
 
 
+class Parser(SuggestingParser, HfArgumentParser):
+    """The options of a dataclass as arguments."""
+
+
 def load(config: EvaluateConfig):
     """The pipeline, whichever of the two it is, with the sampler asked for.
 
@@ -108,9 +113,12 @@ def real_data(config: EvaluateConfig, pipeline):
         source = {"dataset_name": config.data}
     else:
         source = {"train_data_dir" if path.is_dir() else "train_data_file": config.data}
-    shared = ("dataset_config_name", "dataset_split", "image_column", "sequence_columns", "stride")
-    options = {name: getattr(config, name) for name in shared}
-    if len(size) == 2:
+    shared = ("dataset_config_name", "dataset_split", "image_column", "sequence_columns", "stride", "on_bad_image")
+    defaults = {f.name: f.default for f in fields(config)}
+    options = {name: value for name in shared if (value := getattr(config, name)) != defaults[name]}
+    if config.data in BUNDLED and (config.data == "ecg") != (len(size) == 1):
+        pass  # of the other kind, which is said below
+    elif len(size) == 2:
         options |= {"resolution": list(size), "image_channels": pipeline.unet.config.in_channels}
     else:
         options |= {"sequence_length": size[0]}
@@ -292,11 +300,9 @@ def save(records: list[dict], earlier: list[dict], steps: list[int], config: Eva
 
 
 def main(arguments: list) -> int:
-    parser = HfArgumentParser(EvaluateConfig, description=__doc__, allow_abbrev=False,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    (config,) = parser.parse_args_into_dataclasses(arguments)
+    parser = Parser(EvaluateConfig, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     try:
-        evaluate(config)
+        evaluate(EvaluateConfig(**vars(parser.parse_args(arguments))))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,12 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from ddpm_hf.arguments import SuggestingParser
 from ddpm_hf.card import Parts
 from ddpm_hf.hub import Target, open_repo, publish_space, publish_with_patience
 
 
 def main(arguments: list) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = SuggestingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", type=Path, help="Folder of the pipeline: runs/x/pipeline, or runs/x/best.")
     parser.add_argument("--hub_model_id", required=True, help="The repo, 'user/name' or 'name'; made if not there.")
     parser.add_argument("--hub_revision", help="Branch; made if it is not there. Default: the main one.")

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from common import MODELS, Job, distance, finish, floor, log_ticks, pictures, run_jobs, sample, write_pictures
 
+from ddpm_hf.arguments import SuggestingParser
+
 SAMPLES = {"digits": 2_000, "crops": 800}
 SAMPLING_STEPS = 10
 MUON = {"optimizer": "muon", "muon_learning_rate": 9e-3}
@@ -307,7 +309,7 @@ def file_name(name: str) -> str:
 
 
 def main(arguments: list) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = SuggestingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=("curves", "ablation"), default=["curves", "ablation"])
     parser.add_argument("--data", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--setting", nargs="+", choices=tuple(ABLATION), help="of the ablation. Default: all")

@@ -16,6 +16,7 @@ from common import MODELS, Job, distance, finish, floor, log_ticks, pictures, ru
 from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from ddpm_hf import DDPMPipeline, GaussianScheduler
+from ddpm_hf.arguments import SuggestingParser
 from ddpm_hf.memory import keep_freed_memory
 
 COMMON = {"learning_rate": 1e-3, "lr_warmup_steps": 100, "min_snr_gamma": 5.0}
@@ -165,7 +166,7 @@ def parse_plan(plan: str) -> tuple[list[str], list[int], list[int]]:
 
 
 def main(arguments: list) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = SuggestingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--plan", nargs="+", default=PLAN, help="samplers:steps:seeds, e.g. 'DDIM|UniPC 2:5,10:0,1,2'")
     parser.add_argument("--samples", type=int, help=f"of a measurement. Default: {COUNTS}")

@@ -1,0 +1,117 @@
+"""What each option of a run applies to: kinds of data, a value of another option, or a new model.
+
+`TrainConfig` has a `Scope` in the metadata of each option that does not always apply. The help, README's table and the
+error messages take their words from it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+# The kinds of data, as `build_dataset` and `make_feed` tell them apart, and what messages call them.
+KINDS = {
+    "digits": "the bundled digits",
+    "ecg": "the bundled electrocardiogram",
+    "folder": "a folder of images",
+    "image table": "a table of images",
+    "image stream": "a streamed table of images",
+    "sequence table": "a table of sequences",
+    "sequence file": "a table of sequences (.csv, .parquet)",
+    "array": "an array of sequences (.npy, .npz)",
+    "given images": "images given from Python",
+    "given ImageDataset": "an ImageDataset given from Python",
+    "given sequences": "sequences given from Python",
+}
+
+
+def _always(config: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What an option applies to.
+
+    Attributes:
+        text: the words after "Applies to".
+        kinds: the kinds of data, a part of `KINDS`.
+        holds: whether the other options bring the option in; called with the configuration.
+        option: the option that `holds` asks for most, for messages.
+        new_model: whether the option is for the U-Net that training builds, not for a model given from Python.
+    """
+
+    text: str
+    kinds: frozenset[str] = frozenset(KINDS)
+    holds: Callable[[Any], bool] = _always
+    option: str | None = None
+    new_model: bool = False
+
+    def reason_against(self, config: Any, kind: str | None, given_model: bool) -> str | None:
+        """Return the words for what does not fit, or None where the option applies; kind None: not known yet."""
+        if not self.holds(config):
+            return f"{self.option} {getattr(config, self.option)!r}"
+        if kind is not None and kind not in self.kinds:
+            return KINDS[kind]
+        return "a model given from Python" if self.new_model and given_model else None
+
+
+def _data(text: str, kinds: Iterable[str]) -> Scope:
+    return Scope(text, frozenset(kinds))
+
+
+def _with(option: str, *values: Any) -> Scope:
+    """Runs where an option has one of these values; without values: where it is on."""
+    text = f"runs with {option} {' or '.join(values)}".rstrip()
+    return Scope(
+        text, holds=lambda c: getattr(c, option) in values if values else bool(getattr(c, option)), option=option
+    )
+
+
+def _has_features(config: Any) -> bool:
+    """Whether the evaluation has a metric that is computed from features of images."""
+    return bool(config.eval_steps) and not (config.eval_metrics and {"fid", "kid"}.isdisjoint(config.eval_metrics))
+
+
+_READ_IMAGES = ("digits", "folder", "image table", "image stream")
+_ALL_IMAGES = (*_READ_IMAGES, "given images", "given ImageDataset")
+_TABLES = ("image table", "image stream", "sequence table")
+
+IMAGES = _data("images, but not to a dataset given from Python", _READ_IMAGES)
+KEPT_IMAGES = _data(
+    "images that are neither streamed nor given from Python", [kind for kind in _READ_IMAGES if kind != "image stream"]
+)
+CHECKED_IMAGES = _data("images, but not to tensors given from Python", (*_READ_IMAGES, "given ImageDataset"))
+SEQUENCES = _data(
+    "sequences, but not to a dataset given from Python", ("ecg", "sequence table", "sequence file", "array")
+)
+IMAGE_TABLES = _data("tables of images", ("image table", "image stream"))
+SEQUENCE_TABLES = _data("tables of sequences", ("sequence table", "sequence file"))
+STREAMS = _data("tables of images", ("image stream",))
+TABLES = _data("tables that dataset_name or train_data_dir names", _TABLES)
+NAMED_TABLES = Scope(
+    "tables that dataset_name names", frozenset(_TABLES), lambda c: bool(c.dataset_name), "dataset_name"
+)
+NEW_MODEL = Scope("the model that training builds, not to one given from Python", new_model=True)
+GROUP_NORM = Scope("models with norm group", holds=lambda c: c.norm == "group", option="norm", new_model=True)
+FOURIER = Scope(
+    "models with time_embedding learned_fourier or random_fourier", holds=lambda c: c.time_embedding != "sinusoidal",
+    option="time_embedding", new_model=True,
+)  # fmt: skip
+SINUSOIDAL = Scope(
+    "models with time_embedding sinusoidal", holds=lambda c: c.time_embedding == "sinusoidal", option="time_embedding",
+    new_model=True,
+)  # fmt: skip
+STREAMING = _with("streaming")
+MUON = _with("optimizer", "muon")
+LOGIT_NORMAL = _with("timestep_sampling", "logit_normal")
+WARM_UP = Scope("every lr_scheduler but constant", holds=lambda c: c.lr_scheduler != "constant", option="lr_scheduler")
+EMA = _with("use_ema")
+EVALUATION = _with("eval_steps")
+FEATURES = Scope(
+    "images in runs with eval_steps and the metrics fid or kid", frozenset(_ALL_IMAGES), _has_features, "eval_steps"
+)
+TORCHSCRIPT = Scope(
+    "images in runs with eval_steps, the metrics fid or kid, and a TorchScript feature_network", frozenset(_ALL_IMAGES),
+    lambda c: _has_features(c) and c.feature_network not in ("inception", "pixels"), "feature_network",
+)  # fmt: skip
+HUB = _with("push_to_hub")
