@@ -152,7 +152,9 @@ class TrainConfig:
     self_condition: bool = _option(False, "Condition on the previous x0 estimate (in half of the training steps).")
     norm: str = _option("rms", "Norm of the residual blocks: 'rms' or 'group'.", scope.NEW_MODEL)
     norm_groups: int = _option(8, "Groups of norm 'group'.", scope.GROUP_NORM)
-    dropout: float = _option(0.0, "Dropout probability in the residual blocks.", scope.NEW_MODEL)
+    dropout: float = _option(
+        0.0, "Dropout probability in the residual blocks; the masks are each process's own.", scope.NEW_MODEL
+    )
     attn_heads: list[int] = _option([4], "Attention heads: one number, or one per stage.", scope.NEW_MODEL)
     attn_dim_head: list[int] = _option(
         [32], "Size of an attention head: one number, or one per stage.", scope.NEW_MODEL
@@ -187,7 +189,7 @@ class TrainConfig:
     )
     logit_mean: float = _option(0.0, "Of logit_normal: above 0 towards noise.", scope.LOGIT_NORMAL)
     logit_std: float = _option(1.0, "Of logit_normal: the smaller, the closer to the middle.", scope.LOGIT_NORMAL)
-    immiscible: bool = _option(False, "Re-assign noise to the nearest data within the batch.")
+    immiscible: bool = _option(False, "Re-assign noise to the nearest data within train_batch_size samples.")
     rescale_betas_zero_snr: bool = _option(False, "Rescale the schedule to end in pure noise (not with epsilon).")
 
     # Optimization

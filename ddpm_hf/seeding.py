@@ -1,7 +1,7 @@
 """Seeds that follow from what they are for, not from what was drawn before.
 
 Every random decision of training has a stream and a place, (seed, step, global index), so a run that is resumed, or
-spread over another number of processes, draws the same numbers.
+spread over another number of processes, draws the same numbers. Dropout alone is drawn by the process.
 """
 
 from collections.abc import Iterable

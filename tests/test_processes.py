@@ -1,4 +1,5 @@
-"""Two processes give what one gives: the same losses, the same samples, from the same global batch."""
+"""Two processes give what one gives: the same losses, the same samples, from the same global batch (without dropout and
+immiscible noise, which are each process's own)."""
 
 import json
 import sys
