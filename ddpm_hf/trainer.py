@@ -610,6 +610,8 @@ class Trainer:
                 f"{what[key]}" + ("" if key == "digest" else f" {progress['data'][key]} -> {data[key]}")
                 for key in data if progress["data"][key] != data[key]
             )  # fmt: skip
+            if self.feed.split and "files" not in progress:
+                changed += "; or the run is of ddpm_hf 0.2.0 or earlier, which held out other items of sequences"
             raise ValueError(f"the data is not that of the run in {self.folder} ({changed}): choose another output_dir")
         changed = self.feed.files.differing(progress.get("files", self.feed.files.marks))
         if changed:

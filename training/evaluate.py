@@ -19,6 +19,7 @@ import diffusers
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import HfArgumentParser
 
 from ddpm_hf import GaussianScheduler, TrainConfig
@@ -136,7 +137,7 @@ def record_of(config: EvaluateConfig) -> dict:
         file = folder / "training.json" if folder.is_dir() else hf_hub_download(config.pipeline, "training.json")
         facts = json.loads(Path(file).read_text(encoding="utf-8"))
         return facts if isinstance(facts["options"], dict) and isinstance(facts["data"], dict) else {}
-    except (OSError, ValueError, KeyError, TypeError):  # without one, or one of something else
+    except (EntryNotFoundError, OSError, ValueError, KeyError, TypeError):  # without one, or one of something else
         return {}
 
 
