@@ -23,8 +23,8 @@ from ddpm_hf.data import ImageDataset, digits
 from ddpm_hf.evaluation import EvalSettings, Evaluator
 from ddpm_hf.features import FeatureNetwork
 from ddpm_hf.feed import make_feed
-from ddpm_hf.metrics import too_close
-from ddpm_hf.seeding import Stream, generator_seeds
+from ddpm_hf.metrics import too_close, unit_directions
+from ddpm_hf.seeding import Stream, derive_seed, generator_seeds
 from ddpm_hf.sequences import SequenceDataset
 from ddpm_hf.sources import ImageColumn
 from ddpm_hf.stream import Part, hold_out, split_record
@@ -229,6 +229,103 @@ def test_any_number_of_processes_gives_one_answer(processes):
 
 def rng_rows(count):
     return np.random.default_rng(3).normal(size=(count, 1, 8))
+
+
+def gaussian_distance(x, y):
+    """The Fréchet distance by covariances and the eigenvalues of their product."""
+    a, b = np.cov(x.T), np.cov(y.T)
+    roots = np.sqrt(np.clip(np.linalg.eigvals(a @ b).real, 0, None)).sum()
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * roots
+
+
+def copies(samples, real, mirror):
+    """Share of samples nearer to a real item than that item's nearest other one, by all distances. Rows are (h, w)."""
+    kept = []
+    for item in real:
+        if not any(np.array_equal(item, k) or (mirror and np.array_equal(item[:, ::-1], k)) for k in kept):
+            kept.append(item)
+
+    def between(a, b):
+        turned = [b, b[:, ::-1]] if mirror else [b]
+        return min(np.sqrt(((a - each) ** 2).sum()) for each in turned)
+
+    own = [min(between(a, b) for j, b in enumerate(kept) if j != i) for i, a in enumerate(kept)]
+    found = [[between(x, item) for item in kept] for x in samples]
+    return np.mean([min(row) < own[int(np.argmin(row))] for row in found])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_every_metric_of_pictures_recomputed(processes):
+    """By NumPy in float64 from the definitions, with the shares of so many processes: real pictures of which some come
+    twice or mirrored, as many samples, one of the processes without a held-out item."""
+    real = grey(20, side=8)
+    real[15:18], real[18:] = real[:3], real[3:5, :, ::-1]
+    fake, held = np.concatenate((real[:6], grey(12, seed=1), real[6:8, :, ::-1])), grey(2, seed=2)
+    data, held_out = images(list(real), random_flip=True), images(list(held))
+    scheduler = GaussianScheduler(prediction_type="v_prediction")
+
+    def work(accelerator):
+        options = {"num_samples": 20, "accelerator": accelerator, "batch_size": 3}
+        e = evaluator(data, (1, 8, 8), held_out, **options)
+        e._cache_file = lambda: None
+        e.prepare()
+        pipeline = Known(as_samples(fake), (1, 8, 8))
+        pipeline.unet.forward = lambda x, t: type("Out", (), {"sample": 0.5 * x})
+        return e(pipeline, 5, scheduler)
+
+    x, y = (np.repeat(v.reshape(len(v), 1, -1) / 255, 3, 1).reshape(len(v), -1) for v in (real, fake))
+    kernel = [(u @ v.T / 192 + 1) ** 3 for u, v in ((x, x), (y, y), (x, y))]
+    kid = sum((k.sum() - np.trace(k)) / (20 * 19) for k in kernel[:2]) - 2 * kernel[2].mean()
+    errors = []
+    abar = scheduler.alphas_cumprod.double().numpy()
+    for n, bucket in ((n, bucket) for n in range(2) for bucket in range(10)):
+        draw = np.random.default_rng(derive_seed(0, Stream.EVALUATION, 1, n, bucket))
+        t = draw.integers(100 * bucket, 100 * bucket + 100)
+        noise = draw.standard_normal((1, 8, 8), dtype=np.float32).astype(np.float64)
+        x0, a, b = held[n] / 127.5 - 1, abar[t] ** 0.5, (1 - abar[t]) ** 0.5
+        error = ((0.5 * (a * x0 + b * noise) - (a * noise - b * x0)) ** 2).mean()
+        errors.append((error, error * abar[t]))  # SNR / (SNR + 1) = abar
+    plain, weighted = np.mean(errors, axis=0)
+    expected = {
+        "fid": gaussian_distance(x, y), "kid": kid, "memorization": copies(fake / 127.5, real / 127.5, True),
+        "held_out_loss": plain, "held_out_weighted_loss": weighted,
+    }  # fmt: skip
+    for values in simulated(processes, work):
+        assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_every_metric_of_sequences_recomputed(processes):
+    """The same for sequences of two channels, as many real ones as samples."""
+    rng = np.random.default_rng(0)
+    real, fake = 3 + 2 * rng.normal(size=(40, 2, 6)), 3.5 + rng.normal(size=(40, 2, 6))
+    real[30:35], fake[:10] = real[:5], real[:10]
+
+    def work(accelerator):
+        e = evaluator(SequenceDataset(real), (2, 6), num_samples=40, accelerator=accelerator, batch_size=7)
+        e.prepare()
+        return e(Known(fake, (2, 6)), 5)
+
+    mean, deviation = real.mean(axis=(0, 2), keepdims=True), real.std(axis=(0, 2), keepdims=True, ddof=0)
+    x, y = ((v - mean) / deviation * np.sqrt(239 / 240) for v in (real, fake))  # the deviation is over n - 1
+    flat_x, flat_y = x.reshape(40, -1), y.reshape(40, -1)
+    spectra = [np.log(np.abs(np.fft.fft(v)[..., :4]) ** 2 / 6 + 1e-8).reshape(40, -1) for v in (x, y)]
+    w = unit_directions(12, 256, 0)
+    sliced = np.sqrt(((np.sort(flat_x @ w.T, axis=0) - np.sort(flat_y @ w.T, axis=0)) ** 2).mean())
+
+    def correlations(v):
+        v = v - v.mean(axis=(0, 2), keepdims=True)
+        rows = [[(v[:, c, k:] * v[:, c, : 6 - k]).mean() / (v[:, c] ** 2).mean() for k in (1, 2, 3)] for c in (0, 1)]
+        return np.array(rows)
+
+    expected = {
+        "frechet": gaussian_distance(flat_x, flat_y), "spectral_frechet": gaussian_distance(*spectra),
+        "sliced_wasserstein": sliced, "memorization": copies(y, x, False),
+        "autocorrelation_error": np.sqrt(((correlations(x) - correlations(y)) ** 2).mean()),
+    }  # fmt: skip
+    for values in simulated(processes, work):
+        # items of a data set are float32
+        assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_copies_of_data_that_come_twice_are_copies():
