@@ -146,8 +146,9 @@ def run_of(config: EvaluateConfig) -> dict:
     facts = record_of(config)
     if not facts or facts["data"].get("name") != without_folders(config.data):
         return {}
-    keys = ("dataset_config_name", "dataset_split")
-    return facts if all(facts["options"].get(key) == getattr(config, key) for key in keys) else {}
+    given = {"dataset_config_name": config.dataset_config_name, "dataset_split": config.dataset_split}
+    # what does not apply to the data is not recorded
+    return facts if all(facts["options"].get(name, value) == value for name, value in given.items()) else {}
 
 
 def split(config: EvaluateConfig, run: dict, dataset) -> tuple:
