@@ -60,7 +60,7 @@ class Page:
     def __init__(self, pipe):
         self.pipe, self.own = pipe, pipe.scheduler
         # what use_fast_sampler sets; a folder's code may be older than this page
-        settings = ("num_inference_steps", "log_snr_spacing")
+        settings = ("num_inference_steps", "log_snr_spacing", "steps_before_fast")
         self.own_settings = {name: pipe.config[name] for name in settings if name in pipe.config}
         self.is_image = "data_scale" not in pipe.config
         self.steps = pipe.config.num_inference_steps or len(self.own)

@@ -19,7 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import (
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+)
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo, hf_hub_download, upload_folder
@@ -45,6 +51,7 @@ IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 FAST = {"solver_order": 2, "algorithm_type": "dpmsolver++", "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
 # The fast sampler spreads its steps below this ratio of noise to signal.
 HIGHEST_NOISE = 500.0
+LEARNED = ("learned", "learned_range")  # variance types with twice the channels
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -143,11 +150,29 @@ def log_snr_timesteps(alphas_cumprod: Tensor, steps: int) -> list[int]:
     return [max(t, steps - 1 - i) for i, t in enumerate(chain)]
 
 
+def _threshold(x0: Tensor, ratio: float, highest: float) -> Tensor:
+    """Dynamic thresholding (Saharia et al., section 2.3): clamp to [-s, s] and divide by s, the percentile `ratio` of
+    |x0| in each sample, from 1 to `highest`."""
+    magnitudes = x0.flatten(1).abs().float().sort(dim=1).values
+    last = magnitudes.shape[1] - 1
+    rank = ratio * last
+    low = int(rank)
+    s = torch.lerp(magnitudes[:, low], magnitudes[:, min(low + 1, last)], rank - low)
+    s = s.clamp(1, highest).to(x0.dtype).reshape(-1, *(1,) * (x0.ndim - 1))
+    return torch.minimum(torch.maximum(x0, -s), s) / s
+
+
 class _SamplingPipeline(DiffusionPipeline):
     """The sampling loop; what the data is (images, sequences) is in `_encode`, `_decode`, `_size` and `_output`."""
 
     _output_types: tuple
     _callback_tensor_inputs = ["latents"]
+    _interrupt = False
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop after that step; the next call starts afresh."""
+        return self._interrupt
 
     def _check_parts(self, unet, num_inference_steps: int | None, ndim: int, other: str) -> None:
         if getattr(unet, "ndim", ndim) != ndim:
@@ -249,18 +274,36 @@ class _SamplingPipeline(DiffusionPipeline):
             raise ValueError(f"the configuration has keys that {cls.__name__} does not know: {', '.join(unknown)}")
         return super().extract_init_dict(config_dict, **kwargs)
 
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """Make a new pipeline with the parts and settings of another one, as diffusers; `kwargs` replace some of them.
+
+        The parts are passed on by name, because diffusers takes a model only if the constructor names its class, and
+        this file knows no model.
+        """
+        parts = {name: part for name, part in pipeline.components.items() if name in ("unet", "scheduler")}
+        return super().from_pipe(pipeline, **{**parts, **kwargs})
+
     # -- samplers ------------------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value) -> None:
+        """Setting the scheduler ends the fast sampler: its spacing goes, the pipeline's own number of steps returns."""
+        super().__setattr__(name, value)
+        if name == "scheduler" and self.config.get("log_snr_spacing"):
+            own = self.config.get("steps_before_fast")
+            self.register_to_config(num_inference_steps=own, log_snr_spacing=False, steps_before_fast=None)
 
     def use_fast_sampler(self, num_inference_steps: int = 15):
         """Sample with few calls of the model: DPM-Solver++ of order 2 (Lu et al., arXiv:2211.01095), diffusers' own, on
         the schedule that the model was trained on, at `log_snr_timesteps`. docs/studies.md has its distances to data
         beside those of others.
 
-        The pipeline's scheduler is replaced; a saved pipeline keeps that. Back:
+        The pipeline's scheduler is replaced; a saved pipeline keeps that. Setting any scheduler ends it, with that
+        scheduler's own spacing and the number of steps that the pipeline had before. The way back is
         `pipe.scheduler = GaussianScheduler.from_config(pipe.scheduler.config)`.
 
         Args:
-            num_inference_steps: from now on where a call gives none; 1 to T.
+            num_inference_steps: default number of steps from now on; 1 to T.
 
         Returns:
             self
@@ -269,8 +312,19 @@ class _SamplingPipeline(DiffusionPipeline):
             ValueError: num_inference_steps outside its range.
         """
         _check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
-        self.scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config, **FAST)
-        self.register_to_config(num_inference_steps=num_inference_steps, log_snr_spacing=True)
+        config = self.scheduler.config
+        scheduler = DPMSolverMultistepScheduler.from_config(config, **FAST)
+        if config.get("variance_type") in LEARNED:
+            # of a learned variance stock solvers keep the first three channels, whatever the data has: `_denoise` drops
+            # that half, and the way back finds the setting here
+            own = {**config.get("_gaussian", {}), "variance_type": config.variance_type}
+            scheduler.register_to_config(variance_type=None, _gaussian=own)
+        self.scheduler = scheduler
+        self.register_to_config(
+            steps_before_fast=self.config.num_inference_steps,
+            num_inference_steps=num_inference_steps,
+            log_snr_spacing=True,
+        )
         return self
 
     def is_spaced_by_log_snr(self) -> bool:
@@ -342,7 +396,6 @@ class _SamplingPipeline(DiffusionPipeline):
     def _estimate_x0(self, prediction: Tensor, model_input: Tensor, t) -> Tensor:
         """x0 by the prediction at x_t, clipped as configured: for self-conditioning under stock schedulers."""
         config = self.scheduler.config
-        prediction = prediction[:, : model_input.shape[1]]
         if config.prediction_type == "sample":
             x0 = prediction
         else:
@@ -358,10 +411,18 @@ class _SamplingPipeline(DiffusionPipeline):
                 x0 = (model_input - root_noise * prediction) / root
             else:
                 x0 = root * model_input - root_noise * prediction
-        if config.get("clip_sample") or config.get("thresholding"):
+        if config.get("thresholding"):
+            return _threshold(x0, config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0))
+        if config.get("clip_sample"):
             limit = config.get("clip_sample_range", 1.0)
             x0 = x0.clamp(-limit, limit)
         return x0
+
+    def _takes_variance(self) -> bool:
+        """Whether the scheduler's step reads the half of the channels in which a model predicts its variance."""
+        own = hasattr(self.scheduler, "clip_x0")
+        stock = isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler))
+        return (own or stock) and self.scheduler.config.get("variance_type") in LEARNED
 
     @torch.no_grad()
     def _denoise(
@@ -369,23 +430,27 @@ class _SamplingPipeline(DiffusionPipeline):
     ) -> Tensor:
         """x_T -> x_0 along `timesteps`; appends each x to `trajectory`."""
         self_condition = self.unet.config.get("self_condition", False)
+        channels = 2 * x.shape[1] if self._takes_variance() else x.shape[1]
+        self._interrupt = False
         x0 = None
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = self.scheduler.scale_model_input(x, t)
             extra = {"x_self_cond": x0} if self_condition else {}
-            prediction = self.unet(model_input, t, **extra).sample
+            prediction = self.unet(model_input, t, **extra).sample[:, :channels]
             result = self.scheduler.step(prediction, t, x, **options)
             x = result.prev_sample
             if self_condition:
                 x0 = getattr(result, "pred_original_sample", None)
                 if x0 is None:
-                    x0 = self._estimate_x0(prediction, model_input, t)
+                    x0 = self._estimate_x0(prediction[:, : x.shape[1]], model_input, t)
             if callback is not None:
                 # The contract of diffusers: callback(pipeline, step, timestep, tensors) -> tensors to go on with.
                 tensors = {name: {"latents": x}[name] for name in callback_inputs}
                 x = (callback(self, i, t, tensors) or {}).get("latents", x)
             if trajectory is not None:
                 trajectory.append(x)
+            if self._interrupt:  # set by a callback, or from another thread, as in diffusers' own pipelines
+                break
         return x
 
     def _generate(
@@ -500,17 +565,28 @@ class DDPMPipeline(_SamplingPipeline):
         unet: `UNet2D`, or a stock `UNet2DModel`.
         scheduler: `GaussianScheduler`, or a stock scheduler.
         num_inference_steps: steps where a call gives none; None: every training step.
-        log_snr_spacing: as `use_fast_sampler` sets it.
+        log_snr_spacing, steps_before_fast: as `use_fast_sampler` sets them.
     """
 
     model_cpu_offload_seq = "unet"
     _output_types = ("pil", "np", "pt")
 
-    def __init__(self, unet, scheduler, num_inference_steps: int | None = None, log_snr_spacing: bool = False):
+    def __init__(
+        self,
+        unet,
+        scheduler,
+        num_inference_steps: int | None = None,
+        log_snr_spacing: bool = False,
+        steps_before_fast: int | None = None,
+    ):
         super().__init__()
         self._check_parts(unet, num_inference_steps, 2, "DDPMPipeline1D")
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(num_inference_steps=num_inference_steps, log_snr_spacing=log_snr_spacing)
+        self.register_to_config(
+            num_inference_steps=num_inference_steps,
+            log_snr_spacing=log_snr_spacing,
+            steps_before_fast=steps_before_fast,
+        )
 
     def __call__(
         self,
@@ -610,7 +686,7 @@ class DDPMPipeline1D(_SamplingPipeline):
         num_inference_steps: steps where a call gives none; None: every training step.
         data_shift, data_scale: per channel, data = x * scale + shift for the model's x in [-1, 1]; None: x itself. A
             channel with the scale 0 is the constant `shift`, and its x is 0.
-        log_snr_spacing: as `use_fast_sampler` sets it.
+        log_snr_spacing, steps_before_fast: as `use_fast_sampler` sets them.
     """
 
     model_cpu_offload_seq = "unet"
@@ -624,6 +700,7 @@ class DDPMPipeline1D(_SamplingPipeline):
         data_shift: Sequence[float] | None = None,
         data_scale: Sequence[float] | None = None,
         log_snr_spacing: bool = False,
+        steps_before_fast: int | None = None,
     ):
         super().__init__()
         self._check_parts(unet, num_inference_steps, 1, "DDPMPipeline")
@@ -637,6 +714,7 @@ class DDPMPipeline1D(_SamplingPipeline):
         self.register_to_config(
             num_inference_steps=num_inference_steps,
             log_snr_spacing=log_snr_spacing,
+            steps_before_fast=steps_before_fast,
             data_shift=None if data_shift is None else [float(v) for v in data_shift],
             data_scale=None if data_scale is None else [float(v) for v in data_scale],
         )

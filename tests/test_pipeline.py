@@ -115,10 +115,94 @@ def test_the_fast_sampler_interpolates_from_the_noise_that_strength_says():
 
 
 def test_another_scheduler_after_the_fast_sampler_has_its_own_steps():
-    pipe = images().use_fast_sampler()
-    pipe.scheduler = GaussianScheduler.from_config(pipe.scheduler.config)
-    pipe(num_inference_steps=4)
-    assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    pipe = images(steps=4)
+    for kind in (GaussianScheduler, diffusers.DPMSolverMultistepScheduler):
+        pipe.use_fast_sampler().use_fast_sampler(9)
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        pipe()
+        assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_the_fast_sampler_is_left_after_it_was_saved(tmp_path):
+    pipe = images(steps=4).use_fast_sampler(7)
+    pipe.save_pretrained(tmp_path)
+    for again in (DDPMPipeline.from_pretrained(tmp_path), DDPMPipeline.from_pipe(pipe)):
+        again.set_progress_bar_config(disable=True)
+        again()
+        assert again.scheduler.timesteps.tolist() == log_snr_timesteps(again.scheduler.alphas_cumprod, 7)
+        again.scheduler = GaussianScheduler.from_config(again.scheduler.config)
+        again()
+        assert again.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    pipe()  # another pipeline of the same parts was left, not this one
+    assert len(pipe.scheduler.timesteps) == 7
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("name", ["fast", "DDIMScheduler", "UniPCMultistepScheduler"])
+def test_learned_variance_under_samplers_that_use_none(channels, name):
+    """The half of the channels that predicts the variance changes nothing: as without it, weight for weight."""
+    torch.manual_seed(0)
+    unet = UNet2D(sample_size=8, in_channels=channels, learned_variance=True, **SMALL)
+    plain = UNet2D(sample_size=8, in_channels=channels, **SMALL)
+    weights = unet.state_dict()
+    for name_of in ("out_stage.conv.weight", "out_stage.conv.bias"):
+        weights[name_of] = weights[name_of][:channels]
+    plain.load_state_dict(weights)
+    samples = []
+    for model, variance in ((unet, "learned_range"), (plain, "fixed_small")):
+        pipe = DDPMPipeline(model, GaussianScheduler(variance_type=variance))
+        pipe.set_progress_bar_config(disable=True)
+        if name == "fast":
+            pipe.use_fast_sampler(4)
+        else:
+            pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+        samples.append(pipe(2, 4, generator=seeds(1, 2), output_type="pt").images)
+    assert samples[0].shape == (2, channels, 8, 8)
+    torch.testing.assert_close(*samples)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+def test_the_estimate_for_self_conditioning_is_thresholded_as_configured(name):
+    """Dynamic thresholding divides by the percentile instead of clamping at 1."""
+    own = GaussianScheduler(thresholding=True, sample_max_value=3.0, dynamic_thresholding_ratio=0.9)
+    pipe = DDPMPipeline(UNet2D(sample_size=8, self_condition=True, **SMALL), own)
+    pipe.scheduler = getattr(diffusers, name).from_config(own.config)
+    prediction, x = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = own.clip_x0(own.predict_x0(prediction, 500, x))
+    clamped = own.predict_x0(prediction, 500, x).clamp(-1, 1)
+    assert (expected - clamped).abs().max() > 0.3
+    torch.testing.assert_close(pipe._estimate_x0(prediction, x, 500), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_callback_stops_the_chain():
+    """As in stock pipelines: the steps that are left are not run, and the next call is whole again."""
+    pipe, called = images(), []
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda x, t, **k: (called.append(int(t)), forward(x, t, **k))[1]
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 1
+        return tensors
+
+    out = pipe(2, callback_on_step_end=stop, return_all_timesteps=True, output_type="pt")
+    assert called == [999, 749] and pipe.interrupt and out.trajectory.shape[1] == 3
+    assert torch.equal(out.images, out.trajectory[:, -1])
+    pipe(2)
+    assert len(called) == 6 and not pipe.interrupt
+
+
+def test_from_pipe():
+    """Both ways, with stock classes too: the same parts and settings, and what is given replaces them."""
+    pipe = images(steps=3)
+    copy = DDPMPipeline.from_pipe(pipe)
+    assert copy.unet is pipe.unet and copy.scheduler is pipe.scheduler and copy.config.num_inference_steps == 3
+    assert DDPMPipeline.from_pipe(pipe, num_inference_steps=2).config.num_inference_steps == 2
+    stock = diffusers.DDIMPipeline.from_pipe(pipe, unet=pipe.unet)
+    assert DDPMPipeline.from_pipe(stock).unet is pipe.unet
+    one_d = sequences(data_shift=[10.0, -3.0], data_scale=[2.0, 0.5])
+    assert DDPMPipeline1D.from_pipe(one_d).config.data_scale == [2.0, 0.5]
+    with pytest.raises(ValueError, match="use DDPMPipeline1D"):
+        DDPMPipeline.from_pipe(one_d)
 
 
 def test_samples_of_a_known_distribution():

@@ -62,8 +62,9 @@ PLAN = [f"{'|'.join(SAMPLERS)}:5,10:0", "fast:5,8,10,12,15,20:0,1,2", "DDIM:5,10
 def build(pipe: DDPMPipeline, name: str) -> DDPMPipeline:
     kind, options = SAMPLERS[name]
     options = dict(options)
-    pipe.register_to_config(log_snr_spacing=options.pop("log_snr_spacing", False))
+    spacing = options.pop("log_snr_spacing", False)
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
+    pipe.register_to_config(log_snr_spacing=spacing)
     return pipe
 
 
