@@ -76,13 +76,16 @@ class WeightAverage:
         """A whole model, without wrappers, in eval mode and with the average (or, without one, the weights) for the
         time being. All processes must enter together.
 
-        It computes as the saved model does, in the type of its weights: accelerate's autocast is set aside too.
+        It computes as the saved model does, in the type of its weights: accelerate's autocast is set aside, and with it
+        what was compiled of it.
         """
         model = self.accelerator.unwrap_model(self.model)
+        inner = getattr(model, "_orig_mod", model)
+        autocast = "_original_forward" in vars(inner)  # accelerate's name for what it has wrapped
+        if autocast:
+            model, wrapped = inner, inner.forward
+            model.forward = inner._original_forward
         model.eval()
-        wrapped = model.forward
-        if "_original_forward" in vars(model):  # accelerate's name for what it has wrapped in autocast
-            model.forward = model._original_forward
         if self.ema is not None:
             self.ema.store(model.parameters())
             self.ema.copy_to(model.parameters())
@@ -95,7 +98,7 @@ class WeightAverage:
         finally:
             if self.ema is not None:
                 self.ema.restore(model.parameters())
-            if "_original_forward" in vars(model):
+            if autocast:
                 model.forward = wrapped
             model.train()
 

@@ -164,6 +164,7 @@ class Evaluator:
             len(self.known)
         )
         own = torch.from_numpy(order[: self.settings.num_samples])
+        self.num_drawn = len(own)
         share = self.shares.of(len(own))
         own = own[share.start : share.stop]
         self.honest_rate = self._rate(self.known[own], own)
@@ -430,6 +431,7 @@ class Evaluator:
         lines = []
         for name, value in values.items():
             source = f"{self.num_held_out:,} held-out items" if "held_out" in name else samples
+            source = f"{self.num_drawn:,} real items" if name == "memorization_real" else source
             warning = f" (biased: below {FEW:,})" if few and name in BIASED else ""
             lines.append(f"  {name:<{width}}  {value:<12.6g} from {source}{warning}")
         return "\n".join(lines)

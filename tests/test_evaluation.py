@@ -514,7 +514,7 @@ def test_the_program(sequences, capsys):
     command = ["--pipeline", str(sequences), "--data", "ecg", "--stride=2", "--num_samples=20"]
     assert evaluate_script.main([*command, "--num_inference_steps", "2", "4"]) == 0
     out = capsys.readouterr().out
-    assert "warning: below 10,000 samples" in out and "from 20 samples" in out
+    assert "warning: below 10,000 samples" in out and "from 20 samples" in out and "from 20 real items" in out
     records = json.loads((sequences / "evaluation.json").read_text())
     assert {r["num_inference_steps"] for r in records} == {2, 4} and {r["data"] for r in records} == {"ecg"}
     with Image.open(sequences / "steps-versus-metric.png") as picture:
