@@ -25,6 +25,9 @@ from ddpm_hf import sources
 from ddpm_hf.sequences import SequenceDataset, ecg, read_sequences, table_sequences
 
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Of a picture that is longer than this many crops, the middle part of that length is kept: a line of 100,000 x 1 pixels
+# would fill gigabytes at 64 pixels of height. Odd, so that the middle of the part is the middle of the picture.
+LONGEST = 17
 
 
 class BadImageError(ValueError):
@@ -41,7 +44,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         limit = 65535.0 if image.mode.startswith("I") else 1.0
-        if values.min() < 0 or values.max() > limit:
+        if not (values.min() >= 0 and values.max() <= limit):  # also NaN
             raise ValueError(
                 f"values of a picture of mode {image.mode} must lie in [0, {limit:g}]; "
                 f"got {values.min():g} to {values.max():g}"
@@ -69,6 +72,8 @@ def from_8bit(x: Tensor) -> Tensor:
 def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Image.Image:
     """Any source of a picture as an 8-bit picture of `mode` that just covers `resolution` (height, width).
 
+    Of a picture that is more than `LONGEST` times as long as the resolution asks for, the middle part is kept.
+
     Args:
         source: a path, bytes of a file, {"bytes", "path"} as `datasets` has them, a PIL image, or an 8-bit array
             (H, W) or (H, W, C).
@@ -86,6 +91,7 @@ def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Im
             array = np.asarray(source)
             if array.dtype != np.uint8 and not (array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255):
                 raise ValueError(f"an array must hold 8-bit values, got {array.dtype}")
+            array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
             image = to_mode(Image.fromarray(array.astype(np.uint8)), mode)
         elif isinstance(source, Image.Image):
             image = to_mode(source, mode)
@@ -95,13 +101,19 @@ def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Im
                 # thumbnails); both sides may be swapped by EXIF
                 file.draft(None, (2 * max(height, width),) * 2)
                 image = to_mode(file, mode)
-    except (AttributeError, OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        raise BadImageError(f"cannot read the picture {name}: {error}") from error
+    except Exception as error:  # decoders of damaged files raise any kind: struct.error, IndexError, RuntimeError, ...
+        raise BadImageError(f"cannot read the picture {name}: {error or type(error).__name__}") from error
     scale = max(width / image.width, height / image.height)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     # for reducing, Hamming costs half of bicubic and blurs less than bilinear (both of triangle width)
     kernel = Image.Resampling.HAMMING if scale < 1 else Image.Resampling.BICUBIC
-    return image if image.size == size else image.resize(size, kernel)
+    kept = (min(size[0], LONGEST * width), min(size[1], LONGEST * height))
+    if image.size == size == kept:
+        return image
+    left, top = ((whole - part) // 2 for whole, part in zip(size, kept))
+    x, y = image.width / size[0], image.height / size[1]
+    box = (left * x, top * y, (left + kept[0]) * x, (top + kept[1]) * y)
+    return image.resize(kept, kernel, None if kept == size else box)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ class Stream(IntEnum):
     HOLDOUT = 7
     EVALUATION = 8
     SHARDS = 9
+    STAND_IN = 10
 
 
 def derive_seed(seed: int, stream: Stream, *place: int) -> int:

@@ -5,6 +5,9 @@ Arrays are read in parts and indexed lazily, so a memory-mapped file may be larg
 """
 
 import copy
+import csv
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -282,6 +285,9 @@ def read_sequences(path: str, columns: Sequence[str] | None = None, as_recording
     suffix = Path(path).suffix.lower()
     if suffix not in FILE_ENDINGS:
         raise ValueError(f"train_data_file must end in {', '.join(FILE_ENDINGS)}, got {path}")
+    if not Path(path).is_file():
+        kind = "it is a pipe, a folder or a device" if Path(path).exists() else "No such file"
+        raise ValueError(f"train_data_file must be a file on disk, got {path}: {kind}")
     if columns and suffix in (".npy", ".npz"):
         raise ValueError(f"sequence_columns are columns of a table; {path} holds an array")
     if suffix == ".csv":
@@ -315,26 +321,41 @@ def _choose(columns: Sequence[str] | None, present: Sequence[str], name: str) ->
 
 
 def _read_csv(path: str, columns: Sequence[str] | None) -> np.ndarray:
-    """(rows, columns) float64. The first line is a header if one of its cells is not a number; the separator is the
-    one of comma, semicolon and tab that it has most of."""
+    """Return the numbers of a table, (rows, columns) float64.
+
+    Lines that are blank or begin with # are skipped. The first of the others is a header if one of its cells has a
+    letter. The separator is the one of comma, semicolon and tab that it has most of, or spaces between numbers.
+    """
     import pandas
 
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            first = file.readline()
-        separator = max(",;\t", key=first.count)
-        cells = pandas.to_numeric(pandas.Series(first.strip().split(separator)), errors="coerce")
-        header = bool(cells.isna().any())
-        table = pandas.read_csv(
-            path, sep=separator, header=0 if header else None, index_col=False, encoding="utf-8-sig", low_memory=False,
-        )  # fmt: skip
-    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        separator, header = _csv_form(path)
+        options = {"sep": separator, "header": 0 if header else None, "index_col": False, "comment": "#",
+                   "skipinitialspace": True, "encoding": "utf-8-sig"}  # fmt: skip
+        if columns:
+            first = pandas.read_csv(path, nrows=0 if header else 1, **options)
+            present = [str(name).strip() for name in first.columns]
+            options["usecols"] = [present.index(name) for name in _choose(columns, present, path)]
+
+        def read(**more):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pandas.errors.ParserWarning)  # rows of more values than names
+                table = pandas.read_csv(path, **options, **more)
+            table.columns = [str(name).strip() for name in table.columns]
+            return table[list(columns)] if columns else table
+
+        try:
+            numbers = read(dtype=np.float64).to_numpy()
+        except ValueError:
+            numbers = np.full((1, 1), np.nan)  # a cell is no number
+        if not np.isfinite(numbers).all():
+            table = read(dtype=str, keep_default_na=False)
+            cells = pandas.to_numeric(pandas.Series(table.to_numpy().ravel()), errors="coerce").to_numpy(np.float64)
+            numbers = cells.reshape(table.shape)
+    except (OSError, ValueError, Warning) as error:  # pandas' own errors are ValueErrors
         raise ValueError(f"cannot read the table {path}: {error}") from error
-    table.columns = [str(column).strip() for column in table.columns]
-    if not len(table):
+    if not len(numbers):
         raise ValueError(f"{path} has no rows")
-    table = table[_choose(columns, list(table.columns), path)]
-    numbers = table.apply(pandas.to_numeric, errors="coerce").to_numpy(np.float64)
     wrong = np.argwhere(~np.isfinite(numbers))
     if len(wrong):
         row, column = map(int, wrong[0])
@@ -344,6 +365,43 @@ def _read_csv(path: str, columns: Sequence[str] | None) -> np.ndarray:
             "To leave columns out, name the others: --sequence_columns"
         )
     return numbers
+
+
+def _csv_form(path: str) -> tuple[str, bool]:
+    """Return (the separator of a table's cells, True if its first line is a header).
+
+    Raises:
+        ValueError: there is no line but comments, or the first row has another number of cells than the header.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = (line for line in file if line.strip() and not line.lstrip().startswith("#"))
+        first, second = next(lines, None), next(lines, None)
+    if first is None:
+        raise ValueError("it has no rows")
+    unquoted = re.sub('"[^"]*"', "", first)
+    separator = max(",;\t", key=unquoted.count)
+    if separator not in unquoted and len(first.split()) > 1 and all(map(_is_number, first.split())):
+        return r"\s+", False
+
+    def cells(line: str) -> list[str]:
+        return next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+
+    # a date or a decimal comma is a wrong cell of the first row, not a name
+    header = any(any(map(str.isalpha, cell)) and not _is_number(cell) for cell in cells(first))
+    if header and second is not None and len(cells(first)) != len(cells(second)):
+        raise ValueError(
+            f"the header must have a name for each value of a row, got {len(cells(first))} names and "
+            f"{len(cells(second))} values"
+        )
+    return separator, header
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class ListColumns:

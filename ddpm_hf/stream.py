@@ -143,8 +143,8 @@ def underlying(dataset):
 class TrainingView(Dataset):
     """A map-style data set under (epoch, index) keys: augmentation follows from (seed, epoch, index).
 
-    A picture that cannot be read is replaced by the next one (`on_bad="skip"`), or makes the batch an error. Without
-    `augment` items are as the data set has them.
+    A picture that cannot be read makes the batch an error, or (`on_bad="skip"`) another one stands in for it, drawn by
+    (seed, epoch, index) from all. Without `augment` items are as the data set has them.
     """
 
     def __init__(self, dataset, seed: int, on_bad: str = "stop", augment: bool = True):
@@ -156,8 +156,7 @@ class TrainingView(Dataset):
     def __getitem__(self, key: Key) -> tuple[Tensor | None, list[str], str | None]:
         epoch, first = key
         skipped: list[str] = []
-        for attempt in range(len(self.dataset)):
-            index = (first + attempt) % len(self.dataset)
+        for index in self._candidates(epoch, first):
             try:
                 place = derive_seed(self.seed, Stream.AUGMENTATION, epoch, index)
                 rng = np.random.default_rng(place) if self.augment else None
@@ -169,6 +168,13 @@ class TrainingView(Dataset):
             except ValueError as error:
                 return None, skipped, f"item {index} of the data: {error}"
         return None, skipped, "none of the pictures can be read"
+
+    def _candidates(self, epoch: int, first: int) -> Iterator[int]:
+        """Yield the picture asked for, then all in a random order: the one after a bad picture is not seen more often
+        than others."""
+        yield first
+        rng = np.random.default_rng(derive_seed(self.seed, Stream.STAND_IN, epoch, first))
+        yield from rng.permutation(len(self.dataset)).tolist()
 
 
 def collate(items) -> Batch:
