@@ -165,7 +165,7 @@ def peer(options: dict, folder: Path) -> list[dict]:
         warm = tuned["lr_warmup_steps"]
         rate = torch.optim.lr_scheduler.LambdaLR(
             trainer.opt.optimizer,
-            lambda n: min(n / warm, 1.0) * 0.5 * (1 + math.cos(math.pi * max(0, n - warm) / (steps - warm))),
+            lambda n: min((n + 1) / (warm + 1), 1) * 0.5 * (1 + math.cos(math.pi * max(0, n - warm) / (steps - warm))),
         )
         update = trainer.ema.update
         trainer.ema.update = lambda: (update(), rate.step())
