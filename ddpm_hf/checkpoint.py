@@ -1,5 +1,9 @@
-"""Checkpoints on disk: written aside and renamed when whole; the newest; rotation after the new one is whole."""
+"""Checkpoints on disk: written aside and renamed when whole; the newest; rotation after the new one is whole.
 
+Other files and folders that lie beside the checkpoints are left alone.
+"""
+
+import contextlib
 import hashlib
 import json
 import os
@@ -7,8 +11,15 @@ import re
 import shutil
 from pathlib import Path
 
-PATTERN = re.compile(r"step-(\d{6,})")
+from ddpm_hf.reading import is_finite, is_number, is_whole, parse_json, read_json, require
+
 ASIDE = ".writing"
+PATTERN = re.compile(r"step-([0-9]{6,})")
+WAYS_OUT = (
+    " Put an undamaged copy of a checkpoint back into its place, or train anew into another output_dir; to start this "
+    "run over, move its folder away first. Nothing was changed"
+)
+UNFINISHED = re.compile(PATTERN.pattern + re.escape(ASIDE))
 CHECKSUMS = "checksums.json"
 
 
@@ -21,33 +32,47 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of every whole checkpoint, oldest first. A name is given only to what is whole."""
     if not folder.is_dir():
         return []
-    found = [(int(match.group(1)), path) for path in folder.iterdir() if (match := PATTERN.fullmatch(path.name))]
+    found = [
+        (int(match.group(1)), path)
+        for path in folder.iterdir()
+        if (match := PATTERN.fullmatch(path.name)) and path.is_dir()
+    ]
     return sorted(found)
 
 
 def latest(folder: Path, skip_damaged: bool = False) -> Path | None:
-    """The newest checkpoint, or None; with `skip_damaged` the newest whose files are as they were written.
+    """Return the newest checkpoint, or None where there is none.
+
+    Args:
+        folder: the folder of the checkpoints.
+        skip_damaged: pass over damaged checkpoints, to the newest one whose files are as they were written.
 
     Raises:
-        ValueError: the newest is damaged; it is named, and what is wrong with it.
+        ValueError: the newest is damaged, or with `skip_damaged` all are; each is named with what is wrong with it.
     """
-    for _, path in reversed(list_checkpoints(folder)):
+    found = list_checkpoints(folder)
+    wrongs = []
+    for _, path in reversed(found):
         wrong = damage(path)
         if wrong is None:
             return path
+        wrongs.append(f"{path} is damaged: {wrong}")
         if not skip_damaged:
-            raise ValueError(
-                f"the checkpoint {path} is damaged: {wrong}. To go on from the newest whole one: "
-                "--resume_from_checkpoint latest-valid"
+            hint = (
+                " To go on from the newest whole one: --resume_from_checkpoint latest-valid" if len(found) > 1 else ""
             )
+            raise ValueError(f"the checkpoint {wrongs[0]}.{hint or WAYS_OUT}")
+    if wrongs:
+        raise ValueError("no checkpoint of this run is whole:\n  " + "\n  ".join(wrongs) + "\n" + WAYS_OUT.strip())
     return None
 
 
 def begin(folder: Path, step: int) -> Path:
     """An empty folder aside, to write the checkpoint of `step` into; leftovers of an interrupted save are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"*{ASIDE}"):
-        shutil.rmtree(leftover)
+    for leftover in folder.iterdir():
+        if UNFINISHED.fullmatch(leftover.name) and leftover.is_dir():
+            shutil.rmtree(leftover)
     path = folder / f"step-{step:06d}{ASIDE}"
     path.mkdir()
     return path
@@ -63,14 +88,19 @@ def _seal(aside: Path) -> None:
 def damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:
-        digests = json.loads((path / CHECKSUMS).read_text())
-    except (OSError, ValueError) as error:
-        return f"{CHECKSUMS} cannot be read ({error})"
+        digests = read_json(path / CHECKSUMS)
+    except ValueError as error:
+        return str(error)
+    if not digests:
+        return f"{CHECKSUMS} names no files"
     for name, expected in digests.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if _digest(path / name) != expected:
-            return f"{name} is not what was written"
+        try:
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if _digest(path / name) != expected:
+                return f"{name} is not what was written"
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            return f"{name!r} cannot be read ({error})"
     return None
 
 
@@ -83,16 +113,73 @@ def _digest(path: Path) -> str:
 
 
 def finish(aside: Path, limit: int | None = None) -> Path:
-    """Seal a whole checkpoint and give it its name, then delete the oldest beyond `limit`."""
+    """Seal a whole checkpoint and give it its name; then delete older ones, so that `limit` whole ones are left.
+
+    The new checkpoint is always kept, damaged ones do not count, and none of a later step is deleted.
+    """
     _seal(aside)
     final = aside.with_name(aside.name.removesuffix(ASIDE))
     if final.exists():  # the same step again, after resuming from an earlier one
         shutil.rmtree(final)
     os.replace(aside, final)
     if limit is not None:
-        for _, old in list_checkpoints(final.parent)[:-limit]:
-            shutil.rmtree(old)
+        _rotate(final, limit)
     return final
+
+
+def _rotate(newest: Path, limit: int) -> None:
+    whole = 1  # the newest
+    for _, path in reversed(list_checkpoints(newest.parent)):
+        if path == newest:
+            continue
+        if whole < limit:
+            whole += damage(path) is None
+        elif int(PATTERN.fullmatch(path.name)[1]) < int(PATTERN.fullmatch(newest.name)[1]):
+            with contextlib.suppress(OSError):  # the new checkpoint is saved, whatever becomes of an old one
+                shutil.rmtree(path)
+
+
+def read_progress(path: Path) -> dict:
+    """Read what a checkpoint says of the run's progress, `seconds` of training included.
+
+    Raises:
+        ValueError: a file cannot be read, or a field does not hold what it should; the file is named.
+    """
+    file = path / "progress.json"
+    progress = {"evaluation": [], "best": None, "feed": {}, "global_batch": None, **read_json(file)}
+
+    def rule(name: str, holds: bool, text: str) -> None:
+        require(progress, name, holds, text, file)
+
+    for name in ("step", "skipped_images"):
+        value = progress.get(name)
+        rule(name, is_whole(value) and value >= 0, "a whole number of at least 0")
+    pairs = progress.get("interval")
+    good = isinstance(pairs, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in pairs
+    )
+    rule("interval", good, "a list of pairs of numbers")
+    rule("data", isinstance(progress.get("data"), dict), "an object that describes the data")
+    rule("feed", isinstance(progress["feed"], dict), "an object")
+    rule("global_batch", progress["global_batch"] is None or is_whole(progress["global_batch"]), "a whole number")
+    marks = progress.get("files", [])  # of files that are read while training, see `mapped`
+    good = isinstance(marks, list) and all(
+        mark is None or (isinstance(mark, list) and len(mark) == 2 and all(map(is_whole, mark))) for mark in marks
+    )
+    rule("files", good, "a list of pairs of whole numbers")
+    records = progress["evaluation"]
+    good = isinstance(records, list) and all(
+        isinstance(r, dict) and isinstance(r.get("metric"), str) and is_number(r.get("value")) for r in records
+    )
+    rule("evaluation", good, "a list of objects with a metric and its value")
+    best = progress["best"]
+    good = best is None or (
+        isinstance(best, dict) and isinstance(best.get("metric"), str) and is_number(best.get("value"))
+    )
+    rule("best", good, "null, or an object with a metric and its value")
+    clock = read_json(path / "clock.json") if (path / "clock.json").exists() else {"seconds": 0.0}
+    require(clock, "seconds", is_finite(clock.get("seconds")), "a finite number", path / "clock.json")
+    return {**progress, "seconds": clock["seconds"]}
 
 
 def replace_folder(aside: Path, final: Path) -> None:
@@ -119,15 +206,34 @@ class MetricsFile:
         self.path = path
 
     def read(self) -> list[dict]:
-        """The whole lines; one that an interrupted run left unfinished is dropped."""
-        records = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
-        return records
+        """Return the records; a last line that an interrupted run left unfinished is dropped.
+
+        Raises:
+            ValueError: another line is not a record, naming the file, the line and the rule.
+        """
+        try:
+            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read: {error}") from error
+        if lines and not lines[-1]:
+            lines.pop()
+        return [record for i, line in enumerate(lines) if (record := self._parse(line, i + 1, len(lines))) is not None]
+
+    def _parse(self, line: bytes, number: int, count: int) -> dict | None:
+        where = f"{self.path}, line {number}"
+        try:
+            json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            if number == count and not isinstance(error, UnicodeDecodeError):
+                return None
+            raise ValueError(
+                f"{where} must be a JSON object in UTF-8 ({error}). A run resumes with the lines that its earlier part "
+                "wrote: mend that line, or put back a copy of the file"
+            ) from error
+        record = parse_json(line, where)
+        require(record, "step", is_whole(record.get("step")), "a whole number", where)
+        require(record, "loss", is_number(record.get("loss", 0)), "a number", where)
+        return record
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step`: those steps are run again."""

@@ -4,9 +4,8 @@ Names are those of diffusers' unconditional training example where it has them.
 """
 
 import dataclasses
-import math
+import reprlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from ddpm_hf import scope
 from ddpm_hf.arguments import unknown_option
 from ddpm_hf.losses import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
+from ddpm_hf.reading import is_finite, is_whole, read_mapping
 from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_ALIASES, PREDICTION_TYPES
 from ddpm_hf.sequences import NORMS as SEQUENCE_NORMS
 from ddpm_hf.trackers import TRACKERS
@@ -339,7 +339,7 @@ class TrainConfig:
             base = next(part for part in kind.__args__ if part is not type(None)) if optional else kind
             holds, text = TYPE_RULES[base]
             if not holds(value):
-                raise ValueError(f"{name} must be {text}, got {value!r}")
+                raise ValueError(f"{name} must be {text}, got {reprlib.repr(value)}")
 
     def _check(self) -> None:
         def rule(holds: bool, name: str, text: str) -> None:
@@ -507,12 +507,15 @@ class TrainConfig:
         return lines
 
 
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_text(value) -> bool:
+    """Return True for text that has a UTF-8 form, which a name of a file need not have (Python keeps surrogates)."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def default_of(f: dataclasses.Field) -> Any:
@@ -529,11 +532,11 @@ def _plain(options: dict) -> dict:
 TYPES = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
 TYPE_RULES = {
     bool: (lambda v: isinstance(v, bool), "true or false"),
-    int: (_is_int, "a whole number"),
-    float: (_is_number, "a finite number"),
-    str: (lambda v: isinstance(v, str), "a text"),
-    list[int]: (lambda v: isinstance(v, list) and v and all(map(_is_int, v)), "one or more whole numbers"),
-    list[str]: (lambda v: isinstance(v, list) and all(isinstance(i, str) for i in v), "a list of texts"),
+    int: (is_whole, "a whole number (of at most 64 bits)"),
+    float: (is_finite, "a finite number"),
+    str: (_is_text, "a text in UTF-8"),
+    list[int]: (lambda v: isinstance(v, list) and v and all(map(is_whole, v)), "one or more whole numbers"),
+    list[str]: (lambda v: isinstance(v, list) and all(map(_is_text, v)), "a list of texts in UTF-8"),
 }
 
 
@@ -543,12 +546,7 @@ def read_yaml(path: str) -> dict:
     Raises:
         ValueError: not a mapping, or an unknown option (the closest name is given).
     """
-    try:
-        options = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: cannot be read as YAML: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"--config {path}: must hold options as 'name: value' lines")
+    options = read_mapping(path, f"--config {path}")
     known = [f.name for f in dataclasses.fields(TrainConfig)]
     for name in options:
         if name not in known:

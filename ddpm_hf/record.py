@@ -3,6 +3,7 @@
 Paths of the machine are left out: the folder of a pipeline is made to be published.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -10,15 +11,36 @@ import re
 import shlex
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ddpm_hf.checkpoint import MetricsFile
 from ddpm_hf.config import BUNDLED, TrainConfig
 from ddpm_hf.figures import save_loss_plot
 from ddpm_hf.version import __version__
+
+SAMPLES = re.compile(r"step-([0-9]{6,})\.png")
+
+
+@contextlib.contextmanager
+def spare(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Write a file that a run can go on without: if writing fails, what is left of it is removed and a warning said."""
+    try:
+        yield
+    except Exception as error:  # of the disk, of the libraries that draw, of a text that has no UTF-8
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        say(f"warning: {path} could not be written, and is left out: {type(error).__name__}: {error}")
+
+
+def sample_pictures(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of each picture of samples that a run has drawn, oldest first; other files do not count."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted((int(match[1]), path) for path in files if (match := SAMPLES.fullmatch(path.name)))
 
 
 def without_folders(text: str) -> str:
@@ -93,20 +115,27 @@ class RunRecord:
         """The clock runs from now on; `before`: seconds that the run has already taken."""
         self._before, self._started = before, time.monotonic()
 
-    def write(self, folder: Path, metrics: list[dict], step: int, device: str, **more) -> None:
-        """training.json and the pictures, into the folder of the pipeline saved at `step`."""
+    def write(
+        self, folder: Path, metrics: MetricsFile, step: int, device: str, say: Callable[[str], None], **more
+    ) -> None:
+        """Write training.json and the pictures into the folder of the pipeline saved at `step`."""
         run = Path(self.config.output_dir)
-        pictures = sorted(p for p in (run / "samples").glob("step-*.png") if int(p.stem.split("-")[1]) <= step)
-        if pictures:
-            shutil.copyfile(pictures[-1], folder / "samples.png")
-        losses = [record for record in metrics if "loss" in record and record["step"] <= step]
-        if len(losses) > 1:
-            save_loss_plot(losses, folder / "loss.png")
-        facts = {
-            "name": run.resolve().name, "steps": step, "seconds": round(self.seconds(), 1), "machine": machine(device),
-            "samples_step": int(pictures[-1].stem.split("-")[1]) if pictures else None,
-            "versions": versions(), "data": self.data, **more,
-            "command": public_command(self.command) if self.command else None,
-            "options": public_options(self.options),
-        }  # fmt: skip
-        (folder / "training.json").write_text(json.dumps(facts, indent=1))
+        samples_step = None
+        with spare(folder / "samples.png", say):
+            pictures = [(at, path) for at, path in sample_pictures(run / "samples") if at <= step]
+            if pictures:
+                shutil.copyfile(pictures[-1][1], folder / "samples.png")
+                samples_step = pictures[-1][0]
+        with spare(folder / "loss.png", say):
+            losses = [record for record in metrics.read() if "loss" in record and record["step"] <= step]
+            if len(losses) > 1:
+                save_loss_plot(losses, folder / "loss.png")
+        with spare(folder / "training.json", say):
+            facts = {
+                "name": os.fsencode(run.resolve().name).decode(errors="replace"),
+                "steps": step, "seconds": round(self.seconds(), 1), "machine": machine(device),
+                "samples_step": samples_step, "versions": versions(), "data": self.data, **more,
+                "command": public_command(self.command) if self.command else None,
+                "options": public_options(self.options),
+            }  # fmt: skip
+            (folder / "training.json").write_text(json.dumps(facts, indent=1))

@@ -8,13 +8,13 @@ import contextlib
 import json
 import math
 import os
+import reprlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, gather_object
 from safetensors import SafetensorError
@@ -34,7 +34,8 @@ from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.memory import keep_freed_memory, return_freed_memory
 from ddpm_hf.optimizer import clip_grad_norm, make_optimizer, make_schedule, warmup_warning
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
-from ddpm_hf.record import RunRecord, data_facts
+from ddpm_hf.reading import is_whole, read_json, read_mapping
+from ddpm_hf.record import RunRecord, data_facts, spare
 from ddpm_hf.scheduler import GaussianScheduler
 from ddpm_hf.seeding import Stream, derive_seed, generator_seeds
 from ddpm_hf.stream import Batch, load_item
@@ -162,13 +163,7 @@ class Trainer:
         """
         config_file = self.folder / "config.yaml"
         if config_file.exists():
-            try:
-                earlier = yaml.safe_load(config_file.read_text())
-                if not isinstance(earlier, dict):
-                    raise ValueError("not a mapping of options")
-            except (OSError, ValueError, yaml.YAMLError) as error:
-                raise ValueError(f"{config_file} cannot be read: {error}") from error
-            differences = self.config.differences(earlier, self.feed.kind, self.given_model)
+            differences = self.config.differences(read_mapping(config_file), self.feed.kind, self.given_model)
             if differences:
                 listed = "\n  ".join(differences)
                 raise ValueError(
@@ -186,11 +181,28 @@ class Trainer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f".write{checkpoint.ASIDE}"
-            probe.touch()
-            probe.unlink()
+            try:
+                probe.write_text(self.config.to_yaml())  # more than no bytes: a full disk still makes files
+            finally:
+                probe.unlink(missing_ok=True)
         except OSError as error:
             raise ValueError(f"output_dir must be a folder that can be written: {error}") from error
         return config_file.exists()
+
+    def _check_space(self) -> None:
+        """Refuse to start where a save cannot fit: weights, average, a value of the optimizer for each, and pipeline/.
+
+        Raises:
+            ValueError: the disk has less free than that.
+        """
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        needed = (3 + self.config.use_ema) * weights
+        disk = shutil.disk_usage(self.folder)
+        if disk.total and disk.free < needed:  # some file systems do not say
+            raise ValueError(
+                f"output_dir must be on a disk with room for a save, at least {needed / 1e6:,.1f} MB: "
+                f"{self.folder} has {disk.free / 1e6:,.1f} MB"
+            )
 
     # -- the run -------------------------------------------------------------------------------
 
@@ -222,14 +234,20 @@ class Trainer:
         self._prepare()
         if resumable:
             self._resume()
+        self.metrics.read()  # its errors, on every process and before anything is written
         self.publisher = make_publisher(c, acc, say=tqdm.write)
+        if self.step < c.max_train_steps:
+            self._check_space()
         # only now: a refused resume leaves the folder as it was
         if acc.is_main_process:
-            checkpoint.write_text(self.folder / "config.yaml", c.to_yaml())
+            with self._writing(OSError):
+                checkpoint.write_text(self.folder / "config.yaml", c.to_yaml())
         pipeline_dir = self.folder / "pipeline"
         if self.step >= c.max_train_steps:
-            if self.step > c.max_train_steps or not pipeline_dir.exists():
-                self._save_pipeline()
+            if self._pipeline_step() != self.step:
+                self.record.start(self._seconds_before)
+                with self._writing(OSError, RuntimeError, SafetensorError):
+                    self._save_pipeline()
             if self.publisher is not None and self.publisher.published_step() != self.step:
                 self.publisher.submit(self.step)
                 self.publisher.finish()
@@ -237,7 +255,8 @@ class Trainer:
             return TrainResult(pipeline_dir, self.step, already_complete=True)
 
         if acc.is_main_process:
-            self.metrics.rewind(self.step)
+            with self._writing(OSError):
+                self.metrics.rewind(self.step)
         start_trackers(acc, c.report_to, self.folder, self.step)
         if self.evaluator is not None:
             self.evaluator.prepare()
@@ -415,9 +434,10 @@ class Trainer:
                 self._evaluate()
         if save:
             with self._writing(OSError, RuntimeError, SafetensorError):
-                # The pipeline first: a run that is killed between the two saves it again.
-                self._save_pipeline()
+                # The checkpoint first, whatever may be wrong with the pipeline's place, pictures or card: a run that is
+                # killed between the two saves the pipeline later. A pipeline/ tells that there was a checkpoint.
                 self._save_checkpoint()
+                self._save_pipeline()
             if self.publisher is not None and (c.hub_every_save or last):
                 self.publisher.submit(self.step)
 
@@ -438,8 +458,11 @@ class Trainer:
         try:
             yield
         except errors as error:
+            room = ""
+            with contextlib.suppress(OSError):
+                room = f" ({shutil.disk_usage(self.folder).free / 1e6:,.1f} MB are free there)"
             raise TrainingError(
-                f"step {self.step}: cannot save in {self.folder}: {error}. The newest whole checkpoint is "
+                f"step {self.step}: cannot save in {self.folder}{room}: {error}. The newest whole checkpoint is "
                 f"{self._newest_checkpoint()}; the same command goes on from there"
             ) from error
 
@@ -508,13 +531,18 @@ class Trainer:
         samples = gather_object(samples)
         if not acc.is_main_process:
             return
-        folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step-{self.step:06d}.png"
+        path = self.folder / "samples" / f"step-{self.step:06d}.png"
+        with spare(path, say=tqdm.write):
+            self._draw_samples(samples, path)
+        if path.exists():
+            log_picture(acc, "samples", path, self.step)
+
+    def _draw_samples(self, samples: list, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
         if len(self.shape) == 3:
             save_image_grid(samples, path)
         else:
-            rng = np.random.default_rng(c.seed)
+            rng = np.random.default_rng(self.config.seed)
             real = [
                 load_item(self.feed.dataset, int(i))
                 for i in rng.choice(self.feed.items, min(6, self.feed.items), replace=False)
@@ -522,7 +550,6 @@ class Trainer:
             pipeline_units = self._pipeline(self.accelerator.unwrap_model(self.model))
             save_sequence_plot(np.stack(samples), pipeline_units._decode(torch.stack(real), "np"), path)
             np.save(path.with_suffix(".npy"), np.stack(samples))
-        log_picture(acc, "samples", path, self.step)
 
     def _evaluate(self) -> None:
         """Metrics of the EMA weights; where they are the best so far, the pipeline in best/."""
@@ -552,15 +579,29 @@ class Trainer:
                 aside = self.folder / f"{name}{checkpoint.ASIDE}"
                 shutil.rmtree(aside, ignore_errors=True)
                 self._pipeline(model).save_pretrained(aside)
-                if self.evaluation:
-                    (aside / "evaluation.json").write_text(json.dumps(self.evaluation, indent=1))
-                self.record.write(
-                    aside, self.metrics.read(), self.step, acc.device.type, processes=acc.num_processes,
-                    global_batch=self._global_batch(acc.num_processes), mixed_precision=acc.mixed_precision,
-                )  # fmt: skip
-                write_card(aside)
+                self._describe_pipeline(aside)
                 checkpoint.replace_folder(aside, self.folder / name)
         acc.wait_for_everyone()
+
+    def _describe_pipeline(self, folder: Path) -> None:
+        """Put what the card tells, and the card, beside the weights; what cannot be written is left out and named."""
+        acc, say = self.accelerator, tqdm.write
+        if self.evaluation:
+            with spare(folder / "evaluation.json", say):
+                (folder / "evaluation.json").write_text(json.dumps(self.evaluation, indent=1))
+        self.record.write(
+            folder, self.metrics, self.step, acc.device.type, say, processes=acc.num_processes,
+            global_batch=self._global_batch(acc.num_processes), mixed_precision=acc.mixed_precision,
+        )  # fmt: skip
+        with spare(folder / "README.md", say):
+            write_card(folder)
+
+    def _pipeline_step(self) -> int | None:
+        """Return the step at which pipeline/ was saved, or None where there is none that says so."""
+        try:
+            return read_json(self.folder / "pipeline" / "training.json").get("steps")
+        except ValueError:
+            return None
 
     def _newest_checkpoint(self) -> str:
         found = checkpoint.list_checkpoints(self.folder / "checkpoints")
@@ -596,19 +637,29 @@ class Trainer:
             self.folder / "checkpoints", skip_damaged=self.config.resume_from_checkpoint == "latest-valid"
         )
         if newest is None:
+            # the first checkpoint comes before pipeline/ and before later metrics
+            done = max((record["step"] for record in self.metrics.read()), default=0)
+            every = read_mapping(self.folder / "config.yaml").get("checkpointing_steps")
+            if (self.folder / "pipeline").exists() or (is_whole(every) and done > every):
+                raise ValueError(
+                    f"{self.folder} holds a trained run ({done:,} steps in metrics.jsonl) but no checkpoint in "
+                    f"checkpoints/, so it cannot go on.{checkpoint.WAYS_OUT}"
+                )
+            self.accelerator.print(f"{self.folder} has no checkpoint yet: its run begins at step 0")
             return
+        progress = checkpoint.read_progress(newest)
         try:
             self.accelerator.load_state(newest)
-            progress = json.loads((newest / "progress.json").read_text())
             self.average.load(newest / "ema.safetensors")
         except Exception as error:
             raise ValueError(f"the checkpoint {newest} cannot be loaded: {error}") from error
         data = self.feed.fingerprint()
         if progress["data"] != data:
             what = {"items": "number of items", "shape": "shape", "digest": "content"}
+            earlier = {key: progress["data"].get(key) for key in data}
             changed = ", ".join(
-                f"{what[key]}" + ("" if key == "digest" else f" {progress['data'][key]} -> {data[key]}")
-                for key in data if progress["data"][key] != data[key]
+                what[key] + ("" if key == "digest" else f" {reprlib.repr(earlier[key])} -> {data[key]}")
+                for key in data if earlier[key] != data[key]
             )  # fmt: skip
             if self.feed.split and "files" not in progress:
                 changed += "; or the run is of ddpm_hf 0.2.0 or earlier, which held out other items of sequences"
@@ -619,7 +670,7 @@ class Trainer:
                 f"note: since the checkpoint of step {progress['step']} the data was written to: {changed}. What is "
                 "compared of its content (the scaling, or some items) is the same"
             )
-        self._feed_state = progress.get("feed", {})
+        self._feed_state = progress["feed"]
         self.feed.check(self._feed_state)
         now = self._global_batch(self.accelerator.num_processes)
         if self._feed_state and progress["global_batch"] != now:
@@ -629,6 +680,5 @@ class Trainer:
             )
         self.step, self.skipped = progress["step"], progress["skipped_images"]
         self._interval = progress["interval"]
-        self.evaluation, self.best = progress.get("evaluation", []), progress.get("best")
-        clock = newest / "clock.json"
-        self._seconds_before = json.loads(clock.read_text())["seconds"] if clock.exists() else 0.0
+        self.evaluation, self.best = progress["evaluation"], progress["best"]
+        self._seconds_before = progress["seconds"]

@@ -114,7 +114,12 @@ elif place == "before a checkpoint has its name":
 elif place == "between checkpoint and rotation":
     checkpoint.list_checkpoints = die
 elif place == "between the names of the pipeline":
-    checkpoint.os.replace = after(os.replace, 3)
+    replace = os.replace
+    def first_name_only(source, target):
+        replace(source, target)
+        if str(source).endswith("pipeline"):
+            die()
+    checkpoint.os.replace = first_name_only
 elif place == "in a line of metrics":
     checkpoint.MetricsFile.append = half_a_line
 elif place == "after the samples":
