@@ -23,11 +23,6 @@ UNFINISHED = re.compile(PATTERN.pattern + re.escape(ASIDE))
 CHECKSUMS = "checksums.json"
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of an optimizer step lies."""
-    return folder / f"step-{step:06d}"
-
-
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of every whole checkpoint, oldest first. A name is given only to what is whole."""
     if not folder.is_dir():

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -266,12 +267,14 @@ class _SamplingPipeline(DiffusionPipeline):
         """As diffusers, which only warns of keys that it does not know.
 
         Raises:
-            ValueError: they are named.
+            ValueError: an unknown key is close to one of ours, so it is taken for misspelt.
         """
-        known = inspect.signature(cls.__init__).parameters
-        unknown = sorted(name for name in config_dict if name not in known and not name.startswith("_"))
-        if unknown:
-            raise ValueError(f"the configuration has keys that {cls.__name__} does not know: {', '.join(unknown)}")
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        for name in config_dict:
+            if name not in known and not name.startswith("_") and (close := get_close_matches(name, known, 1, 0.75)):
+                raise ValueError(
+                    f"{cls.__name__} does not know: {name} (did you mean {close[0]}?), in the configuration"
+                )
         return super().extract_init_dict(config_dict, **kwargs)
 
     @classmethod

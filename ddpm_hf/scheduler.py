@@ -392,16 +392,6 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         """sqrt(1 - abar) x_t + sqrt(abar) v"""
         return self._mix("sqrt_one_minus_abar", x_t, 1, "sqrt_abar", v, t)
 
-    def v_from_x0(self, x_t: Tensor, t: int | Tensor, x0: Tensor) -> Tensor:
-        """(sqrt(abar) x_t - x0) / sqrt(1 - abar)"""
-        x, x0 = self._wide(x_t), self._wide(x0)
-        return ((self._at("sqrt_abar", t, x) * x - x0) / self._at("sqrt_one_minus_abar", t, x)).to(x_t.dtype)
-
-    def v_from_epsilon(self, x_t: Tensor, t: int | Tensor, epsilon: Tensor) -> Tensor:
-        """(epsilon - sqrt(1 - abar) x_t) / sqrt(abar)"""
-        x, e = self._wide(x_t), self._wide(epsilon)
-        return ((e - self._at("sqrt_one_minus_abar", t, x) * x) / self._at("sqrt_abar", t, x)).to(x_t.dtype)
-
     def target(self, x0: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
         """What the model is to predict, by `prediction_type`; shaped as x0."""
         kind = self.config.prediction_type

@@ -14,6 +14,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,6 @@ from torch import Tensor, nn
 
 NORMS = ("rms", "group")
 TIME_EMBEDDINGS = ("sinusoidal", "learned_fourier", "random_fourier")
-
-
-# What says where a model lies, of the options of from_pretrained.
-HUB_OPTIONS = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
 
 
 @dataclass
@@ -420,14 +417,14 @@ class OutStage(_Stage):
 # The body and its two faces.
 
 
-def _per_stage(name: str, value, stages: int, kinds: tuple) -> tuple:
+def _per_stage(name: str, value, stages: int, kind: type) -> tuple:
     """One value for every stage, or one each."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * stages
     if len(values) != stages:
         raise ValueError(f"{name} must be one value or one per stage ({stages}, as dim_mults has), got {value!r}")
     for item in values:
-        if not isinstance(item, kinds) or (int in kinds and (isinstance(item, bool) or item < 1)):
-            expected = "true or false" if bool in kinds else "a whole number of at least 1"
+        if not isinstance(item, kind) or (kind is int and (isinstance(item, bool) or item < 1)):
+            expected = "true or false" if kind is bool else "a whole number of at least 1"
             raise ValueError(f"{name} must hold {expected} for every stage, got {value!r}")
     return values
 
@@ -463,21 +460,27 @@ class UNetBody(ModelMixin, ConfigMixin):
         super().compile_repeated_blocks(*args, **kwargs)
 
     @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As diffusers, which only warns of keys that it does not know: others keep theirs here, as `EMAModel` does.
+
+        Raises:
+            ValueError: an unknown key is close to one of ours, so it is taken for misspelt.
+        """
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        for name in config_dict:
+            if name not in known and not name.startswith("_") and (close := get_close_matches(name, known, 1, 0.75)):
+                raise ValueError(
+                    f"{cls.__name__} does not know: {name} (did you mean {close[0]}?), in the configuration"
+                )
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, output_loading_info: bool = False, **kwargs):
         """As diffusers, which only warns of weights that do not fit.
 
         Raises:
-            ValueError: tensors missing, left over or of another shape, or unknown keys in the configuration; named.
+            ValueError: tensors missing, left over or of another shape, or misspelt keys in the configuration; named.
         """
-        place = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
-        config = cls.load_config(pretrained_model_name_or_path, **place)
-        known = set(inspect.signature(cls.__init__).parameters)
-        unknown = sorted(name for name in config if name not in known and not name.startswith("_"))
-        if unknown:
-            raise ValueError(
-                f"the configuration of {pretrained_model_name_or_path} has keys that {cls.__name__} does not know: "
-                f"{', '.join(unknown)}"
-            )
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         wrong = [
             f"{kind.replace('_keys', '')} {', '.join(map(str, sorted(info[kind])[:5]))}"
@@ -532,12 +535,12 @@ class UNetBody(ModelMixin, ConfigMixin):
             raise ValueError(f"num_mem_kv must be at least 0, got {num_mem_kv}")
 
         stages = len(dim_mults)
-        mults = _per_stage("dim_mults", dim_mults, stages, (int,))
-        heads = _per_stage("attn_heads", attn_heads, stages, (int,))
-        dim_heads = _per_stage("attn_dim_head", attn_dim_head, stages, (int,))
+        mults = _per_stage("dim_mults", dim_mults, stages, int)
+        heads = _per_stage("attn_heads", attn_heads, stages, int)
+        dim_heads = _per_stage("attn_dim_head", attn_dim_head, stages, int)
         if full_attn is None:
             full_attn = [ndim == 2 and stage == stages - 1 for stage in range(stages)]
-        full = _per_stage("full_attn", full_attn, stages, (bool,))
+        full = _per_stage("full_attn", full_attn, stages, bool)
 
         self.ndim = ndim
         self.downsample_factor = 2 ** (stages - 1)

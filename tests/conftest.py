@@ -18,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from diffusers.utils import logging  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +34,14 @@ def own_accelerator():
     """Accelerate keeps one state a process; runs of different precision need one each."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def diffusers_log(caplog):
+    """What diffusers' loggers say, which they keep from the root logger."""
+    logging.enable_propagation()
+    yield caplog
+    logging.disable_propagation()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import run_program
 from diffusers import DPMSolverMultistepScheduler
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
@@ -133,15 +134,18 @@ def test_the_parts_alone(tmp_path):
     assert "ddpm_hf" in sys.modules
 
 
-def test_unknown_keys_are_refused(tmp_path):
+def test_misspelt_keys_are_refused(tmp_path):
     """By the package, and by the code that the folder carries."""
     make("images").save_pretrained(tmp_path / "saved")
-    names = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
-    for i, name in enumerate(names):
+    names = {
+        "model_index.json": "num_inference_step", "scheduler/scheduler_config.json": "beta_shedule",
+        "unet/config.json": "dropuot",
+    }  # fmt: skip
+    for i, (name, key) in enumerate(names.items()):
         shutil.copytree(tmp_path / "saved", tmp_path / str(i))
         config = tmp_path / str(i) / name
-        config.write_text(json.dumps({**json.loads(config.read_text()), "misspelt": 1}))
-        with pytest.raises(ValueError, match="does not know: misspelt"):
+        config.write_text(json.dumps({**json.loads(config.read_text()), key: 1}))
+        with pytest.raises(ValueError, match=f"does not know: {key}"):
             DDPMPipeline.from_pretrained(tmp_path / str(i))
     program = """
 import sys; sys.modules["ddpm_hf"] = None
@@ -154,7 +158,37 @@ for folder in sys.argv[1:]:
 """
     folders = [tmp_path / str(i) for i in range(len(names))]
     done = run_program("-c", program, *folders, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "m"))
-    assert done.stdout.count("does not know: misspelt") == len(names), done.stdout + done.stderr
+    for line, key in zip(done.stdout.splitlines(), names.values(), strict=True):
+        assert f"does not know: {key}" in line
+
+
+def test_keys_of_others_are_warned_of(tmp_path, diffusers_log):
+    """As of stock classes: what others keep in a configuration does not stop loading."""
+    make("images").save_pretrained(tmp_path)
+    for name in ("model_index.json", "unet/config.json"):
+        config = tmp_path / name
+        config.write_text(json.dumps({**json.loads(config.read_text()), "of_another_program": 1}))
+    assert DDPMPipeline.from_pretrained(tmp_path)(num_inference_steps=2).images
+    for name in ("DDPMPipeline", "UNet2D"):
+        assert f"{{'of_another_program': 1}} were passed to {name}, but are not expected" in diffusers_log.text
+
+
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_the_average_of_diffusers_saves_and_loads_our_models(kind, tmp_path):
+    model = make(kind).unet
+    ema = EMAModel(
+        model.parameters(), decay=0.9, use_ema_warmup=True, power=0.7, model_cls=type(model), model_config=model.config
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    ema.step(model.parameters())
+    ema.save_pretrained(tmp_path)
+    again = EMAModel.from_pretrained(tmp_path, type(model))
+    assert (again.decay, again.power, again.optimization_step) == (0.9, 0.7, 1)
+    assert all(torch.equal(a, b) for a, b in zip(again.shadow_params, ema.shadow_params, strict=True))
+    loaded = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), ema.shadow_params, strict=True))
 
 
 def test_a_stock_configuration_is_read(tmp_path):

@@ -109,8 +109,6 @@ def test_conversions_invert(schedule):
     torch.testing.assert_close(s.epsilon_from_v(x_t, t, v), eps, **tight)
     torch.testing.assert_close(s.epsilon_from_x0(x_t, t, s.x0_from_epsilon(x_t, t, eps)), eps, **by_noise)
     torch.testing.assert_close(s.x0_from_epsilon(x_t, t, s.epsilon_from_x0(x_t, t, x0)), x0, **by_signal)
-    torch.testing.assert_close(s.v_from_x0(x_t, t, x0), v, **by_noise)
-    torch.testing.assert_close(s.v_from_epsilon(x_t, t, eps), v, **by_signal)
     torch.testing.assert_close(s.epsilon_from_x0(x_t, t, x0), eps, **by_noise)
 
 

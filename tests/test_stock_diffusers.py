@@ -7,7 +7,6 @@ import diffusers
 import pytest
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import logging
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet2D
 from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_TYPES
@@ -39,14 +38,6 @@ class GaussianModel(diffusers.ModelMixin, diffusers.ConfigMixin):
         v = abar**0.5 * epsilon - (1 - abar) ** 0.5 * x0
         kinds = {"sample": x0, "epsilon": epsilon, "v_prediction": v}
         return SimpleNamespace(sample=kinds[self.scheduler.config.prediction_type])
-
-
-@pytest.fixture
-def diffusers_log(caplog):
-    """What diffusers' loggers say, which they keep from the root logger."""
-    logging.enable_propagation()
-    yield caplog
-    logging.disable_propagation()
 
 
 @pytest.mark.parametrize("name", STOCK)
