@@ -7,18 +7,22 @@ Hang et al. (min-SNR, arXiv:2303.09556); Saharia et al. (dynamic thresholding, a
 Lin et al. (zero terminal SNR, arXiv:2305.08891).
 
 Notation: abar_t = alphas_cumprod[t], x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) epsilon, and
-v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x0. Coefficients are float64, cast where they are used.
+v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x0. Coefficients are float64, cast where they are used; published as
+float32.
 This file imports nothing of ddpm_hf: it ships inside saved pipelines.
 """
 
+import contextlib
+import inspect
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import diffusers
 import torch
 from diffusers import DDPMScheduler
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -36,6 +40,12 @@ SCHEDULE_OPTIONS = (
     "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "cosine_s",
     "sigmoid_start", "sigmoid_end", "sigmoid_tau", "rescale_betas_zero_snr",
 )  # fmt: skip
+# Stock schedulers whose steps are ours, by our name for them.
+STOCK_SAMPLERS = {
+    "DDPMScheduler": "ddpm", "DDPMParallelScheduler": "ddpm", "DDIMScheduler": "ddim", "DDIMParallelScheduler": "ddim",
+}  # fmt: skip
+# Stock solvers of the same process: their schedule and target are taken where a sampler is named.
+STOCK_SOLVERS = {kind.name for kind in KarrasDiffusionSchedulers} - set(STOCK_SAMPLERS) - {"EDMEulerScheduler"}
 # Options that no stock scheduler knows.
 OWN_OPTIONS = (
     "cosine_s", "sigmoid_start", "sigmoid_end", "sigmoid_tau", "sampler", "eta", "use_clipped_model_output",
@@ -111,10 +121,97 @@ def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - abar / torch.cat((torch.ones(1, dtype=abar.dtype), abar[:-1]))
 
 
-def _one_of(name: str, value, allowed: Sequence[str]) -> str:
-    if value not in allowed:
+def check_betas(betas: Tensor, source: str, zero_snr: bool) -> None:
+    """Betas of every origin: there must be signal and noise at each timestep, but for the last with zero SNR.
+
+    Args:
+        betas: (T,) float64.
+        source: the options that made them, and their values.
+        zero_snr: the last beta may be 1.
+
+    Raises:
+        ValueError: `source`, and the first beta that breaks the rule.
+    """
+    abar = torch.cumprod(1 - betas, 0)
+    good = (betas > 0) & (betas < 1) & (abar > 0) & (abar < 1)  # false of NaN
+    if zero_snr and len(betas):
+        good[-1] |= betas[-1] == 1
+    if len(betas) == 0 or not good.all():
+        found = "no betas"
+        if len(betas):
+            t = (~good).nonzero()[0].item()
+            found = f"{(~good).sum().item()} of {len(betas)} that do not, the first {betas[t].item():.4g} at t={t}"
+        raise ValueError(
+            "every beta must lie strictly between 0 and 1 (the last may be 1 with rescale_betas_zero_snr), and so must "
+            f"the product of 1 - beta; got {found}, from {source}"
+        )
+
+
+def _one_of(name: str, value, allowed: Sequence[str], aliases: dict | None = None) -> str:
+    name_of = (aliases or {}).get(value, value) if isinstance(value, str) else value
+    if not isinstance(name_of, str) or name_of not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-    return value
+    return name_of
+
+
+def _is_number(value) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def _is_whole(value) -> bool:
+    return _is_number(value) and int(value) == value
+
+
+_MISSING = object()
+
+
+def _stock_class_of(config: dict, own: type) -> type | None:
+    """The stock class that a configuration is of; None: ours.
+
+    The configuration of a scheduler in memory has no name. It begins with its class's options, all and in their order;
+    those of other classes that it passed through come after them. Any other dictionary without a name is ours.
+    """
+    names, name = [key for key in config if not key.startswith("_")], config.get("_class_name")
+    ours = "_gaussian" in config or set(OWN_OPTIONS) <= set(names)
+    name = name[-1] if isinstance(name, (list, tuple)) and name else name
+    if ours or name == own.__name__:
+        return None
+    if name is not None:
+        if kind := _stock_class(name):
+            return kind
+        raise ValueError(f"the configuration is of {name!r}, which is no scheduler that diffusers has here")
+    # all of diffusers only where it must be: it is imported for that
+    written = not isinstance(config, FrozenDict) and set(names) <= own._get_init_keys(own)
+    for kind in map(_stock_class, [*STOCK_SAMPLERS, *sorted(STOCK_SOLVERS), *([] if written else dir(diffusers))]):
+        options = _defaults(kind) if kind else {}
+        if options and names[: len(options)] == list(options):
+            return kind
+    if isinstance(config, FrozenDict):
+        raise ValueError(f"the configuration is of no known scheduler; it has the options {', '.join(names)}")
+    return None
+
+
+def _defaults(kind: type) -> dict:
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    return {one.name: one.default for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD}
+
+
+def _stock_class(name: str) -> type | None:
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
+    return kind if isinstance(kind, type) and issubclass(kind, SchedulerMixin) else None
+
+
+def _stock_betas(config: dict) -> list[float]:
+    """The betas that stock schedulers make of these options."""
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+    options = {name: config[name] for name in names if name in config}
+    try:
+        return DDPMScheduler(**options).betas.double().tolist()
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"no stock betas can be made of {options}: {error}") from error
 
 
 class GaussianScheduler(SchedulerMixin, ConfigMixin):
@@ -180,24 +277,23 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        prediction_type = _one_of(
-            "prediction_type",
-            PREDICTION_ALIASES.get(prediction_type, prediction_type),
-            PREDICTION_TYPES,
-        )
-        variance_type = _one_of("variance_type", VARIANCE_ALIASES.get(variance_type, variance_type), VARIANCE_TYPES)
+        prediction_type = _one_of("prediction_type", prediction_type, PREDICTION_TYPES, PREDICTION_ALIASES)
+        variance_type = _one_of("variance_type", variance_type, VARIANCE_TYPES, VARIANCE_ALIASES)
         _one_of("sampler", sampler, SAMPLERS)
         _one_of("timestep_spacing", timestep_spacing, SPACINGS)
         numbers = ("beta_start", "beta_end", "cosine_s", "sigmoid_start", "sigmoid_end", "sigmoid_tau", "eta",
-                   "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "steps_offset")  # fmt: skip
+                   "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value")  # fmt: skip
         for name in numbers:
-            value = self.config[name]
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
-        if cosine_s < 0:
-            raise ValueError(f"cosine_s must be at least 0, got {cosine_s}")
-        if eta < 0:
-            raise ValueError(f"eta must be at least 0, got {eta}")
+            if not _is_number(self.config[name]):
+                raise ValueError(f"{name} must be a finite number, got {self.config[name]!r}")
+        for name in ("clip_sample", "use_clipped_model_output", "thresholding", "rescale_betas_zero_snr"):
+            if not isinstance(self.config[name], bool):
+                raise ValueError(f"{name} must be True or False, got {self.config[name]!r}")
+        for name in ("cosine_s", "eta"):
+            if self.config[name] < 0:
+                raise ValueError(f"{name} must be at least 0, got {self.config[name]}")
+        if not _is_whole(steps_offset) or steps_offset < 0:
+            raise ValueError(f"steps_offset must be a whole number of at least 0, got {steps_offset!r}")
         if not clip_sample_range > 0:
             raise ValueError(f"clip_sample_range must be greater than 0, got {clip_sample_range}")
         if not 0 < dynamic_thresholding_ratio <= 1 or sample_max_value < 1:
@@ -213,14 +309,12 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
             )
 
         self.num_train_timesteps = len(betas)
-        self.betas = betas
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
-        self._abar = [*self.alphas_cumprod.tolist(), 1.0]  # host copy; [-1] is abar before the first step
-        self._tables = {
-            "sqrt_abar": self.alphas_cumprod.sqrt(),
-            "sqrt_one_minus_abar": (1 - self.alphas_cumprod).sqrt(),
-            "snr": self.alphas_cumprod / (1 - self.alphas_cumprod),
-        }
+        abar = torch.cumprod(1 - betas, 0)
+        self._betas = betas
+        self._abar = [*abar.tolist(), 1.0]  # host copy; [-1] is abar before the first step
+        self._tables = {"sqrt_abar": abar.sqrt(), "sqrt_one_minus_abar": (1 - abar).sqrt(), "snr": abar / (1 - abar)}
+        # What code written for stock schedulers reads: float32, so that `alphas_cumprod[t].sqrt() * x` stays float32.
+        self.betas, self.alphas, self.alphas_cumprod = (x.float() for x in (betas, 1 - betas, abar))
         self._cast_tables = {}
         # Standard deviation of the first x_T; stock pipelines multiply by it.
         self.init_noise_sigma = 1.0
@@ -244,97 +338,145 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
 
     def _make_betas(self, num_train_timesteps, beta_schedule, trained_betas) -> tuple:
         """-> float64 betas (T,), and the name of their schedule."""
-        c = self.config
+        c, explicit = self.config, None
         if trained_betas is not None:
             try:
-                betas = torch.as_tensor(trained_betas, dtype=torch.float64).flatten().clone()
+                explicit = torch.as_tensor(trained_betas, dtype=torch.float64).clone()
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"trained_betas must be a list of numbers, got {trained_betas!r}") from error
-            if num_train_timesteps is not None and len(betas) != num_train_timesteps:
-                raise ValueError(
-                    f"trained_betas must have num_train_timesteps values; got {len(betas)} and {num_train_timesteps}"
-                )
-            last_may_be_one = 1.0 if c.rescale_betas_zero_snr else math.nan
-            inside = (betas > 0) & (betas < 1)
-            if len(betas) and betas[-1] == last_may_be_one:
-                inside[-1] = True
-            if len(betas) == 0 or not inside.all():
-                wrong = betas[~inside].tolist()[:3]
-                raise ValueError(f"trained_betas must lie strictly between 0 and 1; got {wrong or 'no values'}")
-        steps = (
-            len(betas) if trained_betas is not None else (1000 if num_train_timesteps is None else num_train_timesteps)
-        )
+            if explicit.ndim != 1:
+                raise ValueError(f"trained_betas must be a list of numbers, got the shape {tuple(explicit.shape)}")
+            check_betas(explicit, "trained_betas", c.rescale_betas_zero_snr)
+        steps = num_train_timesteps
+        if steps is None:
+            steps = 1000 if explicit is None else len(explicit)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"num_train_timesteps must be a whole number of at least 1, got {steps!r}")
-
-        if beta_schedule == "trained" and trained_betas is None:
+        if explicit is not None and len(explicit) != steps:
+            raise ValueError(f"trained_betas must have num_train_timesteps values; got {len(explicit)} and {steps}")
+        if beta_schedule == "trained" and explicit is None:
             raise ValueError("beta_schedule is 'trained' but trained_betas were not given")
-        if beta_schedule != "trained" and trained_betas is None:
-            _one_of("beta_schedule", beta_schedule, BETA_SCHEDULES)
+        if explicit is None:
+            return self._named_betas(beta_schedule, steps), beta_schedule
         named = None
         if beta_schedule in BETA_SCHEDULES:
-            try:
-                named = {
-                    "linear": lambda: linear_betas(steps, c.beta_start, c.beta_end),
-                    "cosine": lambda: cosine_betas(steps, c.cosine_s),
-                    "sigmoid": lambda: sigmoid_betas(steps, c.sigmoid_start, c.sigmoid_end, c.sigmoid_tau),
-                }[beta_schedule]()
-            except ValueError:
-                if trained_betas is None:
-                    raise
-        if named is not None and c.rescale_betas_zero_snr:
-            named = rescale_to_zero_terminal_snr(named)
-        if trained_betas is None:
-            return named, beta_schedule
-        if c.rescale_betas_zero_snr and betas[-1] != 1:
+            with contextlib.suppress(ValueError):  # its options are not used
+                named = self._named_betas(beta_schedule, steps)
+        if c.rescale_betas_zero_snr and explicit[-1] != 1:
+            explicit = rescale_to_zero_terminal_snr(explicit)
+            check_betas(explicit, "trained_betas with rescale_betas_zero_snr", zero_snr=True)
+        return explicit, beta_schedule if named is not None and torch.equal(named, explicit) else "trained"
+
+    def _named_betas(self, beta_schedule: str, steps: int) -> Tensor:
+        c = self.config
+        make, names = {
+            "linear": (linear_betas, ("beta_start", "beta_end")),
+            "cosine": (cosine_betas, ("cosine_s",)),
+            "sigmoid": (sigmoid_betas, ("sigmoid_start", "sigmoid_end", "sigmoid_tau")),
+        }[_one_of("beta_schedule", beta_schedule, BETA_SCHEDULES)]
+        betas = make(steps, *(c[name] for name in names))
+        if c.rescale_betas_zero_snr:
             betas = rescale_to_zero_terminal_snr(betas)
-        return betas, beta_schedule if named is not None and torch.equal(named, betas) else "trained"
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path=None, subfolder=None, return_unused_kwargs=False, **kwargs):
-        """As diffusers, which only warns of keys that it does not know.
-
-        Raises:
-            ValueError: keys that neither this class nor a stock scheduler knows; named.
-        """
-        config, kwargs = cls.load_config(
-            pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=True, **kwargs
-        )
-        known = cls._get_init_keys(cls).union(*(cls._get_init_keys(kind) for kind in cls._get_compatibles()))
-        unknown = sorted(name for name in config if name not in known and not name.startswith("_"))
-        if unknown:
-            raise ValueError(
-                f"the configuration of {pretrained_model_name_or_path} has keys that {cls.__name__} does not know: "
-                f"{', '.join(unknown)}"
-            )
-        return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        used = {name: c[name] for name in ("beta_schedule", *names, "rescale_betas_zero_snr")}
+        source = ", ".join(f"{name}={value!r}" for name, value in {**used, "num_train_timesteps": steps}.items())
+        check_betas(betas, source, c.rescale_betas_zero_snr)
+        return betas
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
-        """From our own configuration or a stock scheduler's, keeping the mathematics; `kwargs` override.
+        """From our own configuration or a stock scheduler's, keeping the mathematics and the sampler.
 
-        A stock configuration's named schedule becomes `trained_betas`, computed by the stock library: its "linear" is
-        not scaled by 1000 / T, and its "sigmoid" is another function.
+        A keyword changes only what it names. `beta_schedule` as a keyword is the constructor's (our "linear" and
+        "sigmoid", which differ from stock's); every other keyword beside a stock configuration is read as stock reads
+        it. A stock schedule becomes `trained_betas`, computed by the stock library. A stock DDIM or DDPM configuration
+        keeps its steps, whatever their number (each goes to the next timestep, where stock DDIM goes to t - T // S: the
+        same with "leading", and with "trailing" where S divides T). Other stock solvers of the same process
+        (DPM-Solver, Euler, ...) have steps that are none of ours: name a `sampler` beside their configuration. A
+        configuration that was made from one of ours brings our sampler back with it.
+
+        Raises:
+            ValueError: what cannot be kept: another scheduler, an option or a value that is not known; named.
         """
         if isinstance(config, dict):
             # Stock defaults are values too: dropping them would put ours, which differ, in their place.
+            kind = _stock_class_of(config, cls)
             config = {key: value for key, value in config.items() if key != "_use_default_values"}
-            config = {**config.pop("_gaussian", {}), **config}
-            foreign = "sigmoid_tau" not in config and "beta_schedule" in config and "beta_start" in config
-            if foreign and config.get("trained_betas") is None and not set(SCHEDULE_OPTIONS) & set(kwargs):
-                keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-                stock = DDPMScheduler(**{key: config[key] for key in keys if key in config})
-                config["trained_betas"] = stock.betas.double().tolist()
-            if foreign:
-                # what stock schedulers without these keys do
-                config.setdefault("clip_sample", False)
-                config.setdefault("use_clipped_model_output", False)
-                config.setdefault("timestep_spacing", "leading")
-            if "trained_betas" not in kwargs and set(SCHEDULE_OPTIONS) & set(kwargs):
-                config.pop("trained_betas", None)
-            if kwargs.get("clip_sample") is False and "thresholding" not in kwargs:
-                config.pop("thresholding", None)
+            taken = cls._get_init_keys(cls) | (cls._get_init_keys(kind) if kind else set())
+            given = set() if return_unused_kwargs else set(kwargs) - taken
+            # other schedulers, which the configuration may have passed through, left theirs in it
+            left = {name for name in set(config) - taken if not name.startswith("_")}
+            for other in map(_stock_class, (*STOCK_SAMPLERS, *STOCK_SOLVERS, *(dir(diffusers) if left else ()))):
+                if not left:
+                    break
+                left -= cls._get_init_keys(other) if other else set()
+            for what, unknown in (("configuration", left), ("call", given)):
+                if unknown:
+                    unknown = ", ".join(sorted(unknown))
+                    raise ValueError(f"the {what} has keys that {cls.__name__} does not know: {unknown}")
+            if kind is None:
+                config, kwargs = cls._own_config(config, kwargs)
+            else:
+                config, kwargs = cls._config_of_stock(kind, config, kwargs)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _own_config(cls, config: dict, kwargs: dict) -> tuple:
+        """Published values that follow from others give way where the others are changed."""
+        carried = "_gaussian" in config
+        config = {**config.pop("_gaussian", {}), **config}
+        if carried and config.get("trained_betas") is None and config.get("beta_schedule") != "trained":
+            config["trained_betas"] = _stock_betas(config)  # a stock scheduler's options were changed meanwhile
+        changed = {name for name in kwargs if name in SCHEDULE_OPTIONS and kwargs[name] != config.get(name, _MISSING)}
+        rescaled = changed == {"rescale_betas_zero_snr"} and config.get("beta_schedule") == "trained"
+        if "trained_betas" not in kwargs and changed and not rescaled:
+            config.pop("trained_betas", None)
+        clips = config.get("clip_sample", True) and config.get("clip_sample_range", 1) == 1
+        if clips and config.get("thresholding") and config.get("sample_max_value", 1) == 1:
+            config.pop("thresholding")  # the form in which clipping is published
+        return config, kwargs
+
+    @classmethod
+    def _config_of_stock(cls, kind: type, config: dict, kwargs: dict) -> tuple:
+        sampler = STOCK_SAMPLERS.get(kind.__name__)
+        if sampler is None and (kind.__name__ not in STOCK_SOLVERS or "sampler" not in kwargs):
+            rest = "nor can its schedule be taken over"
+            if kind.__name__ in STOCK_SOLVERS:
+                rest = "with sampler='ddim' or 'ddpm' beside it, its schedule and target are taken"
+            raise ValueError(
+                f"the options are those of {kind.__name__}, whose steps {cls.__name__} does not have: {rest}"
+            )
+        config = {**_defaults(kind), **config}
+        # what is no option of ours changes the configuration
+        config.update({name: kwargs.pop(name) for name in list(kwargs) if name not in cls._get_init_keys(cls)})
+        ends = config.get("set_alpha_to_one", True)
+        if sampler and ends is not True:
+            raise ValueError(
+                f"set_alpha_to_one must be True (the last step gives x0), got {ends!r}: give set_alpha_to_one=True"
+            )
+        if config.get("use_flow_sigmas"):
+            raise ValueError("use_flow_sigmas must be False (flow matching is another process), got True")
+        config.setdefault("sampler", sampler or kwargs["sampler"])
+        config.setdefault("clip_sample", False)
+        config.setdefault("use_clipped_model_output", False)
+        if config.get("variance_type", "") is None:
+            config.pop("variance_type")
+
+        given = {name: kwargs[name] for name in SCHEDULE_OPTIONS if name in kwargs}
+        new = given.get("beta_schedule") in BETA_SCHEDULES
+        useless = sorted(set(given) & set(OWN_OPTIONS)) if not new else []
+        if config.get("trained_betas") is not None and "beta_schedule" not in given and "trained_betas" not in kwargs:
+            useless += sorted(set(given) & {"beta_start", "beta_end"})
+        if useless:
+            raise ValueError(
+                f"{', '.join(useless)} would change nothing: the betas are those of the {kind.__name__}'s "
+                "configuration; give beta_schedule too"
+            )
+        if "trained_betas" not in kwargs:
+            if new:
+                config["trained_betas"] = None
+            elif config.get("trained_betas") is None or "beta_schedule" in given:
+                config["trained_betas"] = _stock_betas({**config, **given})
+        return config, kwargs
 
     def __len__(self) -> int:
         return self.num_train_timesteps
@@ -408,9 +550,8 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         """q(x_{t-1} | x_t, x0) (DDPM, equations 6 and 7). At t = 0 it is x0 with variance 0 (log: -inf)."""
         x0, x_t = self._wide(x0), self._wide(x_t)
         t = torch.as_tensor(t, device="cpu")
-        abar = self.alphas_cumprod[t]
-        prev = torch.tensor(self._abar, dtype=torch.float64)[t - 1]
-        beta = self.betas[t]
+        abar, prev = torch.tensor(self._abar, dtype=torch.float64)[torch.stack((t, t - 1))]
+        beta = self._betas[t]
         shape = t.shape + (1,) * (x_t.ndim - t.ndim)
 
         def cast(value):
@@ -430,8 +571,8 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         In units of the error of x0 it is SNR for every target (1 for epsilon, SNR for x0, SNR / (SNR + 1) for v), or
         min(SNR, gamma) with `min_snr_gamma` (Hang et al., equation 7).
         """
-        if min_snr_gamma is not None and not min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma must be greater than 0, got {min_snr_gamma}")
+        if min_snr_gamma is not None and not (_is_number(min_snr_gamma) and min_snr_gamma > 0):
+            raise ValueError(f"min_snr_gamma must be a finite number greater than 0, got {min_snr_gamma!r}")
         snr = self.snr(t)
         clipped = snr if min_snr_gamma is None else snr.clamp(max=min_snr_gamma)
         kind = self.config.prediction_type
@@ -470,14 +611,14 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give either num_inference_steps or timesteps, and not both")
         if timesteps is not None:
-            chain = [int(t) for t in timesteps]
+            given = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+            chain = [int(t) for t in given] if isinstance(given, (list, tuple)) and all(map(_is_whole, given)) else []
             descending = all(a > b for a, b in itertools.pairwise(chain))
             if not chain or not descending or chain[0] >= total or chain[-1] < 0:
-                raise ValueError(f"timesteps must be descending whole numbers from {total - 1} to 0; got {chain}")
+                raise ValueError(f"timesteps must be descending whole numbers from {total - 1} to 0; got {given!r}")
         else:
             steps = num_inference_steps
-            whole = isinstance(steps, (int, float)) and not isinstance(steps, bool) and int(steps) == steps
-            if not whole or not 1 <= steps <= total:
+            if not _is_whole(steps) or not 1 <= steps <= total:
                 raise ValueError(f"num_inference_steps must be a whole number from 1 to {total}; got {steps!r}")
             steps, spacing = int(steps), self.config.timestep_spacing
             if spacing == "trailing":
@@ -521,9 +662,9 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
             s = torch.lerp(magnitudes[:, low], magnitudes[:, min(low + 1, last)], rank - low)
             s = s.clamp(1, c.sample_max_value).to(x0.dtype).reshape(-1, *(1,) * (x0.ndim - 1))
             return torch.minimum(torch.maximum(x0, -s), s) / s
-        if c.clip_sample:
-            return x0.clamp(-c.clip_sample_range, c.clip_sample_range)
-        return x0.clamp(-1, 1) if c.thresholding else x0
+        if c.thresholding:  # as stock schedulers, which ask for it first
+            return x0.clamp(-1, 1)
+        return x0.clamp(-c.clip_sample_range, c.clip_sample_range) if c.clip_sample else x0
 
     def step(
         self,

@@ -52,9 +52,15 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
+def exact_abar(scheduler):
+    """(T,) alphas_cumprod in float64, from the configuration; the scheduler publishes them as float32."""
+    betas = torch.tensor(scheduler.config["trained_betas"], dtype=torch.float64)
+    return torch.cumprod(1 - betas, 0)
+
+
 def optimal_prediction(scheduler, x_t, t, mean, std):
     """The best prediction at x_t where x0 ~ N(mean, std^2), as epsilon, x0 or v: all are linear in x_t."""
-    abar = scheduler.alphas_cumprod[t].item()
+    abar = exact_abar(scheduler)[t].item()
     total = std**2 * abar + 1 - abar  # variance of x_t
     residual = x_t - abar**0.5 * mean
     x0 = mean + std**2 * abar**0.5 / total * residual

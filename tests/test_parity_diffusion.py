@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import exact_abar
 from denoising_diffusion_pytorch import GaussianDiffusion, GaussianDiffusion1D, Unet, Unet1D
 from denoising_diffusion_pytorch import denoising_diffusion_pytorch as peer_2d
 from denoising_diffusion_pytorch import denoising_diffusion_pytorch_1d as peer_1d
@@ -37,11 +38,12 @@ def our_buffers(s, gamma=None):
     """Every buffer of its diffusion, from our scheduler's methods."""
     t = torch.arange(len(s))
     one, zero = torch.ones(len(s), 1, dtype=torch.float64), torch.zeros(len(s), 1, dtype=torch.float64)
-    previous = torch.cat((torch.ones(1, dtype=torch.float64), s.alphas_cumprod[:-1]))
+    abar = exact_abar(s)
+    previous = torch.cat((torch.ones(1, dtype=torch.float64), abar[:-1]))
     posterior = s.posterior(one, zero, t)
     return {
-        "betas": s.betas,
-        "alphas_cumprod": s.alphas_cumprod,
+        "betas": torch.tensor(s.config.trained_betas),
+        "alphas_cumprod": abar,
         "alphas_cumprod_prev": previous,
         "sqrt_alphas_cumprod": s.add_noise(one, zero, t)[:, 0],
         "sqrt_one_minus_alphas_cumprod": s.add_noise(zero, one, t)[:, 0],

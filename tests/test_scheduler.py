@@ -6,7 +6,7 @@ import math
 import diffusers
 import pytest
 import torch
-from conftest import optimal_prediction
+from conftest import exact_abar, optimal_prediction
 
 from ddpm_hf.scheduler import (
     BETA_SCHEDULES,
@@ -58,18 +58,18 @@ def test_betas_lie_in_0_1(schedule, steps):
         with pytest.raises(ValueError, match="at least 21 steps"):
             GaussianScheduler(num_train_timesteps=steps, beta_schedule=schedule)
         return
-    betas = GaussianScheduler(num_train_timesteps=steps, beta_schedule=schedule).betas
-    assert len(betas) == steps and betas.dtype == torch.float64
+    betas = torch.tensor(GaussianScheduler(steps, beta_schedule=schedule).config.trained_betas)
+    assert len(betas) == steps
     assert (betas > 0).all() and (betas < 1).all()
 
 
 def test_zero_terminal_snr():
     """sqrt(abar) is shifted and scaled: its last value is 0, its first is kept, and it stays affine in the old one."""
-    old = scheduler_of(target="v_prediction").alphas_cumprod.sqrt()
+    old = exact_abar(scheduler_of(target="v_prediction")).sqrt()
     new = scheduler_of(target="v_prediction", rescale_betas_zero_snr=True)
     assert new.alphas_cumprod[-1] == 0 and new.snr(999) == 0
     expected = (old - old[-1]) * old[0] / (old[0] - old[-1])
-    torch.testing.assert_close(new.alphas_cumprod.sqrt()[:-1], expected[:-1], rtol=1e-9, atol=0)
+    torch.testing.assert_close(exact_abar(new).sqrt()[:-1], expected[:-1], rtol=1e-9, atol=0)
     again = GaussianScheduler.from_config(new.config)
     assert torch.equal(again.betas, new.betas) and again.config.beta_schedule == "cosine"
     with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
@@ -82,7 +82,7 @@ def test_zero_terminal_snr():
 def test_trained_betas():
     betas = [0.1, 0.2, 0.3]
     scheduler = GaussianScheduler(trained_betas=betas)
-    assert scheduler.betas.tolist() == betas and scheduler.config.num_train_timesteps == 3
+    assert scheduler.config.trained_betas == betas and scheduler.config.num_train_timesteps == 3
     assert scheduler.config.beta_schedule == "trained"
     for wrong in ([0.1, 1.0], [0.0], [], [float("nan")]):
         with pytest.raises(ValueError, match="strictly between 0 and 1"):
@@ -103,8 +103,8 @@ def test_conversions_invert(schedule):
     x_t, v = s.add_noise(x0, eps, t), s.get_velocity(x0, eps, t)
     tight = {"rtol": 1e-12, "atol": 1e-12}
     # dividing by sqrt(abar) or sqrt(1 - abar) magnifies the rounding of x_t
-    by_signal = {"rtol": 0, "atol": max(1e-12, 50 * EPS / s.alphas_cumprod.min().sqrt().item())}
-    by_noise = {"rtol": 0, "atol": max(1e-12, 50 * EPS / (1 - s.alphas_cumprod).min().sqrt().item())}
+    by_signal = {"rtol": 0, "atol": max(1e-12, 50 * EPS / exact_abar(s).min().sqrt().item())}
+    by_noise = {"rtol": 0, "atol": max(1e-12, 50 * EPS / (1 - exact_abar(s)).min().sqrt().item())}
     torch.testing.assert_close(s.x0_from_v(x_t, t, v), x0, **tight)
     torch.testing.assert_close(s.epsilon_from_v(x_t, t, v), eps, **tight)
     torch.testing.assert_close(s.epsilon_from_x0(x_t, t, s.x0_from_epsilon(x_t, t, eps)), eps, **by_noise)
@@ -128,7 +128,7 @@ def test_posterior_is_bayes_rule(schedule, t):
     """q(x_{t-1} | x_t, x0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x0), normalised by numerical integration."""
     s = scheduler_of(schedule, num_train_timesteps=50)
     x0, x_t = 0.7, -0.4
-    beta, abar_prev = s.betas[t].item(), s.alphas_cumprod[t - 1].item()
+    beta, abar_prev = s.config.trained_betas[t], exact_abar(s)[t - 1].item()
     prior_mean, prior_std = abar_prev**0.5 * x0, (1 - abar_prev) ** 0.5
     z = torch.linspace(-40, 40, 200_001, dtype=torch.float64)
     x = prior_mean + prior_std * z
@@ -170,7 +170,7 @@ def test_ddim_on_gaussian_data(schedule, target, steps):
     mean, std = 0.3, 0.5
     s = scheduler_of(schedule, target, clip_sample=False, sampler="ddim")
     got_mean, got_variance = propagate(s, steps, mean, std)
-    abar = torch.tensor([s.alphas_cumprod[t] for t in s.timesteps.tolist()] + [1.0], dtype=torch.float64)
+    abar = torch.cat((exact_abar(s)[s.timesteps], torch.ones(1, dtype=torch.float64)))
     angle = torch.atan2((1 - abar).sqrt(), std * abar.sqrt())
     turns = angle[:-1] - angle[1:]
     first = (std**2 * abar[0] + 1 - abar[0]).sqrt()
@@ -192,7 +192,7 @@ def test_ddpm_on_gaussian_data(schedule, target, steps):
     mean, std = -0.2, 0.6
     s = scheduler_of(schedule, target, num_train_timesteps=steps, clip_sample=False)
     got_mean, got_variance = propagate(s, steps, mean, std)
-    abar = [*s.alphas_cumprod.tolist(), 1.0]
+    abar = [*exact_abar(s).tolist(), 1.0]
     deficit = std**2 * abar[steps - 1] + (1 - abar[steps - 1]) - 1.0  # of the first x_T against N(0, 1)
     shift = -(abar[steps - 1] ** 0.5) * mean
     for t in reversed(range(steps)):
@@ -228,7 +228,8 @@ def test_fixed_large_has_variance_beta():
     noise = torch.ones_like(x)
     for t in (1, 500, 999):
         spread = s.step(out, t, x, variance_noise=noise).prev_sample - s.step(out, t, x, variance_noise=0 * noise)[0]
-        torch.testing.assert_close(spread, s.betas[t].sqrt().expand(1, 2), rtol=1e-10, atol=1e-12)
+        deviation = torch.full((1, 2), s.config.trained_betas[t] ** 0.5, dtype=torch.float64)
+        torch.testing.assert_close(spread, deviation, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("share,expected", [(-1.0, "fixed_small"), (1.0, "fixed_large")])
@@ -373,7 +374,7 @@ def test_changing_the_schedule_of_a_configuration():
     """Published betas give way where an option that they follow from is changed."""
     config = GaussianScheduler().config
     changed = GaussianScheduler.from_config(config, beta_schedule="linear")
-    assert torch.equal(changed.betas, linear_betas(1000))
+    assert changed.config.trained_betas == linear_betas(1000).tolist()
     assert len(GaussianScheduler.from_config(config, num_train_timesteps=50)) == 50
     unclipped = GaussianScheduler.from_config(config, clip_sample=False)
     x0 = torch.full((1, 1), 3.0)
@@ -389,3 +390,208 @@ def test_from_a_stock_configuration(schedule):
     assert ours.config.prediction_type == "epsilon" and ours.config.clip_sample
     back = diffusers.DDPMScheduler.from_config(ours.config)
     torch.testing.assert_close(back.alphas_cumprod, stock.alphas_cumprod, rtol=1e-5, atol=1e-7)
+
+
+# -- from stock configurations
+
+STOCK = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"))
+KEPT = {"DDPMScheduler": "ddpm", "DDPMParallelScheduler": "ddpm", "DDIMScheduler": "ddim",
+        "DDIMParallelScheduler": "ddim"}  # fmt: skip
+
+
+def chain(scheduler, steps, target, std=0.5):
+    """x_0 from one x_T, by the best model for N(0.3, std^2) data on the scheduler's own abar."""
+    scheduler.set_timesteps(steps)
+    x = torch.linspace(-2, 2, 8, dtype=torch.float64).reshape(2, 1, 4)
+    generator = torch.Generator().manual_seed(0)
+    for t in scheduler.timesteps.tolist():
+        abar = scheduler.alphas_cumprod[t].item()
+        total = std**2 * abar + 1 - abar
+        x0 = 0.3 + std**2 * abar**0.5 / total * (x - abar**0.5 * 0.3)
+        epsilon = (1 - abar) ** 0.5 / total * (x - abar**0.5 * 0.3)
+        v = abar**0.5 * epsilon - (1 - abar) ** 0.5 * x0
+        out = {"sample": x0, "epsilon": epsilon, "v_prediction": v}[target]
+        if scheduler.config.get("variance_type") == "learned_range":
+            out = torch.cat((out, torch.full_like(out, 0.3)), dim=1)
+        x = scheduler.step(out, t, x, generator=generator).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("name", sorted(KEPT))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample", "timestep_spacing": "trailing"},
+        {"clip_sample": False, "beta_start": 1e-3, "beta_end": 0.05, "steps_offset": 1},
+        {"clip_sample_range": 0.4},
+        {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.7},
+        {"trained_betas": torch.linspace(0.01, 0.1, 100).tolist()},
+        {"variance_type": "fixed_small_log", "beta_schedule": "sigmoid"},
+        {"variance_type": "fixed_large"},
+        {"variance_type": "learned_range", "timestep_spacing": "linspace"},
+    ],
+    ids=lambda options: "-".join(options) or "defaults",
+)
+def test_a_stock_sampler_is_kept(name, options):
+    """A DDIM configuration steps as DDIM at every number of steps, a DDPM one ancestrally; stock abar is float32."""
+    if "variance_type" in options and KEPT[name] == "ddim":
+        options = {"prediction_type": "sample"}
+    stock = getattr(diffusers, name)(num_train_timesteps=100, **options)
+    ours = GaussianScheduler.from_config(stock.config)
+    saved = GaussianScheduler.from_config({**stock.config, "_class_name": name})
+    assert ours.config.sampler == saved.config.sampler == KEPT[name]
+    assert {**ours.config, "_class_name": "GaussianScheduler"} == dict(saved.config)
+    torch.testing.assert_close(ours.alphas_cumprod, stock.alphas_cumprod, rtol=1e-5, atol=1e-7)
+    for steps in (10, 50) if options.get("steps_offset") else (10, 100):
+        target = stock.config.prediction_type
+        got, expected = chain(ours, steps, target), chain(stock, steps, target)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_every_stock_configuration_is_kept_or_refused_by_name(name):
+    try:
+        config = getattr(diffusers, name)().config
+    except (ImportError, TypeError):  # another library is needed, or there are no defaults
+        config = {"_class_name": name}
+    saved = {**config, "_class_name": name}
+    if name in KEPT:  # in numbers: see above
+        assert GaussianScheduler.from_config(saved).config.sampler == KEPT[name]
+        return
+    with pytest.raises(ValueError, match=name):
+        GaussianScheduler.from_config(saved)
+    with pytest.raises(ValueError, match="Scheduler"):
+        GaussianScheduler.from_config(config)
+    try:
+        taken = GaussianScheduler.from_config(saved, sampler="ddim")
+    except ValueError as error:
+        assert name in str(error)
+        return
+    stock = getattr(diffusers, name)()
+    torch.testing.assert_close(taken.alphas_cumprod, stock.alphas_cumprod, rtol=1e-5, atol=1e-7)
+    assert taken.config.prediction_type == stock.config.prediction_type and taken.config.sampler == "ddim"
+    assert taken.config.clip_sample == stock.config.get("clip_sample", False) and not taken.config.thresholding
+
+
+def test_a_keyword_beside_a_stock_configuration_changes_only_itself():
+    """Stock "sigmoid" is a sigmoid of betas: with another end it is still that, and with zero SNR it is rescaled."""
+    stock = diffusers.DDPMScheduler(beta_schedule="sigmoid", prediction_type="v_prediction", clip_sample_range=3.0)
+    for options in ({"beta_end": 0.01}, {"num_train_timesteps": 200}, {"rescale_betas_zero_snr": True}, {"eta": 0.5}):
+        ours = GaussianScheduler.from_config(stock.config, **options)
+        changed = diffusers.DDPMScheduler.from_config(stock.config, **{k: v for k, v in options.items() if k != "eta"})
+        torch.testing.assert_close(ours.alphas_cumprod, changed.alphas_cumprod, rtol=1e-5, atol=1e-7)
+        assert ours.config.sampler == "ddpm" and ours.config.clip_sample_range == 3
+    # the keyword beta_schedule is the constructor's; stock's names stay stock's
+    ours = GaussianScheduler.from_config(stock.config, beta_schedule="sigmoid")
+    assert ours.config.trained_betas == sigmoid_betas(1000).tolist() and ours.config.clip_sample_range == 3
+    ours = GaussianScheduler.from_config(stock.config, beta_schedule="squaredcos_cap_v2")
+    torch.testing.assert_close(ours.betas, cosine_betas(1000).float(), rtol=1e-5, atol=1e-7)
+    assert GaussianScheduler.from_config(stock.config, sampler="ddim").config.sampler == "ddim"
+
+
+@pytest.mark.parametrize(
+    "options, keywords, match",
+    [
+        ({"set_alpha_to_one": False}, {}, "set_alpha_to_one must be True"),
+        ({}, {"sigmoid_tau": 0.5}, "sigmoid_tau would change nothing"),
+        ({"trained_betas": [0.1, 0.2]}, {"beta_end": 0.5}, "beta_end would change nothing"),
+        ({}, {"sigmoid_tua": 0.5}, "does not know: sigmoid_tua"),
+        ({}, {"solver_order": 3}, "does not know: solver_order"),
+        ({}, {"beta_schedule": "exp"}, "'exp'"),
+        ({"prediction_type": "flow"}, {}, "flow"),
+        ({"rescale_betas_zero_snr": True}, {}, "rescale_betas_zero_snr.*epsilon"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_by_name(options, keywords, match):
+    total = len(options.get("trained_betas", range(1000)))
+    stock = diffusers.DDIMScheduler(total, **options)
+    with pytest.raises(ValueError, match=match):
+        GaussianScheduler.from_config(stock.config, **keywords)
+    with pytest.raises(ValueError, match="does not know: beta_strat"):
+        GaussianScheduler.from_config({**stock.config, "beta_strat": 1})
+    assert GaussianScheduler.from_config(diffusers.DDIMScheduler(set_alpha_to_one=False).config, set_alpha_to_one=True)
+
+
+@pytest.mark.parametrize("name", [*KEPT, "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler",
+                                  "EulerDiscreteScheduler", "LCMScheduler"])  # fmt: skip
+def test_a_stock_scheduler_made_of_our_configuration_gives_it_back(name):
+    own = GaussianScheduler(50, "sigmoid", sigmoid_tau=0.7, eta=0.2, steps_offset=0, clip_sample_range=2.0)
+    kind = getattr(diffusers, name)
+    through = kind.from_config(own.config)
+    for config in (through.config, {**through.config, "_class_name": name}):
+        back = GaussianScheduler.from_config(config)
+        public = [{k: v for k, v in s.config.items() if k in GaussianScheduler._get_init_keys(s)} for s in (own, back)]
+        assert public[0] == public[1]
+    # a schedule that was changed meanwhile is the stock library's
+    if name in KEPT:
+        other = kind.from_config(own.config, trained_betas=None, beta_schedule="linear")
+        back = GaussianScheduler.from_config(other.config)
+        torch.testing.assert_close(back.alphas_cumprod, other.alphas_cumprod, rtol=1e-5, atol=1e-7)
+
+
+# -- betas, and what is published
+
+
+@pytest.mark.parametrize(
+    "options, wrong",
+    [
+        ({"beta_schedule": "sigmoid", "sigmoid_tau": 0.07}, "sigmoid_tau=0.07"),
+        ({"beta_schedule": "sigmoid", "sigmoid_start": -100.0}, "sigmoid_start=-100.0"),
+        ({"beta_schedule": "sigmoid", "sigmoid_end": 50.0}, "sigmoid_end=50.0"),
+        ({"beta_schedule": "cosine", "cosine_s": 1e30}, "cosine_s=1e[+]30"),
+        ({"beta_schedule": "linear", "beta_start": 1e-30}, "beta_start=1e-30"),
+        ({"beta_schedule": "cosine", "num_train_timesteps": 1, "rescale_betas_zero_snr": True}, "timesteps=1"),
+        ({"trained_betas": [0.1, math.nan, 0.2]}, "nan at t=1, from trained_betas"),
+        ({"trained_betas": [0.1, 1.0, 0.2], "rescale_betas_zero_snr": True}, "1 at t=1, from trained_betas"),
+        ({"trained_betas": [0.99] * 200}, "from trained_betas"),
+        ({"trained_betas": [1e-17, 0.5]}, "1e-17 at t=0, from trained_betas"),
+    ],
+)
+def test_betas_are_checked_whatever_made_them(options, wrong):
+    """At sigmoid_tau=0.07 the schedule's last 71 betas were 0 / 0, and samples NaN."""
+    with pytest.raises(ValueError, match=wrong):
+        GaussianScheduler(**options)
+
+
+def test_what_is_published_is_float32_as_in_stock_schedulers():
+    """A hand-written loop keeps its dtype; inside, coefficients stay float64."""
+    ours = scheduler_of("cosine")
+    stock = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    for name in ("betas", "alphas", "alphas_cumprod"):
+        values = getattr(ours, name)
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values, getattr(stock, name), rtol=1e-5, atol=1e-7)
+    x = torch.randn(2, 3)
+    abar = ours.alphas_cumprod[[10, 500]].reshape(2, 1)
+    noisy = abar.sqrt() * x + (1 - abar).sqrt() * x
+    assert noisy.dtype == torch.float32 and torch.nn.Linear(3, 3)(noisy).shape == (2, 3)
+    torch.testing.assert_close(noisy, ours.add_noise(x, x, torch.tensor([10, 500])), rtol=1e-5, atol=1e-6)
+    assert ours.snr(999).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "made, changed, limit",
+    [
+        ({}, {}, 1.0),
+        ({}, {"clip_sample_range": 2}, 2.0),
+        ({}, {"clip_sample": False}, math.inf),
+        ({}, {"sample_max_value": 3.0}, 1.0),
+        ({"clip_sample": False}, {"clip_sample": True}, 1.0),
+        ({"clip_sample_range": 2.0}, {"clip_sample_range": 1.0}, 1.0),
+        ({"thresholding": True, "clip_sample_range": 2.0}, {}, 1.0),
+    ],
+)
+def test_what_is_published_is_what_is_used(made, changed, limit):
+    """Ours and a stock DDIM of its configuration clip x0 at the same place, before and after a change."""
+    own = GaussianScheduler.from_config(GaussianScheduler(**made).config, **changed)
+    x0 = torch.linspace(-4, 4, 9, dtype=torch.float64).reshape(1, 1, 9)
+    assert torch.equal(own.clip_x0(x0), x0.clamp(-limit, limit))
+    stock = diffusers.DDIMScheduler.from_config(own.config)
+    for s in (own, stock):
+        s.set_timesteps(1)
+    x_t = own.add_noise(x0, torch.zeros_like(x0), 999)
+    v = own.get_velocity(x0, torch.zeros_like(x0), 999)
+    got = stock.step(v, 999, x_t).pred_original_sample
+    torch.testing.assert_close(got, x0.clamp(-limit, limit), rtol=1e-4, atol=1e-4)

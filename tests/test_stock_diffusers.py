@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from conftest import exact_abar
 from diffusers.configuration_utils import register_to_config
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet2D
@@ -26,7 +27,7 @@ class GaussianModel(diffusers.ModelMixin, diffusers.ConfigMixin):
         self.scheduler = None
 
     def forward(self, x, t):
-        sigmas = (1 / self.scheduler.alphas_cumprod - 1).sqrt()
+        sigmas = (1 / exact_abar(self.scheduler) - 1).sqrt()
         low = int(t)
         sigma = torch.lerp(sigmas[low], sigmas[min(low + 1, len(sigmas) - 1)], float(t) - low)
         abar = (1 / (1 + sigma**2)).item()
@@ -58,7 +59,7 @@ def test_stock_schedulers_on_gaussian_data(name, schedule, target, diffusers_log
     assert not diffusers_log.records, diffusers_log.text
 
     own.set_timesteps(STEPS)
-    abar = torch.cat((own.alphas_cumprod[own.timesteps], torch.ones(1, dtype=torch.float64)))
+    abar = torch.cat((exact_abar(own)[own.timesteps], torch.ones(1, dtype=torch.float64)))
     angle = torch.atan2((1 - abar).sqrt(), STD * abar.sqrt())
     bound = (angle.diff() ** 2).sum().item() / 2 + abs(1 - (STD**2 * abar[0] + 1 - abar[0]) ** -0.5).item()
     assert bound < 0.03
@@ -72,7 +73,7 @@ def test_stock_schedulers_on_gaussian_data(name, schedule, target, diffusers_log
 
 def heun_deviation(own, start):
     """Heun's method on dx/dsigma = sigma x / (sigma^2 + STD^2), from deviation `start` on; the last step is Euler's."""
-    sigmas = [(1 / own.alphas_cumprod[t].item() - 1) ** 0.5 for t in own.timesteps.tolist()]
+    sigmas = [(1 / abar - 1) ** 0.5 for abar in exact_abar(own)[own.timesteps].tolist()]
     x = float(start)
     for sigma, after in itertools.pairwise(sigmas):
         slope = sigma / (sigma**2 + STD**2) * x
@@ -102,7 +103,7 @@ def error(own, calls, fast, deviation):
     if fast:
         assert pipe.use_fast_sampler(calls) is pipe
     x = torch.randn(500, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    abar = own.alphas_cumprod[-1].item()
+    abar = exact_abar(own)[-1].item()
     exact = MEAN + deviation * (x - abar**0.5 * MEAN) / (deviation**2 * abar + 1 - abar) ** 0.5
     # the fast sampler's number of calls is the default now
     out = pipe(500, None if fast else calls, latents=x, output_type="pt").sequences
@@ -154,7 +155,7 @@ class KnowsTheAnswer(GaussianModel):
     """Predicts v of data that is 0.5 everywhere."""
 
     def forward(self, x, t):
-        abar = self.scheduler.alphas_cumprod[int(t)].item()
+        abar = exact_abar(self.scheduler)[int(t)].item()
         epsilon = (x - abar**0.5 * 0.5) / (1 - abar) ** 0.5
         return SimpleNamespace(sample=abar**0.5 * epsilon - (1 - abar) ** 0.5 * 0.5)
 
