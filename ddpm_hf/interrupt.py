@@ -1,19 +1,31 @@
-"""Signals that ask a run to stop: SIGTERM (a scheduler's) and SIGINT (Ctrl-C)."""
+"""What asks a run to stop: SIGTERM (a scheduler's), SIGINT (Ctrl-C), and the end of the launcher that started it."""
 
+import os
+import select
 import signal
+import stat
 import threading
+import time
 
 
 class StopRequest:
-    """Within it, the first SIGTERM or SIGINT is only remembered, so that the loop can save and stop; a second one acts.
+    """Within it, SIGTERM and SIGINT are only remembered, so that the loop can save and stop.
 
-    `received` is the signal's name, or None.
+    A second Ctrl-C acts. A second SIGTERM does not: schedulers signal every process of a job, and torch's launcher then
+    passes on the signal that it has got itself. The same holds for its Ctrl-C.
+
+    Args:
+        launcher: the process number of the parent whose end is a request too; None: the parent's end is none.
+
+    Attributes:
+        received: what asked to stop, for messages, or None.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self):
+    def __init__(self, launcher: int | None = None):
         self.received: str | None = None
+        self.launcher = launcher
         self._before: dict = {}
 
     def __enter__(self) -> "StopRequest":
@@ -22,13 +34,43 @@ class StopRequest:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._restore()
+        for number in list(self._before):
+            self._restore(number)
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+    def asked(self) -> bool:
+        """Whether to stop; to be called after each step."""
+        # another process has adopted this one
+        if self.received is None and self.launcher is not None and os.getppid() != self.launcher:
+            self.received = "the end of its launcher"
+            drop_broken_output()
+        return self.received is not None
+
+    def _restore(self, number: int) -> None:
+        if number in self._before:
+            signal.signal(number, self._before.pop(number))
 
     def _handle(self, number: int, frame) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
+        self.received = self.received or signal.Signals(number).name
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            self._restore(signal.SIGINT)
+        drop_broken_output()
+
+
+def drop_broken_output() -> None:
+    """Send what is printed nowhere where its reader has ended, so that printing does not fail before the save.
+
+    A scheduler signals the `tee` behind a program together with the program.
+    """
+    for descriptor in (1, 2) if hasattr(select, "poll") else ():
+        try:
+            if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+                continue
+        except OSError:  # it is closed
+            continue
+        time.sleep(0.1)  # the reader may have got the same signal just now
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -30,6 +30,7 @@ from ddpm_hf.feed import make_feed
 from ddpm_hf.figures import save_image_grid, save_sequence_plot
 from ddpm_hf.hub import check_token, make_publisher, target_of
 from ddpm_hf.interrupt import StopRequest
+from ddpm_hf.launcher import check_started, parent_launcher, start_warning
 from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.memory import keep_freed_memory, return_freed_memory
 from ddpm_hf.optimizer import clip_grad_norm, make_optimizer, make_schedule, warmup_warning
@@ -210,7 +211,8 @@ class Trainer:
         c = self.config
         if c.dry_run:
             self._global_batch(1)
-            self.accelerator = Accelerator()
+            self.accelerator = Accelerator(mixed_precision=c.mixed_precision)
+            check_started(self.accelerator)
             self._make_evaluator()
             if c.push_to_hub:
                 check_token(target_of(c))
@@ -219,11 +221,6 @@ class Trainer:
         self._start()
         acc = self.accelerator
         global_batch = self._global_batch(acc.num_processes)
-        if int(os.environ.get("WORLD_SIZE", 1)) > acc.num_processes:
-            raise ValueError(
-                f"{os.environ['WORLD_SIZE']} processes were started, but accelerate sees one (on a machine without "
-                "accelerators): set ACCELERATE_USE_CPU=1 to train on CPU with several"
-            )
         self.evaluator = self._make_evaluator()
         with acc.main_process_first():
             try:
@@ -261,6 +258,8 @@ class Trainer:
         if self.evaluator is not None:
             self.evaluator.prepare()
         acc.print(self.describe() if self.step == 0 else f"resuming {self.folder} after step {self.step}")
+        if (message := start_warning()) is not None:
+            acc.print(f"warning: {message}")
         self.record.start(self._seconds_before)
         place = {"process": acc.process_index, "processes": acc.num_processes}
         batches = iter(
@@ -269,13 +268,13 @@ class Trainer:
         bar = tqdm(
             initial=self.step, total=c.max_train_steps, disable=not acc.is_main_process, desc="training", unit="step"
         )
-        with bar, StopRequest() as stop:
+        with bar, StopRequest(parent_launcher()) as stop:
             while self.step < c.max_train_steps:
                 loss, grad_norm = self._train_step(batches)
                 self.step += 1
                 self._pending.append(torch.stack((loss, grad_norm)))
                 bar.update(1)
-                stopping = self._any_process(stop.received is not None)
+                stopping = self._any_process(stop.asked())
                 self._after_step(bar, global_batch, save_now=stopping)
                 if stopping and self.step < c.max_train_steps:
                     acc.end_training()
@@ -301,6 +300,9 @@ class Trainer:
             project_config=ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "logs")),
         )
         acc = self.accelerator
+        check_started(acc)
+        if acc.device.type != "cpu" and c.num_cpu_threads:
+            torch.set_num_threads(c.num_cpu_threads)
         if acc.device.type == "cpu":
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             local = int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes))

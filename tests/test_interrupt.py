@@ -18,7 +18,7 @@ from test_streaming import PICTURES
 from test_trainer import SMALL, config, state
 
 from ddpm_hf import train
-from ddpm_hf.interrupt import StopRequest
+from ddpm_hf.interrupt import StopRequest, drop_broken_output
 from ddpm_hf.trainer import Trainer, TrainingError
 
 
@@ -74,6 +74,159 @@ def test_the_program_ends_with_a_message_and_a_status(tmp_path):
         _, err = run.communicate(timeout=60)
     assert run.returncode == 2 and "error: stopped by SIGINT after step" in err and "Traceback" not in err
     assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_repeated_sigterm_is_one_request(monkeypatch):
+    """A scheduler signals every process, and torch's launcher then passes on its own signal; its Ctrl-C likewise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.received == "SIGTERM" and stop.asked()
+            with pytest.raises(KeyboardInterrupt):  # a person who does not want to wait
+                os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.received == "SIGINT"
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_end_of_the_launcher_is_a_request(tmp_path, monkeypatch):
+    """The parent is another than the launcher was; without a launcher it may be any."""
+    options = {"max_train_steps": 3, "checkpointing_steps": 3}
+    train(config(tmp_path / "whole", **options))
+    monkeypatch.setattr("ddpm_hf.trainer.parent_launcher", lambda: os.getpid())
+    with pytest.raises(TrainingError, match="stopped by the end of its launcher after step 1; its checkpoint is saved"):
+        train(config(tmp_path / "parts", **options))
+    monkeypatch.setattr("ddpm_hf.trainer.parent_launcher", os.getppid)
+    train(config(tmp_path / "parts", **options))
+    assert state(tmp_path / "whole") == state(tmp_path / "parts")
+    assert not StopRequest(None).asked()
+
+
+def test_output_whose_reader_has_ended(monkeypatch):
+    """As of `train.py | tee log`, where the scheduler has ended the tee: printing goes on, to nowhere."""
+    read, write = os.pipe()
+    kept = os.dup(2)
+    try:
+        os.dup2(write, 2)
+        os.close(write)
+        drop_broken_output()
+        os.write(2, b"heard")
+        assert os.read(read, 9) == b"heard"
+        os.close(read)
+        with pytest.raises(BrokenPipeError):
+            os.write(2, b"lost")
+        drop_broken_output()
+        os.write(2, b"lost")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+RUN = ["--dataset_name=digits", "--output_dir=run", "--dim=8", "--dim_mults", "1", "2", "--logging_steps=1",
+       "--report_to=none", "--num_cpu_threads=1", "--train_batch_size=4", "--holdout=2"]  # fmt: skip
+
+
+def stopped(launcher, how, folder):
+    """(the launcher's exit status, its output) of a run that is ended at its first metrics; all its processes have
+    ended. `how`: called with the launcher's process number."""
+    command = [*launcher, str(ROOT / "training" / "train.py"), *RUN]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
+    metrics, log = folder / "run" / "metrics.jsonl", folder / "log"
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file, start_new_session=True) as run,
+    ):
+        family = []
+        try:
+            while not (metrics.exists() and metrics.stat().st_size) and run.poll() is None:
+                time.sleep(0.05)
+            family = psutil.Process(run.pid).children(recursive=True)
+            how(run.pid)
+            status = run.wait(timeout=60)
+            assert psutil.wait_procs(family, timeout=60)[1] == [], log.read_text()
+        finally:
+            for process in [*family, run]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+    return status, log.read_text()
+
+
+def terminate(number):
+    os.kill(number, signal.SIGTERM)
+
+
+def terminate_group(number):
+    os.killpg(number, signal.SIGTERM)
+
+
+def kill(number):
+    os.kill(number, signal.SIGKILL)
+
+
+def terminate_trainer(number):
+    psutil.Process(number).children()[0].terminate()
+
+
+PYTHON, ACCELERATE = [sys.executable], [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+TEE = ["bash", "-c", '"$0" "$@" 2>&1 | tee tee.log', sys.executable]
+CONTAINER = ["unshare", "-Urpf", "--mount-proc"]
+# docs/clusters.md has the statuses
+ENDED = {
+    "accelerate": (ACCELERATE, terminate, -signal.SIGTERM, "the end of its launcher"),
+    "torchrun, its group": (TORCHRUN, terminate_group, 1, "SIGTERM"),  # as Slurm does
+    "python, its group": (PYTHON, terminate_group, 2, "SIGTERM"),
+    "accelerate, its group": (ACCELERATE, terminate_group, -signal.SIGTERM, "SIGTERM"),
+    "accelerate, the trainer": (ACCELERATE, terminate_trainer, 1, "SIGTERM"),
+    "accelerate, killed": (ACCELERATE, kill, -signal.SIGKILL, "the end of its launcher"),
+    "torchrun": (TORCHRUN, terminate, 1, "SIGTERM"),
+    "torchrun, killed": (TORCHRUN, kill, -signal.SIGKILL, "the end of its launcher"),
+    "a tee behind it": (TEE, terminate_group, -signal.SIGTERM, None),
+}
+QUICK = ("accelerate", "torchrun, its group")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process groups and orphans are tested on Linux")
+@pytest.mark.parametrize(
+    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ENDED]
+)
+def test_how_jobs_are_ended(case, tmp_path):
+    """A checkpoint of the step it was in, no process that runs on, and the launcher's exit status."""
+    launcher, how, status, reason = ENDED[case]
+    found, log = stopped(launcher, how, tmp_path)
+    assert found == status, log
+    assert reason is None or f"error: stopped by {reason} after step" in log
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert saved.name == f"step-{step:06d}" and step < 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs PID namespaces")
+@pytest.mark.parametrize(
+    ("launcher", "status", "saves"), [(PYTHON, 2, True), (TORCHRUN, 1, True), (ACCELERATE, 1, False)]
+)
+def test_how_containers_are_ended(launcher, status, saves, tmp_path):
+    """SIGTERM to the first process alone, SIGKILL after the grace time, as Kubernetes does. accelerate's launcher of
+    one process does not hear SIGTERM there, which the run says at its start."""
+    if subprocess.run([*CONTAINER, "true"], capture_output=True).returncode:
+        pytest.skip("PID namespaces are not allowed here")
+
+    def end(number):
+        first = psutil.Process(number).children()[0]
+        first.terminate()
+        if psutil.wait_procs([first], timeout=30 if saves else 5)[1]:
+            first.kill()
+
+    found, log = stopped([*CONTAINER, *launcher], end, tmp_path)
+    assert (found, (tmp_path / "run" / "checkpoints").exists()) == (status, saves), log
+    assert ("will not hear of its stop" in log) == (not saves)
 
 
 # Kills itself, the hard way, at the place named by its first argument.
@@ -253,3 +406,32 @@ def test_killed_at_random_instants(processes, options, tmp_path):
         done = subprocess.run(command(name), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
     assert_same(tmp_path)
+
+
+STANDS = {
+    "srun": "exec bash -c \"trap 'exit $ENDS' TERM; touch started; for i in {1..100}; do sleep 0.1; done; exit 0\"",
+    "scontrol": 'echo "$@" > requeued',
+}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(("ends", "signalled", "requeued"), [(2, True, True), (0, True, False), (2, False, False)])
+def test_the_job_script_that_submits_itself_again(ends, signalled, requeued, tmp_path):
+    """The script of docs/clusters.md, with stand-ins for Slurm's programs: back into the queue where the time was up
+    and the step has not ended well."""
+    script = (ROOT / "docs" / "clusters.md").read_text().split("```bash\n")[1].split("```")[0]
+    (tmp_path / "job.sh").write_text(script)
+    for name, text in STANDS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "ENDS": str(ends)}
+    with subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=env, start_new_session=True) as job:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        if signalled:
+            job.send_signal(signal.SIGUSR1)
+        else:  # it fails by itself
+            psutil.Process(job.pid).children()[0].terminate()
+        assert job.wait(timeout=30) == ends
+    assert (tmp_path / "requeued").exists() == requeued
+    assert not requeued or (tmp_path / "requeued").read_text() == "requeue 7\n"

@@ -7,9 +7,12 @@
 Options come from --config (YAML), then from the command line; --help lists them.
 """
 
+import os
+
+PARENT = os.getppid()  # before the long imports: a launcher that ends while they run is to be missed too
+
 import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ from types import SimpleNamespace
 from accelerate import PartialState
 from transformers import HfArgumentParser
 
+from ddpm_hf import launcher
 from ddpm_hf.arguments import SuggestingParser
 from ddpm_hf.config import TrainConfig, default_of, read_yaml
 
@@ -65,14 +69,6 @@ def typed_options(arguments: list) -> set[str]:
     return {name if name in fields else name.removeprefix("no_") for name in names}
 
 
-def launcher() -> list:
-    """What this process was started with."""
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        return ["torchrun"] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
-    processes = os.environ.get("WORLD_SIZE", "1")
-    return ["accelerate", "launch", *(["--num_processes", processes] if processes != "1" else [])]
-
-
 def main(arguments: list) -> int:
     try:
         config = parse(arguments)
@@ -81,7 +77,7 @@ def main(arguments: list) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        result = train(config, command=[*launcher(), "training/train.py", *arguments])
+        result = train(config, command=[*launcher.name(), "training/train.py", *arguments])
     except (ValueError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -98,4 +94,5 @@ def main(arguments: list) -> int:
 
 
 if __name__ == "__main__":
+    launcher.first_parent = PARENT
     sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,122 @@
+"""How this process was started: the launcher that is its parent, and what accelerate's configuration asks for."""
+
+import os
+from pathlib import Path
+
+import psutil
+from accelerate.utils import DistributedType
+
+# Set by accelerate's launcher and by torch's, which accelerate uses for several processes.
+ACCELERATE, TORCH = "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"
+PROGRAMS = {"accelerate", "accelerate-launch", "torchrun"}
+MODULES = ("accelerate.commands.", "torch.distributed.run", "torch.distributed.launch")
+KINDS = {
+    "ACCELERATE_USE_FSDP": ("FSDP", DistributedType.FSDP),
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", DistributedType.DEEPSPEED),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", None),  # which needs models of its own
+}
+# The parent when the process began. A program that imports for long sets it to what it saw first.
+first_parent = os.getppid()
+
+
+def name() -> list[str]:
+    """Return what this process was started with, as the beginning of a command line."""
+    if ACCELERATE not in os.environ:
+        return ["torchrun"] if TORCH in os.environ else ["python"]
+    processes = os.environ.get("WORLD_SIZE", "1")
+    return ["accelerate", "launch", *(["--num_processes", processes] if processes != "1" else [])]
+
+
+def command_after(command: list[str]) -> list[str] | None:
+    """Return the arguments of a launcher's command line, or None where it is another program's."""
+    for place, part in enumerate(command[:4]):  # before it: the interpreter, its options, -m
+        if Path(part).name in PROGRAMS or part.startswith(MODULES):
+            return command[place + 1 :]
+    return None
+
+
+def _parent_command() -> list[str]:
+    try:
+        return psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:  # it has ended, or is another user's
+        return []
+
+
+def parent_launcher() -> int | None:
+    """Return the process number of the launcher that started this process, or None where none did.
+
+    The environment alone does not tell: what a launched program starts in the background inherits it.
+    """
+    if ACCELERATE not in os.environ and TORCH not in os.environ:
+        return None
+    if os.getppid() != first_parent:  # it has ended since
+        return first_parent
+    return None if command_after(_parent_command()) is None else first_parent
+
+
+def start_warning() -> str | None:
+    """Return what should be said of the way in which this process was started, or None."""
+    if parent_launcher() == 1 and TORCH not in os.environ:
+        return (
+            "accelerate launch is this container's first process, which Linux does not end by SIGTERM: the run "
+            "will not hear of its stop. Start one process with python, several with torchrun or accelerate launch "
+            "--multi_gpu"
+        )
+    return None
+
+
+def asked_processes() -> int:
+    """Return how many processes accelerate's launcher was asked for, by its command line or configuration file; 1 where
+    that is not known."""
+    arguments = command_after(_parent_command())
+    if ACCELERATE not in os.environ or not arguments:
+        return 1
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        options = launch_command_parser().parse_args(arguments[1:] if arguments[0] == "launch" else arguments)
+        file = options.config_file or default_config_file
+        if options.num_processes is None and Path(file).is_file() and not options.cpu:
+            options.num_processes = load_config_from_file(file).num_processes
+    except (Exception, SystemExit):  # of another version of accelerate: its own launcher has taken it
+        return 1
+    return options.num_processes or 1
+
+
+def check_started(accelerator) -> None:
+    """Check that what runs is what accelerate's configuration asks for.
+
+    Raises:
+        ValueError: FSDP, DeepSpeed or Megatron-LM was asked for and is not there, fewer processes run than were asked
+            for, or a precision that the device does not have.
+    """
+    device, found = accelerator.device.type, accelerator.num_processes
+    for variable, (kind, distributed_type) in KINDS.items():
+        if os.environ.get(variable, "").lower() == "true" and accelerator.distributed_type != distributed_type:
+            reason = f"accelerate runs it on accelerators only and here trains on {device}" if distributed_type else (
+                "it trains models of its own only"
+            )  # fmt: skip
+            raise ValueError(
+                f"accelerate is configured for {kind}, which cannot train here: {reason}; write distributed_type: "
+                "MULTI_GPU (or 'NO' with num_processes: 1) in accelerate's configuration file"
+            )
+    started, asked = int(os.environ.get("WORLD_SIZE", 1)), asked_processes()
+    if started > found:
+        raise ValueError(
+            f"{started} processes were started, but accelerate sees {found} (on a machine without accelerators): set "
+            "ACCELERATE_USE_CPU=1 to train on CPU with several"
+        )
+    if asked > found:
+        raise ValueError(
+            f"accelerate's launcher was asked for {asked} processes and has started {found}: on CPU (MULTI_CPU, --cpu) "
+            f"it starts several through MPI only. ACCELERATE_USE_CPU=1 torchrun --nproc_per_node {asked} starts "
+            f"{asked}; num_processes: 1 in accelerate's configuration file, or --num_processes 1, asks for one"
+        )
+    if accelerator.mixed_precision == "fp8":
+        raise ValueError("mixed_precision must be 'no', 'bf16' or 'fp16'; accelerate is configured for 'fp8'")
+    if accelerator.mixed_precision == "fp16" and device == "cpu":
+        raise ValueError(
+            "mixed_precision must be 'bf16' or 'no' on CPU, where accelerate trains fp16 in float32; got 'fp16' (from "
+            "the options, or from accelerate's configuration)"
+        )
