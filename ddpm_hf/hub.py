@@ -78,7 +78,7 @@ def check_token(target: Target) -> Target:
     try:
         user = HfApi().whoami()
     except Exception as error:  # the client's own kinds, and those of the HTTP library that it uses
-        refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
         what = "does not accept the token" if refused else "cannot be asked whether it accepts the token"
         raise ValueError(f"the Hub {what}: {error}") from error
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
