@@ -141,7 +141,11 @@ class TrainConfig:
     resume_from_checkpoint: str = _option(
         "latest", "'latest': the newest checkpoint, which must be undamaged; 'latest-valid': the newest undamaged one."
     )
-    dry_run: bool = _option(False, "Print the resolved options, the model's size and the data found, and stop.")
+    dry_run: bool = _option(
+        False,
+        "Print the resolved options, the model's size and the data found, read every item and list those that cannot "
+        "be read, and stop.",
+    )
 
     # Model (see UNet2D and UNet1D)
     dim: int = _option(64, "Width of the U-Net that dim_mults multiply.", scope.NEW_MODEL)

@@ -17,6 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_hf import feature_cache
+from ddpm_hf.checking import check_shared_memory, worker_memory
+from ddpm_hf.data import ImageDataset
 from ddpm_hf.features import FeatureNetwork
 from ddpm_hf.losses import diffusion_loss
 from ddpm_hf.metrics import (
@@ -108,6 +110,9 @@ class Evaluator:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(settings, name)}")
         if settings.on_bad_image not in ("stop", "skip"):
             raise ValueError(f"on_bad_image must be 'stop' or 'skip', got {settings.on_bad_image!r}")
+        item_size = 1 if isinstance(underlying(dataset), ImageDataset) else 4
+        self.shared_memory = worker_memory(settings.workers, settings.batch_size, shape, item_size)
+        check_shared_memory(self.shared_memory, settings.workers)
         if len(dataset) < 4:
             raise ValueError(f"evaluation needs at least 4 real items, the data has {len(dataset)}")
         count = min(len(dataset), settings.num_real)

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from ddpm_hf.checking import check_items, check_shared_memory, worker_memory
 from ddpm_hf.config import BUNDLED
 from ddpm_hf.data import ImageDataset, build_dataset, fingerprint
 from ddpm_hf.mapped import MappedFiles, mapped_files
 from ddpm_hf.sequences import SequenceDataset
 from ddpm_hf.sources import ImageColumn, saved_to_disk
-from ddpm_hf.stream import StreamSampler, TrainingView, collate, hold_out, split_record, underlying
+from ddpm_hf.stream import Batch, StreamSampler, TrainingView, collate, hold_out, split_record, underlying
 from ddpm_hf.streaming import ImageStream, StreamingSampler, StreamingView, check_state, probe
 
 
@@ -28,6 +29,7 @@ class StoredFeed:
         split: what an evaluation needs to hold out the same items (see `split_record`), or None.
         notes: what is to be said of the data at the start, in lines.
         files: those that are mapped into memory.
+        shared_memory: bytes of it that the workers of the loader need.
         kind: the kind of data, of `scope.KINDS`; `make_feed` sets it.
 
     Raises:
@@ -45,14 +47,24 @@ class StoredFeed:
             self.dataset, self.held_out = hold_out(dataset, config.holdout, config.seed)
             self.split = split_record(self.held_out)
         self.units, self.items = underlying(self.dataset), len(self.dataset)
-        first = collate([self._view()[0, 0]])
-        if first.error:
-            raise ValueError(first.error)
+        first = self._first()
         self.shape = tuple(first.x0.shape[1:])
+        self.shared_memory = _shared_memory(config, self.shape, first.items.element_size())
         self.notes = self._notes()
         changed = self.files.changed()
         if changed:
             raise ValueError(f"the data is written to while it is read: {changed}. Start again when it is whole")
+
+    def _first(self) -> Batch:
+        try:
+            first = collate([self._view()[0, 0]])
+            if first.error:
+                raise ValueError(first.error)
+        except Exception:
+            if self.config.dry_run:
+                check_items(self, self.config)  # a list of all such items, then its error
+            raise
+        return first
 
     def _notes(self) -> list[str]:
         notes, held = [], self.held_out
@@ -102,6 +114,7 @@ class StreamedFeed:
     def __init__(self, stream: ImageStream, config):
         self.config, self.dataset, self.units = config, stream, stream
         self.items, self.shape = stream.length, probe(stream)
+        self.shared_memory = _shared_memory(config, self.shape, 1)
         folder = Path(config.train_data_dir or config.dataset_name or "")
         self.files = MappedFiles(sorted(map(str, folder.rglob("*.arrow"))) if saved_to_disk(folder) else [])
 
@@ -153,6 +166,18 @@ def kind_of(config, feed: StoredFeed | StreamedFeed, given: bool) -> str:
     if len(feed.shape) == 2:
         return "sequence table"
     return "image table" if isinstance(feed.units.sources, ImageColumn) else "folder"
+
+
+def _shared_memory(config, shape: tuple, item_size: int) -> int:
+    """Return what the loader's workers need.
+
+    Raises:
+        ValueError: there is less.
+    """
+    workers = config.dataloader_num_workers
+    needed = worker_memory(workers, config.train_batch_size, shape, item_size)
+    check_shared_memory(needed, workers)
+    return needed
 
 
 def _loader(view, sampler, config, pin_memory: bool) -> DataLoader:

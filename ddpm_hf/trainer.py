@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ddpm_hf import checkpoint
 from ddpm_hf.averaging import WeightAverage
 from ddpm_hf.card import write_card
+from ddpm_hf.checking import check_items, check_shared_memory
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.evaluation import EvalSettings, Evaluator
 from ddpm_hf.feed import make_feed
@@ -217,6 +218,7 @@ class Trainer:
             if c.push_to_hub:
                 check_token(target_of(c))
             self.accelerator.print(self.describe())
+            check_items(self.feed, c)
             return None
         self._start()
         acc = self.accelerator
@@ -321,6 +323,8 @@ class Trainer:
             seed=c.seed, cache_dir=c.eval_cache_dir, workers=c.dataloader_num_workers, on_bad_image=c.on_bad_image,
         )  # fmt: skip
         evaluator = Evaluator(self.accelerator, self.feed.dataset, self.shape, settings, self.feed.held_out)
+        # training's batches wait there meanwhile
+        check_shared_memory(self.feed.shared_memory + evaluator.shared_memory, c.dataloader_num_workers)
         if c.metric_for_best not in (None, *evaluator.metrics):
             raise ValueError(
                 f"metric_for_best must be one of those evaluated, {', '.join(evaluator.metrics)}; "
