@@ -16,7 +16,7 @@ from ddpm_hf import scope
 from ddpm_hf.arguments import unknown_option
 from ddpm_hf.losses import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
 from ddpm_hf.reading import is_finite, is_whole, read_mapping
-from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_ALIASES, PREDICTION_TYPES
+from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_ALIASES, PREDICTION_TYPES, GaussianScheduler
 from ddpm_hf.sequences import NORMS as SEQUENCE_NORMS
 from ddpm_hf.trackers import TRACKERS
 from ddpm_hf.unet import NORMS, TIME_EMBEDDINGS
@@ -194,7 +194,10 @@ class TrainConfig:
     logit_mean: float = _option(0.0, "Of logit_normal: above 0 towards noise.", scope.LOGIT_NORMAL)
     logit_std: float = _option(1.0, "Of logit_normal: the smaller, the closer to the middle.", scope.LOGIT_NORMAL)
     immiscible: bool = _option(False, "Re-assign noise to the nearest data within train_batch_size samples.")
-    rescale_betas_zero_snr: bool = _option(False, "Rescale the schedule to end in pure noise (not with epsilon).")
+    rescale_betas_zero_snr: bool = _option(
+        False,
+        "Rescale the schedule to end in pure noise (not with epsilon); loss_weighting snr counts SNR as at least 1.",
+    )
 
     # Optimization
     max_train_steps: int = _option(100_000, "Optimizer steps in all.")
@@ -418,6 +421,13 @@ class TrainConfig:
         rule(not self.min_snr_gamma or self.loss_weighting == "snr", "min_snr_gamma", "0 with loss_weighting 'uniform'")
         rule(self.noise_offset >= 0, "noise_offset", "at least 0")
         rule(self.adam_weight_decay >= 0, "adam_weight_decay", "at least 0")
+        try:  # the rules between its options are its own
+            GaussianScheduler(self.ddpm_num_steps, self.ddpm_beta_schedule, prediction_type=self.prediction_type,
+                              rescale_betas_zero_snr=self.rescale_betas_zero_snr)  # fmt: skip
+        except ValueError as error:
+            raise ValueError(
+                f"ddpm_beta_schedule {self.ddpm_beta_schedule!r} with ddpm_num_steps {self.ddpm_num_steps}: {error}"
+            ) from error
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
             raise ValueError(
                 "ddpm_num_inference_steps must be at most ddpm_num_steps, got "

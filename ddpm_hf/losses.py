@@ -5,8 +5,10 @@ arXiv:2303.09556); offset noise; immiscible diffusion (Li et al., arXiv:2406.123
 arXiv:2208.04202).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -58,6 +60,26 @@ def training_draws(
         drawn = [(x * steps).long().clamp_(max=steps - 1) for x in u]  # a sigmoid may round to 1
     timesteps = torch.cat(drawn)
     return timesteps, scheduler.sample_noise(x0, offset_strength, generators)
+
+
+def first_step_warning(config) -> str | None:
+    """A sentence where sampling begins at a timestep that training will hardly see; None elsewhere.
+
+    With zero terminal SNR no other timestep shows the model what to answer to pure noise. (Weights that would be 0
+    there are dealt with in `GaussianScheduler.loss_weights`.)
+    """
+    c = config
+    if not c.rescale_betas_zero_snr or c.timestep_sampling != "logit_normal" or c.ddpm_num_steps < 2:
+        return None
+    share = NormalDist(-c.logit_mean, c.logit_std).cdf(-math.log(c.ddpm_num_steps - 1))
+    items = c.max_train_steps * c.train_batch_size * c.gradient_accumulation_steps
+    if share * items >= 1:
+        return None
+    return (
+        f"with rescale_betas_zero_snr, sampling begins at t={c.ddpm_num_steps - 1}, which timestep_sampling "
+        f"logit_normal draws with probability {share:.2g}, in {items:,} draws of a process hardly once: use "
+        "timestep_sampling uniform, or a greater logit_mean or logit_std"
+    )
 
 
 def immiscible_assignment(x0: Tensor, noise: Tensor) -> Tensor:

@@ -570,11 +570,15 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
 
         In units of the error of x0 it is SNR for every target (1 for epsilon, SNR for x0, SNR / (SNR + 1) for v), or
         min(SNR, gamma) with `min_snr_gamma` (Hang et al., equation 7).
+
+        Where the schedule ends at SNR 0, SNR counts as at least 1 (or gamma, if that is less): the truncated SNR of
+        Salimans & Ho, section 4. Else the timestep that sampling begins with would have the weight 0.
         """
         if min_snr_gamma is not None and not (_is_number(min_snr_gamma) and min_snr_gamma > 0):
             raise ValueError(f"min_snr_gamma must be a finite number greater than 0, got {min_snr_gamma!r}")
         snr = self.snr(t)
-        clipped = snr if min_snr_gamma is None else snr.clamp(max=min_snr_gamma)
+        least = 1.0 if self._betas[-1] == 1 else 0.0
+        clipped = snr.clamp(min=least, max=min_snr_gamma)  # where min is above max, it is max
         kind = self.config.prediction_type
         return clipped / snr if kind == "epsilon" else clipped if kind == "sample" else clipped / (snr + 1)
 

@@ -32,7 +32,7 @@ from ddpm_hf.figures import save_image_grid, save_sequence_plot
 from ddpm_hf.hub import check_token, make_publisher, target_of
 from ddpm_hf.interrupt import StopRequest
 from ddpm_hf.launcher import check_started, parent_launcher, start_warning
-from ddpm_hf.losses import diffusion_loss, training_draws
+from ddpm_hf.losses import diffusion_loss, first_step_warning, training_draws
 from ddpm_hf.memory import keep_freed_memory, return_freed_memory
 from ddpm_hf.optimizer import clip_grad_norm, make_optimizer, make_schedule, warmup_warning
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
@@ -147,14 +147,14 @@ class Trainer:
 
     def describe(self) -> str:
         """The resolved options, the model's size and the data found; and what will hardly be meant so."""
-        warning = warmup_warning(self.config)
+        warnings = filter(None, (warmup_warning(self.config), first_step_warning(self.config)))
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
             f"{self.config.to_yaml()}"
             f"model: {self.model_name}, {parameters:,} parameters\n"
             f"data: {'streamed' if self.feed.items is None else f'{self.feed.items:,}'} items of shape {self.shape}"
             + "".join(f"\n{note}" for note in self.feed.notes)
-            + f"{f'{chr(10)}warning: {warning}' if warning else ''}"
+            + "".join(f"\nwarning: {warning}" for warning in warnings)
         )
 
     def _check_folder(self) -> bool:

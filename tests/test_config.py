@@ -40,6 +40,19 @@ def test_rules_between_options():
         TrainConfig(loss_weighting="uniform", min_snr_gamma=5.0)
 
 
+@pytest.mark.parametrize(
+    "options, rule",
+    [
+        ({"rescale_betas_zero_snr": True, "prediction_type": "pred_noise"}, "epsilon says nothing of x0"),
+        ({"ddpm_beta_schedule": "linear", "ddpm_num_steps": 20, "ddpm_num_inference_steps": 5}, "at least 21 steps"),
+        ({"rescale_betas_zero_snr": True, "ddpm_num_steps": 1, "ddpm_num_inference_steps": 1}, "every beta must lie"),
+    ],
+)
+def test_schedules_are_checked_before_the_data_are_read(options, rule):
+    with pytest.raises(ValueError, match=f"ddpm_beta_schedule.*{rule}"):
+        TrainConfig(**options)
+
+
 def test_the_weighting_follows_min_snr_where_it_is_not_given():
     found = [TrainConfig(**options).loss_weighting for options in ({}, {"min_snr_gamma": 5}, {"loss_weighting": "snr"})]
     assert found == ["uniform", "snr", "snr"]

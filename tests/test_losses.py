@@ -4,6 +4,7 @@ import itertools
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,8 +12,8 @@ from conftest import exact_abar
 from scipy.special import expit
 from scipy.stats import norm
 
-from ddpm_hf import DDPMPipeline1D, UNet1D
-from ddpm_hf.losses import diffusion_loss, immiscible_assignment, training_draws
+from ddpm_hf import DDPMPipeline1D, TrainConfig, UNet1D
+from ddpm_hf.losses import diffusion_loss, first_step_warning, immiscible_assignment, training_draws
 from ddpm_hf.scheduler import PREDICTION_TYPES, GaussianScheduler
 
 
@@ -190,3 +191,23 @@ def test_bad_shapes(batch):
         diffusion_loss(Spy(batch.out), s, batch.x0, batch.t, batch.noise[:2])
     with pytest.raises(ValueError, match="learned variance"):
         diffusion_loss(Spy(torch.cat((batch.out, batch.out), 1)), s, batch.x0, batch.t, batch.noise)
+
+
+def test_what_sampling_begins_with_is_trained():
+    """With zero SNR: min-SNR and "snr" have a loss there, and logit-normal timesteps that miss it a warning."""
+    s = GaussianScheduler(rescale_betas_zero_snr=True)
+    x0, noise = torch.randn(2, 3, 1, 8)
+    last = torch.full((3,), 999)
+    for gamma in (None, 5.0):
+        loss = diffusion_loss(Spy(torch.zeros(3, 1, 8)), s, x0, last, noise, min_snr_gamma=gamma).loss
+        torch.testing.assert_close(loss, x0.square().flatten(1).mean(1))  # the target is -x0; before: 0
+
+    def warned(**options):
+        return first_step_warning(TrainConfig(**{"rescale_betas_zero_snr": True, **options}))
+
+    assert warned() is None
+    logit = {"timestep_sampling": "logit_normal"}
+    # P(z >= log 999): of a normal number 2.5e-12, with the mean 5 and deviation 2 it is 0.17
+    assert f"probability {norm.sf(np.log(999)):.2g}" in warned(**logit) and "t=999" in warned(**logit)
+    assert warned(**logit, logit_mean=5.0, logit_std=2.0) is None
+    assert first_step_warning(TrainConfig(**logit)) is None

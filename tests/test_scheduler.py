@@ -322,6 +322,21 @@ def test_loss_weights_are_snr_in_units_of_x0():
         s.loss_weights(t, 0)
 
 
+@pytest.mark.parametrize("gamma", [None, 5.0, 0.5])
+@pytest.mark.parametrize("target", ["sample", "v_prediction"])
+def test_zero_terminal_snr_has_weights_above_0(target, gamma):
+    """SNR counts as at least 1: what sampling begins with is trained. Before, the last weight was 0, the one before it
+    2e-6."""
+    s = scheduler_of(target=target, rescale_betas_zero_snr=True)
+    t = torch.arange(1000)
+    snr = exact_abar(s) / (1 - exact_abar(s))
+    counted = snr.clamp(min=1) if gamma is None else snr.clamp(min=1).clamp(max=gamma)
+    expected = counted if target == "sample" else counted / (snr + 1)
+    weights = s.loss_weights(t, gamma)
+    torch.testing.assert_close(weights, expected, rtol=1e-12, atol=0)
+    assert weights[-1] == (1 if gamma is None else min(1, gamma)) and s.snr(999) == 0
+
+
 def test_sample_noise():
     """Offset noise adds one number a channel: the variance of a channel's mean over n positions is 1/n + strength^2."""
     s = scheduler_of()
