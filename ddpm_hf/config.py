@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from huggingface_hub.utils import validate_repo_id
 
@@ -17,11 +18,11 @@ from ddpm_hf.arguments import unknown_option
 from ddpm_hf.losses import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
 from ddpm_hf.reading import is_finite, is_whole, read_mapping
 from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_ALIASES, PREDICTION_TYPES, GaussianScheduler
-from ddpm_hf.sequences import NORMS as SEQUENCE_NORMS
-from ddpm_hf.trackers import TRACKERS
 from ddpm_hf.unet import NORMS, TIME_EMBEDDINGS
 
 BUNDLED = {"digits": "scikit-learn's handwritten digits", "ecg": "PyWavelets' electrocardiogram"}
+TRACKERS = tuple(sorted(kind.value for kind in LoggerType if kind != LoggerType.ALL))  # accelerate's
+SEQUENCE_NORMS = ("minmax", "meanstd")
 OPTIMIZERS = ("adamw", "muon")
 CONSTANT_LR = ("constant", "constant_with_warmup")
 # What a resumed run may change: nothing here alters the weights that the steps done so far have led to.

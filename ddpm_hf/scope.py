@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# The kinds of data, as `build_dataset` and `make_feed` tell them apart, and what messages call them.
+# The kinds of data, as `build_dataset` and `open_data` tell them apart, and what messages call them.
 KINDS = {
     "digits": "the bundled digits",
     "ecg": "the bundled electrocardiogram",

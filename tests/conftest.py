@@ -1,6 +1,7 @@
 """What tests share: small models, the closed-form denoiser of Gaussian data, and runs of programs."""
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import signal
@@ -70,7 +71,10 @@ def optimal_prediction(scheduler, x_t, t, mean, std):
 
 
 def load_program(name):
-    """training/<name>.py as a module; the folder's other files can be imported, as when it is run."""
+    """A program as a module: ddpm_hf/commands/<name>.py, or training/<name>.py, whose folder's other files can then be
+    imported, as when it is run."""
+    if (ROOT / "ddpm_hf" / "commands" / f"{name}.py").is_file():
+        return importlib.import_module(f"ddpm_hf.commands.{name}")
     file = ROOT / "training" / f"{name}.py"
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))

@@ -16,11 +16,11 @@ from ema_pytorch import EMA
 from PIL import Image
 
 from ddpm_hf import TrainConfig
-from ddpm_hf.averaging import WeightAverage
 from ddpm_hf.convert import from_denoising_diffusion_pytorch
-from ddpm_hf.data import image_folder
+from ddpm_hf.data.images import image_folder
 from ddpm_hf.losses import diffusion_loss
 from ddpm_hf.scheduler import GaussianScheduler
+from ddpm_hf.trainer.ema import WeightAverage
 
 TARGETS = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 # A schedule's values are float64 in both, kept as float32 buffers there.

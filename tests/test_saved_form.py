@@ -12,9 +12,10 @@ import torch
 from conftest import run_program
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.training_utils import EMAModel
+from helpers import make
 from safetensors.torch import load_file, save_file
 
-from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
+from ddpm_hf import DDPMPipeline, GaussianScheduler, UNet2D
 
 SMALL = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "attn_dim_head": 4}
 # Where the package cannot be imported.
@@ -29,14 +30,6 @@ out = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output_type
 print(hashlib.sha256(np.ascontiguousarray(out)).hexdigest())
 pipe.save_pretrained(again)
 """
-
-
-def make(kind):
-    torch.manual_seed(0)
-    if kind == "images":
-        return DDPMPipeline(UNet2D(sample_size=8, in_channels=1, **SMALL), GaussianScheduler(), num_inference_steps=3)
-    unet = UNet1D(sample_size=16, in_channels=2, **SMALL)
-    return DDPMPipeline1D(unet, GaussianScheduler(), 3, data_shift=[1.0, 2.0], data_scale=[3.0, 4.0])
 
 
 def files(folder):

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_program
-from test_trainer import SMALL
+from helpers import SMALL
 
 from ddpm_hf import TrainConfig, UNet2D, train
 from ddpm_hf.config import default_of
-from ddpm_hf.data import ImageDataset
-from ddpm_hf.feed import make_feed
+from ddpm_hf.data import open_data
+from ddpm_hf.data.images import ImageDataset
+from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.scope import KINDS
-from ddpm_hf.sequences import SequenceDataset
-from ddpm_hf.trainer import Trainer
+from ddpm_hf.trainer.loop import Trainer
 
 train_script = load_program("train")
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
@@ -191,14 +191,14 @@ def sources(tmp_path_factory):
 def test_kinds_are_told_apart_and_checked(kind, sources):
     """Real data of each kind; one option of images and one of sequences is refused or taken by the door to the data."""
     options, dataset = sources[kind]
-    assert make_feed(TrainConfig(**options), dataset).kind == kind
+    assert open_data(TrainConfig(**options), dataset).kind == kind
     for more in ({"random_flip": True}, {"sequence_norm": "meanstd"}, {"image_column": "image"}):
         config = TrainConfig(**options, **more)
         if set(more) <= HAS[kind]:
-            make_feed(config, dataset)
+            open_data(config, dataset)
         else:
             with pytest.raises(ValueError, match=f"{next(iter(more))} applies to .* with {KINDS[kind][:9]}"):
-                make_feed(config, dataset)
+                open_data(config, dataset)
 
 
 def test_splits_and_configurations_of_one_saved_table(sources):
@@ -208,7 +208,7 @@ def test_splits_and_configurations_of_one_saved_table(sources):
         ({"dataset_name": folder, "dataset_config_name": "big"}, "dataset_config_name does not apply to"),
     ]:
         with pytest.raises(ValueError, match=message):
-            make_feed(TrainConfig(**options))
+            open_data(TrainConfig(**options))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_what_the_command_line_takes_out_of_a_file(tmp_path):
     file.write_text("dataset_name: digits\nrandom_flip: true\nema_power: 0.6\ncenter_crop: false\n")
     config = train_script.parse(["--config", str(file), "--no_use_ema", "--dataset_name=ecg", "--random_flip=false",
                                  "--center_crop=true"])  # fmt: skip
-    make_feed(config)
+    open_data(config)
     assert (config.ema_power, config.random_flip, config.center_crop) == (0.75, False, True)
 
 

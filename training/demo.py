@@ -1,40 +1,8 @@
-"""Serve a page to try a pipeline in the browser (extra [demo]).
+"""Serve a page to try a pipeline: `ddpm_hf.commands.demo` as a file; `--help` lists the options."""
 
-    python training/demo.py --pipeline runs/digits/pipeline
-
---pipeline is a folder, or the name of a repo on the Hub.
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from ddpm_hf.arguments import SuggestingParser
-
-
-def main(arguments: list) -> int:
-    parser = SuggestingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True, help="Folder of a saved pipeline, or a name on the Hub.")
-    parser.add_argument("--host", default="127.0.0.1", help="Address to serve on; 0.0.0.0: to other machines too.")
-    parser.add_argument("--port", type=int, help="Default: the first free one from 7860.")
-    given = parser.parse_args(arguments)
-    try:
-        from ddpm_hf.page import build_page
-    except ImportError as error:
-        print(f'error: the page needs gradio and matplotlib: pip install -e ".[demo]" ({error})', file=sys.stderr)
-        return 2
-    from ddpm_hf.hub import load_pipeline
-
-    try:
-        pipe = load_pipeline(given.pipeline)
-        place = Path(given.pipeline)
-        title = place.resolve().parent.name if place.name in ("pipeline", "best") else place.name
-        build_page(pipe, title).launch(server_name=given.host, server_port=given.port)
-    except (ValueError, OSError) as error:  # OSError: the port is taken
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+from ddpm_hf.commands.demo import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,47 +1,8 @@
-"""Publish a saved pipeline on the Hub, with its model card, in one commit.
+"""Publish a saved pipeline: `ddpm_hf.commands.publish` as a file; `--help` lists the options."""
 
-    python training/publish.py runs/digits/pipeline --hub_model_id user/digits
-
-The token is that of `hf auth login`, or of HF_TOKEN. A card that someone has edited, here or on the Hub, is
-kept.
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from ddpm_hf.arguments import SuggestingParser
-from ddpm_hf.card import Parts
-from ddpm_hf.hub import Target, open_repo, publish_space, publish_with_patience
-
-
-def main(arguments: list) -> int:
-    parser = SuggestingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", type=Path, help="Folder of the pipeline: runs/x/pipeline, or runs/x/best.")
-    parser.add_argument("--hub_model_id", required=True, help="The repo, 'user/name' or 'name'; made if not there.")
-    parser.add_argument("--hub_revision", help="Branch; made if it is not there. Default: the main one.")
-    parser.add_argument("--create_pr", action="store_true", help="Open a pull request instead of writing.")
-    parser.add_argument("--hub_private_repo", action="store_true", default=None, help="Make a new repo private.")
-    parser.add_argument("--hub_license", help="Licence of the weights, by its name on the Hub. Default: not stated.")
-    parser.add_argument("--hub_upload_state", action="store_true",
-                        help="The newest checkpoint of its run too, in training_state/.")  # fmt: skip
-    parser.add_argument("--space", help="Make this Space, 'user/name' or 'name', with a page to try the pipeline too.")
-    parser.add_argument("--message", default="Upload pipeline", help="Of the commit. Default: %(default)s.")
-    given = parser.parse_args(arguments)
-    target = Target(given.hub_model_id, given.hub_revision, given.create_pr, given.hub_private_repo, given.hub_license)
-    try:
-        Parts(given.pipeline)  # before anything is made on the Hub
-        target = open_repo(target)
-        run = given.pipeline.resolve().parent if given.hub_upload_state else None
-        done = publish_with_patience(given.pipeline, target, given.message, run=run)
-        print(f"published: {done['url']}")
-        if given.space:
-            print(f"page: {publish_space(given.space, target)}")
-    except Exception as error:  # the client's own kinds, and those of the HTTP library that it uses
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+from ddpm_hf.commands.publish import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_hf.metrics import Gaussian, frechet_distance
+from ddpm_hf.evaluation.metrics import Gaussian, frechet_distance
 
 CROPS = 6_000
 # The U-Nets of both sides: few multiplications, so that whole trainings and many samples fit in an hour of two cores.

@@ -109,7 +109,7 @@ class Clock:
 
 def ours(options: dict, folder: Path) -> list[dict]:
     from ddpm_hf import TrainConfig
-    from ddpm_hf.trainer import Trainer
+    from ddpm_hf.trainer.loop import Trainer
 
     data = options["data"]
     config = TrainConfig(

@@ -17,7 +17,7 @@ from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPC
 
 from ddpm_hf import DDPMPipeline, GaussianScheduler
 from ddpm_hf.arguments import SuggestingParser
-from ddpm_hf.memory import keep_freed_memory
+from ddpm_hf.trainer.memory import keep_freed_memory
 
 COMMON = {"learning_rate": 1e-3, "lr_warmup_steps": 100, "min_snr_gamma": 5.0}
 TRAINING = {

@@ -1,0 +1,1 @@
+"""The programs: each parses its options, calls the library and prints."""

@@ -1,0 +1,103 @@
+"""Train a diffusion model: options -> `ddpm_hf.train`.
+
+    accelerate launch training/train.py                                   # the digits demo
+    accelerate launch training/train.py --config training/configs/ecg.yaml
+    accelerate launch training/train.py --train_data_dir photos/ --resolution 64 --output_dir runs/photos
+
+Options come from --config (YAML), then from the command line; --help lists them.
+"""
+
+import os
+
+PARENT = os.getppid()  # before the long imports: a launcher that ends while they run is to be missed too
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from accelerate import PartialState
+from transformers import HfArgumentParser
+
+from ddpm_hf.arguments import SuggestingParser
+from ddpm_hf.config import TrainConfig, default_of, read_yaml
+from ddpm_hf.trainer import launcher
+
+# Beside the package in a checkout, inside it where it is installed.
+PRESETS = [Path(__file__).parents[2] / "training" / "configs", Path(__file__).parents[1] / "configs"]
+DEMO = next(folder for folder in PRESETS if folder.is_dir()) / "digits.yaml"
+SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
+
+
+class Parser(SuggestingParser, HfArgumentParser):
+    """The options of a dataclass as arguments."""
+
+
+def parse(arguments: list) -> TrainConfig:
+    """Options of the command line over those of --config; without any data, the demo's.
+
+    Raises:
+        ValueError: an unknown option in the file, a value outside its range, or an option that does not apply.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=None)
+    known, rest = first.parse_known_args(arguments)
+    parser = Parser(TrainConfig, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)  # fmt: skip
+    parser.add_argument("--config", default=None, help="YAML file of options; the command line overrides it.")
+    names_data = any(argument.split("=")[0].lstrip("-").replace("-", "_") in SOURCES for argument in rest)
+    in_file = read_yaml(known.config or DEMO) if known.config or not names_data else {}
+    parser.set_defaults(**in_file)
+    if known.config and names_data:  # a file's source of data gives way to the command line's
+        parser.set_defaults(**{source: None for source in SOURCES})
+    options = vars(parser.parse_args(arguments))
+    del options["config"]
+    typed = typed_options(rest)
+    for f in dataclasses.fields(TrainConfig):  # where the command line takes out what a file's option is a part of
+        applies = f.metadata["help"].scope
+        part_of_typed = f.name in in_file and f.name not in typed and applies and applies.option in typed
+        if part_of_typed and not applies.holds(SimpleNamespace(**options)):
+            options[f.name] = default_of(f)
+    config = TrainConfig(**options)
+    config.also_given(typed - set(in_file))  # one that takes back a file's value may be at its default
+    return config
+
+
+def typed_options(arguments: list) -> set[str]:
+    """The names of the options in a command line; --no_x is x."""
+    names = {argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    return {name if name in fields else name.removeprefix("no_") for name in names}
+
+
+def main(arguments: list) -> int:
+    try:
+        config = parse(arguments)
+        from ddpm_hf.trainer.loop import (  # after the options are known to be good: it is slow to import
+            TrainingError,
+            train,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        result = train(config, command=[*launcher.name(), "training/train.py", *arguments])
+    except (ValueError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if result is not None and PartialState().is_main_process:
+        name, field = ("DDPMPipeline", "images")
+        if '"DDPMPipeline1D"' in (result.pipeline_dir / "model_index.json").read_text():
+            name, field = ("DDPMPipeline1D", "sequences")
+        print(
+            f"\nfrom ddpm_hf import {name}\n"
+            f'pipe = {name}.from_pretrained("{result.pipeline_dir}")\n'
+            f"{field} = pipe(batch_size=16).{field}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    launcher.first_parent = PARENT
+    sys.exit(main(sys.argv[1:]))

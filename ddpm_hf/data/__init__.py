@@ -1,0 +1,5 @@
+"""From what the user has to batches; `open_data` is the door."""
+
+from ddpm_hf.data.opening import open_data
+
+__all__ = ["open_data"]

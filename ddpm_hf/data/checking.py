@@ -1,0 +1,178 @@
+"""Checks that are made before training: whether every item can be read, and whether workers have enough shared memory.
+
+`--dry_run` reads all items in parallel and lists those that training would stop at, or leave out, when it reaches them.
+"""
+
+import mmap
+import os
+import shutil
+import sys
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ddpm_hf.data.images import BadImageError, ImageDataset
+from ddpm_hf.data.loading import Part, load_item
+from ddpm_hf.data.sequences import SequenceDataset
+from ddpm_hf.data.streaming import ImageStream
+
+SMALL = 1000  # so many items are read by one process, unless workers are asked for
+PREFETCH = 2  # batches that `torch` loads ahead in each worker
+
+
+class Seen(NamedTuple):
+    """What is known of an item after reading it: its shape, or why it cannot be read (`bad`: it is a bad picture)."""
+
+    shape: tuple | None
+    message: str | None = None
+    bad: bool = False
+
+
+class _Reading(Dataset):
+    """Reads the items of several data sets, one data set after another, and returns what was `Seen` of each."""
+
+    def __init__(self, datasets):
+        self.datasets = datasets
+
+    def __len__(self) -> int:
+        return sum(map(len, self.datasets))
+
+    def place(self, number: int) -> tuple[Dataset, int]:
+        """The data set without parts, and the item's index in it."""
+        for dataset in self.datasets:
+            if number < len(dataset):
+                break
+            number -= len(dataset)
+        while isinstance(dataset, Part):
+            dataset, number = dataset.dataset, int(dataset.indices[number])
+        return dataset, number
+
+    def __getitem__(self, number: int) -> Seen:
+        dataset, index = self.place(number)
+        try:
+            return Seen(tuple(load_item(dataset, index, raw=True).shape))
+        except BadImageError as error:
+            return Seen(None, str(error), bad=True)
+        except ValueError as error:
+            return Seen(None, f"item {index} of the data: {error}")
+        except Exception as error:  # of someone's own data set
+            return Seen(None, f"item {index} of the data: {type(error).__name__}: {error}")
+
+
+def check_items(feed, config) -> None:
+    """Read every item, those held out too, and print a line for each that cannot be used.
+
+    Sequences were read completely when they were opened; streamed pictures are read while training runs. The main
+    process alone does the work.
+
+    Args:
+        feed: a `StoredFeed` or `StreamedFeed`.
+
+    Raises:
+        ValueError: an item that would end the training.
+    """
+    if not PartialState().is_main_process or isinstance(feed.units, SequenceDataset):
+        return
+    if isinstance(feed.units, ImageStream):
+        print("note: the pictures are streamed, so that only the first one was read")
+        return
+    reading = _Reading([dataset for dataset in (feed.dataset, feed.held_out) if dataset is not None])
+    bad, wrong, first, alike = 0, 0, None, True
+    for number, seen in enumerate(_read_all(reading, *_workers(feed, config))):
+        message = seen.message
+        first = first or seen.shape
+        if alike and message is None and seen.shape != first:
+            alike = False
+            index = reading.place(number)[1]
+            message = f"item {index} of the data has the shape {seen.shape}, but those before it have {first}"
+        if message is not None:
+            tqdm.write(_one_line(message))
+            bad, wrong = bad + seen.bad, wrong + (not seen.bad)
+    total = len(reading)
+    if wrong:
+        raise ValueError(f"{wrong + bad:,} of the {total:,} items of the data, listed above, cannot be used")
+    if bad == total:
+        raise ValueError(f"none of the {total:,} pictures can be read")
+    if bad and config.on_bad_image == "stop":
+        raise ValueError(
+            f"{bad:,} of the {total:,} pictures, listed above, cannot be read. To leave such pictures out: "
+            "--on_bad_image skip"
+        )
+    left_out = f"{bad:,} of the {total:,} pictures cannot be read and will be left out (on_bad_image: skip)"
+    print(left_out if bad else f"all {total:,} items can be read")
+
+
+def _read_all(reading: _Reading, workers: int, context: str | None):
+    """Yield what was `Seen` of each item, in order, beside a progress bar."""
+    loader = DataLoader(
+        reading, batch_size=16 if workers else 1, collate_fn=list, num_workers=workers, generator=torch.Generator(),
+        multiprocessing_context=context,
+    )  # fmt: skip
+    with tqdm(total=len(reading), desc="reading all items", unit="item") as bar:
+        try:
+            for batch in loader:
+                yield from batch
+                bar.update(len(batch))
+        except RuntimeError as error:  # of `torch`, where a worker was killed
+            raise ValueError(f"the data cannot be read to its end: {error}") from error
+
+
+def _workers(feed, config) -> tuple[int, str | None]:
+    """Return the number of workers, and how they are started.
+
+    Unless workers are asked for, many pictures get one for each core. They are forks, which need no guarded main
+    module. Someone's own data set gets none, because it may not be made for them.
+    """
+    automatic = sys.platform == "linux" and isinstance(feed.units, ImageDataset) and len(feed.units) > SMALL
+    if config.dataloader_num_workers or not automatic:
+        return config.dataloader_num_workers, None
+    workers = min(8, len(os.sched_getaffinity(0)))
+    try:
+        check_shared_memory(worker_memory(workers, 1, (), 1), workers)
+    except ValueError:
+        return 0, None
+    return workers, "fork"
+
+
+def _one_line(message: str) -> str:
+    return "\\n".join(message.splitlines())
+
+
+# ---------------------------------------------------------------------------------------------
+# Shared memory
+
+
+def worker_memory(workers: int, batch_size: int, shape: tuple, item_size: int) -> int:
+    """Return the bytes of shared memory that the batches of `workers` fill at most, in all processes of this machine.
+
+    Args:
+        item_size: bytes of one value; pictures are handed over as 1 byte, other items as 4.
+    """
+    if not workers:
+        return 0
+    batch = batch_size * item_size
+    for size in shape:
+        batch *= size
+    batch = -(-batch // mmap.PAGESIZE) * mmap.PAGESIZE
+    locks = (4 * workers + 16) * mmap.PAGESIZE  # semaphores of the queues, a page each
+    return (batch * (workers * PREFETCH + 1) + locks) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def check_shared_memory(needed: int, workers: int, folder: str = "/dev/shm") -> None:
+    """Refuse to start where `needed` bytes, as `worker_memory` counts them, are more than /dev/shm has free (Linux).
+
+    Raises:
+        ValueError: there is too little.
+    """
+    if not needed or sys.platform != "linux":
+        return
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"dataloader_num_workers {workers} needs about {needed / 1e6:,.1f} MB of shared memory for batches, and "
+            f"{folder} has {free / 1e6:,.1f} MB free. Choose --dataloader_num_workers 0, fewer workers, a smaller "
+            "batch, or a larger /dev/shm (in Docker: --shm-size 1g)"
+        )

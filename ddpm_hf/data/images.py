@@ -1,0 +1,277 @@
+"""Data sets of images: one picture, many of them, and the cache.
+
+Every source gives float tensors `(C, H, W)` in [-1, 1]. A picture is resized to cover the resolution, then cropped;
+what resizing gives is kept in memory where it fits, so that it is decoded once.
+"""
+
+import io
+import mmap
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ddpm_hf.data.tables import ImageColumn
+
+IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Of a picture that is longer than this many crops, the middle part of that length is kept: a line of 100,000 x 1 pixels
+# would fill gigabytes at 64 pixels of height. Odd, so that the middle of the part is the middle of the picture.
+LONGEST = 17
+
+
+class BadImageError(ValueError):
+    """A picture that cannot be read; the message names it."""
+
+
+# ---------------------------------------------------------------------------------------------
+# One picture
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Any picture as 8-bit "L", "RGB" or "RGBA": upright by EXIF, 16 bits scaled to 8, transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        limit = 65535.0 if image.mode.startswith("I") else 1.0
+        if not (values.min() >= 0 and values.max() <= limit):  # also NaN
+            raise ValueError(
+                f"values of a picture of mode {image.mode} must lie in [0, {limit:g}]; "
+                f"got {values.min():g} to {values.max():g}"
+            )
+        image = Image.fromarray((values * (255 / limit)).round().astype(np.uint8))
+    if image.has_transparency_data and mode != "RGBA":
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
+    """8-bit picture or array (H, W) or (H, W, C) -> uint8 (C, H, W)."""
+    array = np.asarray(image)
+    array = array[..., None] if array.ndim == 2 else array
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())  # of a picture or the cache it may be read-only
+
+
+def from_8bit(x: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Image.Image:
+    """Any source of a picture as an 8-bit picture of `mode` that just covers `resolution` (height, width).
+
+    Of a picture that is more than `LONGEST` times as long as the resolution asks for, the middle part is kept.
+
+    Args:
+        source: a path, bytes of a file, {"bytes", "path"} as `datasets` has them, a PIL image, or an 8-bit array
+            (H, W) or (H, W, C).
+
+    Raises:
+        BadImageError: it cannot be read.
+    """
+    height, width = resolution
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, str):
+        name = source
+    try:
+        if isinstance(source, (list, np.ndarray)):
+            array = np.asarray(source)
+            if array.dtype != np.uint8 and not (array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255):
+                raise ValueError(f"an array must hold 8-bit values, got {array.dtype}")
+            array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+            image = to_mode(Image.fromarray(array.astype(np.uint8)), mode)
+        elif isinstance(source, Image.Image):
+            image = to_mode(source, mode)
+        else:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+                # JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves twice the pixels asked for (as Pillow's own
+                # thumbnails); both sides may be swapped by EXIF
+                file.draft(None, (2 * max(height, width),) * 2)
+                image = to_mode(file, mode)
+    except Exception as error:  # decoders of damaged files raise any kind: struct.error, IndexError, RuntimeError, ...
+        raise BadImageError(f"cannot read the picture {name}: {error or type(error).__name__}") from error
+    scale = max(width / image.width, height / image.height)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    # for reducing, Hamming costs half of bicubic and blurs less than bilinear (both of triangle width)
+    kernel = Image.Resampling.HAMMING if scale < 1 else Image.Resampling.BICUBIC
+    kept = (min(size[0], LONGEST * width), min(size[1], LONGEST * height))
+    if image.size == size == kept:
+        return image
+    left, top = ((whole - part) // 2 for whole, part in zip(size, kept))
+    x, y = image.width / size[0], image.height / size[1]
+    box = (left * x, top * y, (left + kept[0]) * x, (top + kept[1]) * y)
+    return image.resize(kept, kernel, None if kept == size else box)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+class ImageCache:
+    """Decoded pictures by index in memory that forked workers share; the first that fit stay.
+
+    Where workers are not forks of this process, each of them decodes for itself: nothing is kept.
+    """
+
+    def __init__(self, count: int, size: int):
+        self.memory = mmap.mmap(-1, max(1, size))  # untouched pages cost nothing
+        # (place + 1, height, width) of each picture, and the end of what is used
+        self.index = np.frombuffer(mmap.mmap(-1, 24 * (count + 1)), dtype=np.int64).reshape(count + 1, 3)
+        self.lock = multiprocessing.get_context("fork").Lock()
+
+    def __getstate__(self) -> dict:
+        return {"memory": None, "index": None, "lock": None}
+
+    def get(self, index: int, channels: int) -> np.ndarray | None:
+        if self.memory is None:
+            return None
+        with self.lock:
+            place, height, width = self.index[index].tolist()
+        if not place:
+            return None
+        array = np.frombuffer(self.memory, np.uint8, height * width * channels, place - 1)
+        return array.reshape(height, width, channels)
+
+    def put(self, index: int, array: np.ndarray) -> None:
+        if self.memory is None:
+            return
+        with self.lock:
+            place = int(self.index[-1, 0])
+            if place + array.nbytes > len(self.memory) or self.index[index, 0]:
+                return
+            self.memory[place : place + array.nbytes] = array.tobytes()
+            self.index[index] = (place + 1, *array.shape[:2])
+            self.index[-1, 0] = place + array.nbytes
+
+
+class ImageDataset(Dataset):
+    """Pictures, resized to cover `resolution` with their aspect kept, then cropped.
+
+    Args:
+        sources: for each picture what `decode` takes: a file's path, bytes, an 8-bit array.
+        resolution: (height, width) in pixels.
+        channels: 1, 3 or 4.
+        center_crop: crop from the centre, else at random (where `load` is given a random generator).
+        random_flip: mirror half of the pictures (likewise).
+        cache_gb: keep decoded pictures in up to this much memory (10^9 bytes).
+    """
+
+    def __init__(
+        self,
+        sources: Sequence,
+        resolution: tuple[int, int],
+        channels: int = 3,
+        center_crop: bool = True,
+        random_flip: bool = False,
+        cache_gb: float = 0.0,
+    ):
+        self.sources = sources
+        self.resolution, self.channels = tuple(resolution), channels
+        self.center_crop, self.random_flip = center_crop, random_flip
+        self.cache = None
+        if cache_gb > 0 and sys.platform == "linux":
+            # what random crops need depends on the aspects
+            whole = len(sources) * resolution[0] * resolution[1] * channels if center_crop else float("inf")
+            try:
+                self.cache = ImageCache(len(sources), int(min(cache_gb * 1e9, whole)))
+            except OSError as error:
+                raise ValueError(f"cache_gb must be memory that there is, got {cache_gb}: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Without augmentation."""
+        return self.load(index)
+
+    def listing(self) -> Any:
+        """What tells the pictures from others without decoding them: sizes and times of files, the table's own mark."""
+        if isinstance(self.sources, ImageColumn):
+            return self.sources.table._fingerprint
+        paths = [source for source in self.sources if isinstance(source, str)]
+        return [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+
+    def load(self, index: int, rng: np.random.Generator | None = None) -> Tensor:
+        """Picture `index`, augmented by `rng` if given, float32 (C, H, W) in [-1, 1].
+
+        Raises:
+            BadImageError: the picture cannot be read.
+        """
+        return from_8bit(self.load_8bit(index, rng))
+
+    def load_8bit(self, index: int, rng: np.random.Generator | None = None) -> Tensor:
+        """The same as uint8 (C, H, W): a quarter of the memory to hand over."""
+        return self.finish(self._decoded(index), rng)
+
+    def finish(self, array: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+        """The crop and flip of a picture that covers the resolution, (H, W, C) -> uint8 (C, H, W)."""
+        array = self._crop(array, None if self.center_crop else rng)
+        if rng is not None and self.random_flip and rng.random() < 0.5:
+            array = array[:, ::-1]
+        return to_tensor(array)
+
+    def _crop(self, array: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """From the centre, or where `rng` says."""
+        height, width = self.resolution
+        spare = (array.shape[0] - height, array.shape[1] - width)
+        top, left = (n // 2 if rng is None else int(rng.integers(0, n + 1)) for n in spare)
+        return array[top : top + height, left : left + width]
+
+    def _decoded(self, index: int) -> np.ndarray:
+        """Picture `index` as 8 bits (H, W, C), resized, and cropped where the place is known; from the cache if it is
+        there."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} pictures")
+        index %= len(self)
+        array = self.cache.get(index, self.channels) if self.cache else None
+        if array is None:
+            image = decode(self.sources[index], IMAGE_MODES[self.channels], self.resolution, f"number {index}")
+            array = np.asarray(image).reshape(image.height, image.width, self.channels)
+            if self.center_crop:
+                array = self._crop(array)
+            if self.cache:
+                self.cache.put(index, array)
+        return array
+
+
+def find_images(folder: str) -> list[Path]:
+    """All files below `folder` whose ending, in any case, is one that Pillow reads; sorted.
+
+    Raises:
+        ValueError: no such folder, or no image in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"train_data_dir must be a folder of images, and {folder} is not a folder")
+    readable = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    # hidden files are not the user's pictures (macOS leaves ._name.jpg)
+    files = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    paths = sorted(path for path in files if path.suffix.lower() in readable)
+    if not paths:
+        endings = sorted({path.suffix or "none" for path in files})[:8]
+        found = f"{len(files)} files with endings {', '.join(endings)}" if files else "no files"
+        raise ValueError(f"no images found in {folder} and its subfolders: {found}; needed are files that Pillow reads")
+    return paths
+
+
+def image_folder(folder: str, resolution: tuple[int, int], channels: int = 3, **options) -> ImageDataset:
+    """The images below a folder; `options` as of `ImageDataset`."""
+    return ImageDataset([str(path) for path in find_images(folder)], resolution, channels, **options)
+
+
+def digits(resolution: tuple[int, int] = (8, 8), channels: int = 1, **options) -> ImageDataset:
+    """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels (17 levels), bundled with it."""
+    from sklearn.datasets import load_digits
+
+    arrays = (load_digits().images * (255 / 16)).round().astype(np.uint8)
+    return ImageDataset(list(arrays), resolution, channels, **options)

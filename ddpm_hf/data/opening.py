@@ -1,0 +1,158 @@
+"""The door of the data: from options, or from a data set given from Python, to what training is fed from.
+
+The kind of data is chosen here, in `kind_of_source`; each kind is opened by one function, from the file that reads it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ddpm_hf.config import BUNDLED, TrainConfig
+from ddpm_hf.data import tables
+from ddpm_hf.data.feed import StoredFeed, StreamedFeed
+from ddpm_hf.data.images import ImageDataset, digits, image_folder
+from ddpm_hf.data.sequences import SequenceDataset, ecg, read_sequences, table_sequences
+from ddpm_hf.data.streaming import ImageStream
+
+SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
+
+
+def open_data(config: TrainConfig, dataset: Any = None) -> StoredFeed | StreamedFeed:
+    """Open the data that a configuration names, or a map-style data set from Python, for training.
+
+    Raises:
+        ValueError: both, neither, or data that does not fit the options.
+    """
+    named = [name for name in SOURCES if getattr(config, name)]
+    if dataset is not None and named:
+        raise ValueError(f"give one source of data, got a dataset and {named[0]}={getattr(config, named[0])!r}")
+    given = dataset is not None
+    if not given:
+        dataset = build_dataset(config)
+    feed = (StreamedFeed if isinstance(dataset, ImageStream) else StoredFeed)(dataset, config)
+    feed.kind = _given_kind(feed) if given else kind_of_source(config)
+    config.check_scope(feed.kind)
+    return feed
+
+
+def build_dataset(config: TrainConfig) -> ImageDataset | ImageStream | SequenceDataset:
+    """Open the source that a configuration names.
+
+    Raises:
+        ValueError: no source, nothing found, or data that does not fit the options.
+    """
+    kind = kind_of_source(config)
+    config.check_scope(kind)
+    return OPENERS[kind](config)
+
+
+def kind_of_source(config: TrainConfig) -> str:
+    """Return the kind of data, of `scope.KINDS`, that a configuration names.
+
+    Raises:
+        ValueError: it names none, or streaming of what cannot be streamed.
+    """
+    if config.dataset_name in BUNDLED:
+        return config.dataset_name
+    if config.train_data_file:
+        return "array" if Path(config.train_data_file).suffix.lower() in (".npy", ".npz") else "sequence file"
+    if config.train_data_dir and not tables.table_folder(config.train_data_dir):
+        if config.streaming:
+            raise ValueError(
+                f"streaming is for tables; the pictures of {config.train_data_dir} are read as needed anyway"
+            )
+        return "folder"
+    if not (config.train_data_dir or config.dataset_name):
+        raise ValueError("no data: give one of dataset_name, train_data_dir, train_data_file, or a dataset from Python")
+    if config.streaming:
+        return "image stream"
+    return "sequence table" if config.sequence_columns else "image table"
+
+
+def _given_kind(feed: StoredFeed | StreamedFeed) -> str:
+    if len(feed.shape) != 3:
+        return "given sequences"
+    return "given ImageDataset" if isinstance(feed.units, (ImageDataset, ImageStream)) else "given images"
+
+
+# ---------------------------------------------------------------------------------------------
+# One function for each kind
+
+
+def _resolution(config: TrainConfig, default: int) -> tuple[int, int]:
+    given = config.resolution or [default]
+    return tuple(given * 2 if len(given) == 1 else given)
+
+
+def _crops(config: TrainConfig) -> dict[str, Any]:
+    return {"center_crop": config.center_crop, "random_flip": config.random_flip, "cache_gb": config.cache_gb}
+
+
+def _open_digits(config: TrainConfig) -> ImageDataset:
+    return digits(_resolution(config, 8), config.image_channels or 1, **_crops(config))
+
+
+def _open_ecg(config: TrainConfig) -> SequenceDataset:
+    return ecg(config.sequence_length or 256, config.stride or 2, config.sequence_norm)
+
+
+def _open_folder(config: TrainConfig) -> ImageDataset:
+    return image_folder(config.train_data_dir, _resolution(config, 64), config.image_channels or 3, **_crops(config))
+
+
+def _open_image_table(config: TrainConfig) -> ImageDataset:
+    table, name = open_table(config)
+    column = tables.image_column(tables.features(table), config.image_column, name)
+    pictures = tables.ImageColumn(table, column)
+    return ImageDataset(pictures, _resolution(config, 64), config.image_channels or 3, **_crops(config))
+
+
+def _open_image_stream(config: TrainConfig) -> ImageStream:
+    table, name = open_table(config)
+    column = tables.image_column(tables.features(table), config.image_column, name)
+    form = ImageDataset((), _resolution(config, 64), config.image_channels or 3, config.center_crop, config.random_flip)
+    return ImageStream(table, column, form, config.shuffle_buffer, name)
+
+
+def _open_sequence_file(config: TrainConfig) -> SequenceDataset:
+    array = read_sequences(config.train_data_file, config.sequence_columns, config.stride is not None)
+    return _cut(config, array, config.train_data_file)
+
+
+def _open_sequence_table(config: TrainConfig) -> SequenceDataset:
+    table, name = open_table(config)
+    return _cut(config, table_sequences(table, config.sequence_columns, config.stride is not None, name), name)
+
+
+OPENERS = {
+    "digits": _open_digits,
+    "ecg": _open_ecg,
+    "folder": _open_folder,
+    "image table": _open_image_table,
+    "image stream": _open_image_stream,
+    "sequence table": _open_sequence_table,
+    "sequence file": _open_sequence_file,
+    "array": _open_sequence_file,
+}
+
+
+def open_table(config: TrainConfig) -> tuple[Any, str]:
+    """Return (the table that a configuration names, what to call it in messages)."""
+    if config.train_data_dir:
+        return tables.open_folder(config.train_data_dir, config.dataset_split, config.streaming), config.train_data_dir
+    name = config.dataset_name
+    return tables.open_named(name, config.dataset_config_name, config.dataset_split, config.streaming), name
+
+
+def _cut(config: TrainConfig, array: Any, name: str) -> SequenceDataset:
+    """Cut windows where a stride is given; else take whole sequences, or their first `sequence_length` samples."""
+    length = config.sequence_length
+    if length is not None and len(array.shape) >= 1 and array.shape[-1] < length:
+        # the rows of a table may as well be points in time
+        long = len(array.shape) == 2 and array.shape[0] >= length and config.stride is None
+        way_out = f"; to cut windows of {length} from a table whose rows are points in time: --stride" if long else ""
+        raise ValueError(f"sequence_length must be at most the data's length {array.shape[-1]}, got {length}{way_out}")
+    if config.stride is not None:
+        return SequenceDataset(array, name, config.sequence_norm, length, config.stride)
+    # a single window at the start: a stride of the whole leaves no room for a second
+    stride = None if length is None else array.shape[-1]
+    return SequenceDataset(array, name, config.sequence_norm, length, stride)

@@ -1,0 +1,330 @@
+"""The model card of a saved pipeline, from what lies in its folder: nothing is said that was not recorded.
+
+`training.json` (how it was trained), `samples.png` and `loss.png` are put there by the trainer, `evaluation.json` by an
+evaluation; the words are in model_cards/template.md. Names from outside (of folders, runs, data, licences) arrive in
+the card as text: every value of the template is escaped for Markdown unless it is marked `Verbatim`.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from safetensors import SafetensorError, safe_open
+
+from ddpm_hf.config import BUNDLED
+from ddpm_hf.pipeline import CARRIED, is_own_card, sign_card
+from ddpm_hf.run.record import duration
+
+# Beside the package in a checkout, inside it where it is installed.
+TEMPLATES = [folder / "model_cards" / "template.md" for folder in Path(__file__).parents[1:3]]
+IMAGE_TASK, SEQUENCE_TASK = "unconditional-image-generation", "unconditional-sequence-generation"
+PAPERS = {
+    "DDPM": "@inproceedings{ho2020denoising,\n  title={Denoising Diffusion Probabilistic Models},\n"
+    "  author={Ho, Jonathan and Jain, Ajay and Abbeel, Pieter},\n"
+    "  booktitle={Advances in Neural Information Processing Systems},\n  year={2020}\n}",
+    "DDIM": "@inproceedings{song2021denoising,\n  title={Denoising Diffusion Implicit Models},\n"
+    "  author={Song, Jiaming and Meng, Chenlin and Ermon, Stefano},\n"
+    "  booktitle={International Conference on Learning Representations},\n  year={2021}\n}",
+}
+
+
+class Verbatim(str):
+    """Markdown that is put into the card as it is: everything else that the template prints is escaped."""
+
+
+def as_text(value) -> str:
+    """Escape a value so that Markdown shows it as one line of text, without markup, links, HTML or table borders."""
+    if isinstance(value, Verbatim):
+        return value
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    line = re.sub(r"[\\`*\[\]<>|~&#$@]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+    return re.sub(r":(?=//)|(?<=www)\.", r"\\\g<0>", line)  # GitHub's Markdown makes links of bare addresses
+
+
+def fence(code: str, language: str = "") -> Verbatim:
+    """A block of code, between fences longer than any in it."""
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", code)), default=0))
+    return Verbatim(f"{ticks}{language}\n{code}\n{ticks}")
+
+
+class Parts:
+    """What a pipeline's folder says of itself.
+
+    Raises:
+        ValueError: it is not a saved pipeline, or a file of it is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        if not (self.folder / "model_index.json").is_file():
+            raise ValueError(f"{folder} must be the folder of a saved pipeline: it has no model_index.json")
+        self.index = self._json("model_index.json")
+        self.unet = self._json("unet/config.json")
+        self.scheduler = self._json("scheduler/scheduler_config.json")
+        self.training = self._json("training.json", {})
+        self.evaluation = self._json("evaluation.json", [])
+        name = self.index["_class_name"]
+        self.kind = name[-1] if isinstance(name, list) else name.split(".")[-1]
+        self.is_image = self.kind != "DDPMPipeline1D"
+        self.parameters = self._count_parameters()
+
+    def _json(self, name: str, default=None):
+        file = self.folder / name
+        if default is not None and not file.exists():
+            return default
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} of the saved pipeline cannot be read: {error}") from error
+        form = list if isinstance(default, list) else dict
+        if not isinstance(content, form):
+            raise ValueError(f"{file} must be of the form of a JSON {form.__name__}, got {type(content).__name__}")
+        return content
+
+    def _count_parameters(self) -> int:
+        """From the headers of the weights' files, which tell a truncated file too."""
+        files = sorted((self.folder / "unet").glob("*.safetensors"))
+        whole = re.compile(r"[^.]+\.safetensors")  # else a variant of the same weights: .fp16.safetensors
+        files = [file for file in files if whole.fullmatch(file.name)] or files
+        if not files:
+            raise ValueError(f"{self.folder} must be the folder of a saved pipeline: it has no weights in unet/")
+        total = 0
+        for file in files:
+            try:
+                with safe_open(file, "pt") as tensors:
+                    total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file} is damaged: {error}") from error
+        return total
+
+    def code_files(self) -> list[str]:
+        """The Python files that the folder carries."""
+        return sorted(str(f.relative_to(self.folder)) for f in self.folder.rglob("*.py") if CARRIED.fullmatch(f.stem))
+
+    def data_name(self, record: dict | None = None) -> str:
+        """What the data is called: of a record of an evaluation, or of training."""
+        name = (record or {}).get("data") or self.training.get("data", {}).get("name")
+        return BUNDLED.get(name, name) or "data that was not recorded"
+
+    def steps(self) -> int:
+        return self.index.get("num_inference_steps") or self.scheduler["num_train_timesteps"]
+
+
+def card_text(folder: str | Path, repo_id: str | None = None, licence: str | None = None) -> str:
+    """The text of README.md for a saved pipeline: what someone wrote or edited there, else made anew.
+
+    Args:
+        folder: of the pipeline.
+        repo_id: where it will be published: the name in the snippets of code.
+        licence: of the weights, as the Hub's metadata names it ("mit", "cc-by-4.0", ...).
+
+    Raises:
+        ValueError: the folder is not a saved pipeline, or damaged.
+    """
+    file, parts = Path(folder) / "README.md", Parts(Path(folder))
+    if file.exists() and not is_own_card(text := file.read_text(encoding="utf-8")):
+        return text
+    try:
+        licence = licence or parts.training.get("options", {}).get("hub_license")
+        return sign_card(render(parts, repo_id, licence))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"no card can be made of {folder}: its training.json, evaluation.json or a configuration is not of the form"
+            f" that ddpm_hf writes ({type(error).__name__}: {error})"
+        ) from error
+
+
+def write_card(folder: str | Path) -> None:
+    """`card_text` into README.md."""
+    (Path(folder) / "README.md").write_text(card_text(folder), encoding="utf-8")
+
+
+def render(parts: Parts, repo_id: str | None, licence: str | None) -> str:
+    place = json.dumps(repo_id or "path/to/this/folder")
+    name = repo_id.split("/")[-1] if repo_id else parts.training.get("name") or parts.kind
+    title = " ".join(name.split())
+    field = "images" if parts.is_image else "sequences"
+    training = parts.training
+    memorized = [r for r in parts.evaluation if r["metric"] in ("memorization", "memorization_real")]
+    content = {
+        "metadata": Verbatim(_metadata(parts, title, licence).to_yaml()),
+        "title": title,
+        "summary": _summary(parts),
+        "samples": _samples(parts),
+        "usage": {
+            "package": _snippet(f"from ddpm_hf import {parts.kind}", f"{parts.kind}.from_pretrained({place})", field),
+            "diffusers": _snippet(
+                "from diffusers import DiffusionPipeline",
+                f"DiffusionPipeline.from_pretrained({place}, trust_remote_code=True)",
+                field,
+            ),
+            "code": Verbatim(" and ".join(f"`{name}`" for name in parts.code_files()) or "its code"),
+            "steps": parts.steps(),
+        },
+        "model": _model_rows(parts),
+        "schedule": _schedule_rows(parts),
+        "training": _training_rows(parts),
+        "command": training.get("command"),
+        "options": yaml.safe_dump(training.get("options", {}), sort_keys=False).strip(),
+        "fence": fence,
+        "has_curve": (parts.folder / "loss.png").exists(),
+        "metrics": [_metric_row(parts, record) for record in parts.evaluation],
+        "metrics_note": _metrics_note(parts),
+        "knows": _knows(parts),
+        "memorization": (
+            "Share of samples nearer to a training item than that item's own neighbour is (memorization): "
+            + ", ".join(f"{r['value']:.3g} ({r['metric']})" for r in memorized)
+            + "."
+            if memorized
+            else "Whether it repeats training items was not measured."
+        ),
+        "licence": licence or "not stated by its publisher",
+        "citation": "\n".join(PAPERS.values()),
+    }
+    template = next(file for file in TEMPLATES if file.exists())
+    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined, finalize=as_text)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(content)
+
+
+def _metadata(parts: Parts, title: str, licence: str | None) -> ModelCardData:
+    data = parts.training.get("data", {})
+    task = IMAGE_TASK if parts.is_image else SEQUENCE_TASK
+    results = [
+        EvalResult(
+            task_type=task, task_name=task.replace("-", " "),
+            dataset_type=_slug(record.get("data") or data.get("name")),
+            dataset_name=parts.data_name(record), metric_type=record["metric"], metric_value=float(record["value"]),
+            metric_name=_metric_name(record),
+        )
+        for record in parts.evaluation
+        if math.isfinite(record["value"]) and not re.search("_t[0-9]|_real$", record["metric"])
+    ]  # fmt: skip
+    more = {"pipeline_tag": IMAGE_TASK} if parts.is_image else {}
+    return ModelCardData(
+        library_name="diffusers", license=licence, model_name=title, eval_results=results or None,
+        datasets=[data["hub_id"]] if data.get("hub_id") else None,
+        metrics=list(dict.fromkeys(r.metric_type for r in results)) or None,
+        tags=["ddpm_hf", "diffusion", task, "safetensors"], **more,
+    )  # fmt: skip
+
+
+def _metric_name(record: dict) -> str:
+    """The metric with what its value depends on, the number of samples first."""
+    if "held_out" in record["metric"]:
+        return f"{record['metric']} ({_counted(record)})"
+    settings = [_counted(record), f"{record['num_inference_steps']} steps", record["scheduler"]]
+    if record["metric"] in ("fid", "kid"):
+        settings.append(f"features {record['feature_network']}")
+    return f"{record['metric']} ({', '.join(settings)})"
+
+
+def _slug(name: str | None) -> str:
+    return re.sub(r"[^A-Za-z0-9_./-]+", "-", name) if name else "not-recorded"
+
+
+def _counted(record: dict) -> str:
+    if "held_out" in record["metric"] and "num_held_out" in record:
+        return f"{record['num_held_out']:,} held-out items"
+    return f"{record['num_samples']:,} samples"
+
+
+def _snippet(first: str, load: str, field: str) -> str:
+    call = f"{field} = pipe(batch_size=4, generator=torch.Generator().manual_seed(0)).{field}"
+    return f"import torch\n{first}\n\npipe = {load}\n{call}"
+
+
+def _shape(parts: Parts) -> str:
+    size, channels = parts.unet.get("sample_size"), parts.unet.get("in_channels")
+    if not parts.is_image:
+        return f"{channels} x {size}"
+    height, width = (size, size) if isinstance(size, int) or size is None else size
+    return f"{channels} x {height} x {width}"
+
+
+def _summary(parts: Parts) -> str:
+    what = "pictures" if parts.is_image else "sequences"
+    trained = f", trained on {parts.data_name()}" if parts.training else ""
+    return (
+        f"A denoising diffusion model of {what} (channels x size: {_shape(parts)}) with {parts.parameters:,} "
+        f"parameters{trained}. Made with ddpm_hf, for diffusers."
+    )
+
+
+def _samples(parts: Parts) -> dict | None:
+    if not (parts.folder / "samples.png").exists():
+        return None
+    step, steps = parts.training.get("samples_step"), parts.training.get("options", {}).get("ddpm_num_inference_steps")
+    what = "Samples" if parts.is_image else "Generated sequences (left) beside real ones (right)"
+    return {"caption": f"{what}, {steps} sampling steps, not selected; after {step:,} training steps."}
+
+
+def _model_rows(parts: Parts) -> list[tuple]:
+    hidden = {"sample_size", "in_channels", "out_channels"}
+    rows = [("class", parts.unet["_class_name"]), ("parameters", f"{parts.parameters:,}"),
+            ("channels x size", _shape(parts))]  # fmt: skip
+    settings = {k: v for k, v in parts.unet.items() if not k.startswith("_") and k not in hidden and v is not None}
+    return rows + [(name, _cell(value)) for name, value in sorted(settings.items())]
+
+
+def _schedule_rows(parts: Parts) -> list[tuple]:
+    config, hidden = parts.scheduler, {"trained_betas"}
+    if config.get("beta_schedule") == "trained":
+        hidden = set()
+    settings = {k: v for k, v in config.items() if not k.startswith("_") and k not in hidden and v is not None}
+    rows = [("class", config["_class_name"]), ("sampling steps of a call", parts.steps())]
+    return rows + [
+        (name, f"{len(value):,} values" if name == "trained_betas" else _cell(value))
+        for name, value in sorted(settings.items())
+    ]
+
+
+def _cell(value) -> str:
+    return json.dumps(value) if isinstance(value, (list, dict, bool)) else str(value)
+
+
+def _training_rows(parts: Parts) -> list[tuple]:
+    facts = parts.training
+    if not facts:
+        return []
+    data, options = facts["data"], facts["options"]
+    items = "streamed" if data["items"] is None else f"{data['items']:,} items"
+    processes = f"{facts['processes']} process" + ("es" if facts["processes"] > 1 else "")
+    rows = [
+        ("data", f"{parts.data_name()}, {items} of {' x '.join(map(str, data['shape']))}"),
+        ("optimizer steps", f"{facts['steps']:,} of {options['max_train_steps']:,}"),
+        ("samples in a step", f"{facts['global_batch']:,}"),
+        ("hardware", f"{facts['machine']}, {processes}"),
+        ("time", f"{duration(facts['seconds'])} of training, with its samples, evaluations and saves"),
+        ("mixed precision", facts["mixed_precision"]),
+        ("weights", "exponential moving average" if options["use_ema"] else "of the last step"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
+    ]
+    return rows
+
+
+def _metric_row(parts: Parts, record: dict) -> list[str]:
+    features = record.get("feature_network", "") if record["metric"] in ("fid", "kid") else ""
+    compared = f"{record['num_real']:,} items of {parts.data_name(record)}"
+    if "held_out" in record["metric"]:
+        compared = "items that training did not see" if "num_held_out" in record else parts.data_name(record)
+    return [
+        record["metric"], f"{record['value']:.6g}", _counted(record), compared, str(record["num_inference_steps"]),
+        record["scheduler"], features, str(record["seed"]),
+    ]  # fmt: skip
+
+
+def _metrics_note(parts: Parts) -> str:
+    few = [r for r in parts.evaluation if r["metric"] in ("fid", "frechet") and r["num_samples"] < 10_000]
+    pixels = [r for r in parts.evaluation if r["metric"] in ("fid", "kid") and r.get("feature_network") == "pixels"]
+    notes = ["Fréchet distances of fewer than 10,000 samples are biased upwards."] if few else []
+    if pixels:
+        notes.append("Features `pixels` compare runs with each other only: such a FID is not that of papers.")
+    return Verbatim(" ".join(notes))
+
+
+def _knows(parts: Parts) -> str:
+    return f"what is in its training data ({parts.data_name()})" if parts.training else "what is in its training data"

@@ -1,0 +1,202 @@
+"""A Gradio page to try a pipeline: samples, the way of each from noise, and what lies between two seeds.
+
+This file imports nothing of ddpm_hf: it is part of the Spaces that `ddpm_hf.hub.publish` writes.
+"""
+
+import contextlib
+import inspect
+import math
+
+import diffusers
+import gradio as gr
+import numpy as np
+import torch
+from diffusers.utils import make_image_grid
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+OWN = "the pipeline's own (DDIM; DDPM at all steps)"
+FAST = "fast (DPM-Solver++; 5 to 20 steps are enough)"
+STOCK = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
+         "DEISMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler")  # fmt: skip
+MOST_SAMPLES, MOST_POINTS = 64, 16
+LARGEST_SEED = 2**32 - 1
+WIDTH = 768  # pixels of a picture on the page, about
+
+
+def refused(message: str) -> gr.Error:
+    """The page shows the message and goes on; a user's mistake needs no trace in the server's log."""
+    return gr.Error(message, print_exception=False)
+
+
+def whole(name: str, value, low: int, high: int) -> int:
+    """A field's value as a whole number.
+
+    Raises:
+        gr.Error: it is none, or outside [low, high].
+    """
+    if value is None or isinstance(value, bool) or value != int(value) or not low <= value <= high:
+        raise refused(f"{name} must be a whole number from {low} to {high}, got {value}")
+    return int(value)
+
+
+def generator_of(seed: int, index: int) -> torch.Generator:
+    """Sample `index` of a seed has a generator of its own, so that it does not change with the number of samples."""
+    return torch.Generator().manual_seed(seed * MOST_SAMPLES + index)
+
+
+def between(a: torch.Tensor, b: torch.Tensor, points: int) -> torch.Tensor:
+    """`points` noises on the great circle from a to b: (C, ...) each -> (points, C, ...), of the norm of noise."""
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1 + 1e-6, 1 - 1e-6)
+    angle = torch.arccos(cosine)
+    weights = torch.linspace(0, 1, points, dtype=a.dtype).view(-1, *(1,) * a.ndim)
+    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+
+
+class Page:
+    """What the page does with a pipeline; each method answers one button or slider."""
+
+    def __init__(self, pipe):
+        self.pipe, self.own = pipe, pipe.scheduler
+        # what use_fast_sampler sets; a folder's code may be older than this page
+        settings = ("num_inference_steps", "log_snr_spacing", "steps_before_fast")
+        self.own_settings = {name: pipe.config[name] for name in settings if name in pipe.config}
+        self.is_image = "data_scale" not in pipe.config
+        self.steps = pipe.config.num_inference_steps or len(self.own)
+        pipe.set_progress_bar_config(disable=True)
+
+    # -- from fields to arrays -------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _sampler(self, sampler: str, steps, eta):
+        """The pipeline with that sampler, until the block ends; gives the options of a call.
+
+        Raises:
+            gr.Error: a value that the sampler, or the call, cannot take.
+        """
+        scheduler = self.own
+        if sampler in STOCK:
+            scheduler = getattr(diffusers, sampler).from_config(self.own.config)
+        elif sampler not in (OWN, FAST):
+            raise refused(f"sampler must be one of the list, got {sampler}")
+        steps = whole("steps", steps, 1, self.own.config.num_train_timesteps)
+        if eta is None or not 0 <= eta <= 1:
+            raise refused(f"eta must lie in 0 to 1, got {eta}")
+        try:
+            self.pipe.scheduler = scheduler
+            if sampler in STOCK:
+                self.pipe.register_to_config(log_snr_spacing=False)
+            elif sampler == FAST:
+                self.pipe.use_fast_sampler(steps)
+            takes_eta = "eta" in inspect.signature(self.pipe.scheduler.step).parameters
+            if eta and not takes_eta:
+                raise refused(f"eta is of DDIM: {sampler} has none, set it to 0 (got {eta})")
+            yield {"num_inference_steps": steps, "output_type": "np", "return_dict": False,
+                   **({"eta": float(eta)} if takes_eta else {})}  # fmt: skip
+        except ValueError as error:
+            raise refused(str(error)) from error
+        finally:
+            self.pipe.scheduler = self.own
+            self.pipe.register_to_config(**self.own_settings)
+
+    # -- what the buttons do ---------------------------------------------------------------------
+
+    def generate(self, count, steps, sampler, seed, eta):
+        """-> the picture of the samples, the trajectory, and its slider set to the end."""
+        count, seed = whole("samples", count, 1, MOST_SAMPLES), whole("seed", seed, 0, LARGEST_SEED)
+        generators = [generator_of(seed, i) for i in range(count)]
+        with self._sampler(sampler, steps, eta) as options:
+            samples, trajectory = self.pipe(
+                batch_size=count, generator=generators, return_all_timesteps=True, **options
+            )
+        last = trajectory.shape[1] - 1
+        if self.is_image:  # 8 bits are enough to look at, and a quarter of the memory
+            trajectory = (trajectory * 255).round().astype(np.uint8)
+        picture = self.picture(samples)
+        return picture, trajectory, gr.Slider(0, last, last, step=1, interactive=True), picture
+
+    def look_back(self, trajectory, step):
+        """-> the picture of the samples after `step` steps."""
+        if trajectory is None:
+            raise refused("there is no trajectory yet: generate samples first")
+        step = whole("step", step, 0, trajectory.shape[1] - 1)
+        samples = trajectory[:, step]
+        return self.picture(samples / 255.0 if samples.dtype == np.uint8 else samples)
+
+    def interpolate(self, seed, other, points, steps, sampler):
+        """-> the picture of the samples of noises between the first sample of either seed."""
+        seeds = [whole(name, value, 0, LARGEST_SEED) for name, value in (("seed", seed), ("other seed", other))]
+        points = whole("points", points, 2, MOST_POINTS)
+        shape = (self.pipe.unet.config.in_channels, *self.pipe._size())
+        ends = [torch.randn((1, *shape), generator=generator_of(s, 0))[0] for s in seeds]
+        latents = between(*ends, points)
+        # the noise of samplers that add some is the same for every point
+        generators = [torch.Generator().manual_seed(seeds[0]) for _ in range(points)]
+        with self._sampler(sampler, steps, 0.0) as options:
+            (samples,) = self.pipe(batch_size=points, latents=latents, generator=generators, **options)
+        return self.picture(samples, columns=points)
+
+    # -- pictures --------------------------------------------------------------------------------
+
+    def picture(self, samples: np.ndarray, columns: int | None = None) -> Image.Image:
+        """Images (N, H, W, C) in [0, 1], or sequences (N, C, length) -> one picture."""
+        columns = columns or math.ceil(math.sqrt(len(samples)))
+        return self._grid(samples, columns) if self.is_image else self._plots(samples, min(columns, 4))
+
+    def _grid(self, images: np.ndarray, columns: int) -> Image.Image:
+        rows = math.ceil(len(images) / columns)
+        height, width = images.shape[1:3]
+        zoom = max(1, WIDTH // (columns * width))
+        cells = [Image.new("RGB", (width * zoom + 2, height * zoom + 2), "white") for _ in range(rows * columns)]
+        for cell, image in zip(cells, (images * 255).round().astype(np.uint8)):
+            tile = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            tile = tile.convert("RGBA" if image.shape[-1] in (2, 4) else "RGB")
+            tile = tile.resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
+            cell.paste(tile, (1, 1), tile if tile.mode == "RGBA" else None)
+        return make_image_grid(cells, rows, columns)
+
+    def _plots(self, sequences: np.ndarray, columns: int) -> Image.Image:
+        rows = math.ceil(len(sequences) / columns)
+        figure = Figure(figsize=(12, 1.5 * rows + 0.5), layout="constrained", dpi=80)
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for i, axis in enumerate(axes):
+            axis.set_visible(i < len(sequences))
+            axis.grid(alpha=0.25)
+            for channel in sequences[i] if i < len(sequences) else ():
+                axis.plot(channel, linewidth=0.9)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def build_page(pipe, title: str) -> gr.Blocks:
+    """The page of a pipeline of ddpm_hf; `.launch()` serves it."""
+    page = Page(pipe)
+    total = page.own.config.num_train_timesteps
+    with gr.Blocks(title=title) as blocks:
+        gr.Markdown(f"# {title}\n{sum(p.numel() for p in pipe.unet.parameters()):,} parameters, {total:,} timesteps.")
+        with gr.Row():
+            count = gr.Number(9, label=f"Samples (1 to {MOST_SAMPLES})", elem_id="count")
+            steps = gr.Number(min(page.steps, total), label=f"Steps (1 to {total})", elem_id="steps")
+            seed = gr.Number(0, label="Seed", elem_id="seed")
+            eta = gr.Number(0, label="Eta: DDIM's noise (0 to 1)", elem_id="eta")
+        sampler = gr.Dropdown([OWN, FAST, *STOCK], value=OWN, label="Sampler", elem_id="sampler")
+        with gr.Tab("Samples"):
+            button = gr.Button("Generate", variant="primary", elem_id="generate")
+            samples = gr.Image(label="Samples", format="png", elem_id="samples")
+        with gr.Tab("From noise to sample"):
+            step = gr.Slider(0, 1, 1, step=1, label="Steps done", elem_id="step", interactive=False)
+            frame = gr.Image(label="After these steps", format="png", elem_id="frame")
+        with gr.Tab("Between two seeds"):
+            with gr.Row():
+                other = gr.Number(1, label="Other seed", elem_id="other")
+                points = gr.Number(8, label=f"Points (2 to {MOST_POINTS})", elem_id="points")
+            walk = gr.Button("Interpolate", variant="primary", elem_id="walk")
+            gr.Markdown("From the first sample of one seed to that of the other.")
+            line = gr.Image(show_label=False, format="png", elem_id="line")
+        trajectory = gr.State()
+        button.click(page.generate, [count, steps, sampler, seed, eta], [samples, trajectory, step, frame])
+        step.input(page.look_back, [trajectory, step], frame, trigger_mode="always_last", show_progress="hidden")
+        walk.click(page.interpolate, [seed, other, points, steps, sampler], line)
+    return blocks.queue(default_concurrency_limit=1)  # one pipeline, one sampler at a time

@@ -1,0 +1,394 @@
+"""Publishing on the Hub: access is checked first, each upload is one commit, and one that fails is tried again.
+
+A commit has all files or none, so a repo never holds half a pipeline.
+"""
+
+import contextlib
+import fnmatch
+import inspect
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+from accelerate.utils import broadcast_object_list
+from diffusers import DiffusionPipeline
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.hub.card import card_text
+from ddpm_hf.pipeline import DDPMPipeline, DDPMPipeline1D, card_to_keep, is_own_card
+from ddpm_hf.run.checkpoint import ASIDE, list_checkpoints, write_text
+from ddpm_hf.run.record import public_options
+
+RETRY_AFTER = (2, 10, 60)  # seconds
+# Of an earlier upload, where this one has no file of that name: code of another version, shards of other sizes.
+STALE = ("pipeline_ddpm_hf_*.py", "*/*_ddpm_hf_*.py", "*/*-?????-of-?????.safetensors", "*/*.safetensors.index.json",
+         "training_state/*", "samples.png", "loss.png", "training.json", "evaluation.json")  # fmt: skip
+
+SPACE_APP = '''"""The page of {repo_id}, with the code that lies in that repo."""
+
+from diffusers import DiffusionPipeline
+from page import build_page
+
+if __name__ == "__main__":
+    build_page(DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True), "{title}").launch()
+'''
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to publish.
+
+    Attributes:
+        repo_id: "user/name"; "name" is of the token's user.
+        revision: a branch, made if it is not there; None: the repo's main one.
+        create_pr: open a pull request instead of writing to the branch.
+        private: of a new repo; None: as the account's settings say.
+        licence: of the weights, as the Hub's metadata names it.
+    """
+
+    repo_id: str
+    revision: str | None = None
+    create_pr: bool = False
+    private: bool | None = None
+    licence: str | None = None
+
+
+def check_token(target: Target) -> Target:
+    """The target with its user, if the Hub accepts the token.
+
+    Raises:
+        ValueError: no token, a wrong one, one that may only read, a name that no repo can have, or no connection.
+    """
+    validate_repo_id(target.repo_id)
+    if target.create_pr and target.revision is not None:
+        raise ValueError(f"a pull request is for the main branch; got the branch {target.revision!r} too")
+    if get_token() is None:
+        raise ValueError("publishing needs a token of the Hub: `hf auth login`, or the environment's HF_TOKEN")
+    try:
+        user = HfApi().whoami()
+    except Exception as error:  # the client's own kinds, and those of the HTTP library that it uses
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        what = "does not accept the token" if refused else "cannot be asked whether it accepts the token"
+        raise ValueError(f"the Hub {what}: {error}") from error
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(f"publishing needs a token that may write; this one of {user['name']} may only read")
+    repo_id = target.repo_id if "/" in target.repo_id else f"{user['name']}/{target.repo_id}"
+    return Target(**{**vars(target), "repo_id": repo_id})
+
+
+def open_repo(target: Target) -> Target:
+    """The target with its user, its repo and branch made where they were not there.
+
+    Raises:
+        ValueError: as `check_token`; or the token may not write there.
+    """
+    target, api = check_token(target), HfApi()
+    with _as_value_error(f"{target.repo_id} cannot be published to"):
+        api.create_repo(target.repo_id, private=target.private, exist_ok=True)
+        if not target.create_pr:
+            if "write" in inspect.signature(api.auth_check).parameters:
+                api.auth_check(target.repo_id, write=True)
+            if target.revision:
+                api.create_branch(target.repo_id, branch=target.revision, exist_ok=True)
+    return target
+
+
+@contextlib.contextmanager
+def _as_value_error(text: str):
+    try:
+        yield
+    except Exception as error:  # the client's own kinds, and those of the HTTP library that it uses
+        raise ValueError(f"{text}: {error}") from error
+
+
+def publish(folder: Path, target: Target, message: str, run: Path | None = None) -> dict:
+    """One commit with all files of a saved pipeline, its card made anew; one that someone has edited is kept.
+
+    Args:
+        folder: of the pipeline.
+        target: as `open_repo` gave it.
+        message: of the commit.
+        run: the run folder whose training state (options, metrics, newest checkpoint) is uploaded too.
+
+    Returns:
+        repo_id, commit (its SHA), url, and `pull_request` ("refs/pr/N", or None).
+
+    Raises:
+        ValueError: the folder is not a saved pipeline, or damaged.
+    """
+    folder, api = Path(folder), HfApi()
+    card = card_text(folder, target.repo_id, target.licence)
+    files = {str(f.relative_to(folder).as_posix()): f for f in sorted(folder.rglob("*")) if f.is_file()}
+    if run is not None:
+        files |= _training_state(run)
+    files["README.md"] = card.encode()
+    if is_own_card(card) and card_to_keep(target.repo_id, target.revision):
+        del files["README.md"]
+    present = api.list_repo_files(target.repo_id, revision=target.revision)
+    operations = [CommitOperationAdd(name, str(f) if isinstance(f, Path) else f) for name, f in files.items()]
+    operations += [
+        CommitOperationDelete(name)
+        for name in present
+        if name not in files and any(fnmatch.fnmatch(name, pattern) for pattern in STALE)
+    ]
+    done = api.create_commit(
+        target.repo_id, operations, commit_message=message, revision=target.revision, create_pr=target.create_pr
+    )
+    return {"repo_id": target.repo_id, "commit": done.oid, "url": done.pr_url or done.commit_url,
+            "pull_request": done.pr_revision}  # fmt: skip
+
+
+def _training_state(run: Path) -> dict[str, Path | bytes]:
+    """What a run goes on from: a run folder in the repo's training_state/."""
+    checkpoints = [path for _, path in list_checkpoints(run / "checkpoints")]
+    if not checkpoints or not (run / "config.yaml").exists():
+        raise ValueError(f"the training state is that of a run folder with a checkpoint, which {run} is not")
+    options = public_options(yaml.safe_load((run / "config.yaml").read_text()))
+    files: dict[str, Path | bytes] = {"training_state/config.yaml": yaml.safe_dump(options, sort_keys=False).encode()}
+    if (run / "metrics.jsonl").exists():
+        files["training_state/metrics.jsonl"] = run / "metrics.jsonl"
+    for file in checkpoints[-1].rglob("*"):
+        if file.is_file():
+            files[f"training_state/checkpoints/{file.relative_to(checkpoints[-1].parent).as_posix()}"] = file
+    return files
+
+
+def publish_with_patience(*arguments, say: Callable[[str], None] = print, **options) -> dict:
+    """`publish`, tried again after RETRY_AFTER where the connection or the server failed."""
+    for wait in (*RETRY_AFTER, None):
+        try:
+            return publish(*arguments, **options)
+        except Exception as error:
+            if wait is None or not _may_pass(error):
+                raise
+            say(f"the upload failed ({_short(error)}); it is tried again in {wait} s")
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether trying again can help: not where the Hub said no, or the folder is wrong."""
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
+        return status >= 500 or status in (408, 409, 412, 429)
+    return not isinstance(error, ValueError)
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+def load_pipeline(place: str) -> DDPMPipeline | DDPMPipeline1D:
+    """Whichever of the two lies in a folder or in a repo of the Hub.
+
+    Raises:
+        ValueError: none can be loaded from there.
+    """
+    try:
+        kind = DiffusionPipeline.load_config(place)["_class_name"]
+        kind = (kind[1] if isinstance(kind, list) else kind).split(".")[-1]
+        return {"DDPMPipeline1D": DDPMPipeline1D}.get(kind, DDPMPipeline).from_pretrained(place)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"the pipeline {place!r} cannot be loaded: {error}") from error
+
+
+def write_space(folder: Path, repo_id: str, title: str) -> None:
+    """A Space that serves the page of a published pipeline: app.py, page.py, requirements.txt, README.md.
+
+    Args:
+        folder: an empty one, or one that is not there yet.
+        repo_id: of the pipeline.
+        title: of the page.
+
+    Raises:
+        ValueError: the folder holds something.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"a Space is written into a new or empty folder, {folder} is not")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "app.py").write_text(SPACE_APP.format(repo_id=repo_id, title=title), encoding="utf-8")
+    shutil.copyfile(Path(__file__).with_name("page.py"), folder / "page.py")
+    needed = ("torch", "diffusers", "accelerate", "safetensors", "matplotlib", "numpy", "pillow")
+    lines = [f"{name}>={metadata.version(name).split('+')[0]}" for name in needed]
+    (folder / "requirements.txt").write_text("\n".join(lines) + "\n")
+    head = {"title": title, "sdk": "gradio", "app_file": "app.py", "models": [repo_id]}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        head["sdk_version"] = metadata.version("gradio")
+    text = f"---\n{yaml.safe_dump(head, sort_keys=False)}---\nA page to try [{repo_id}](https://huggingface.co/{repo_id}).\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def publish_space(space_id: str, target: Target) -> str:
+    """Write the Space of a published pipeline into a Space repo, in one commit; its address.
+
+    Raises:
+        ValueError: as `open_repo`; or the Space has other files than such a Space's.
+    """
+    space, api = check_token(Target(space_id, private=target.private)), HfApi()
+    with _as_value_error(f"{space.repo_id} cannot be published to"):
+        api.create_repo(space.repo_id, repo_type="space", space_sdk="gradio", private=space.private, exist_ok=True)
+    present = set(api.list_repo_files(space.repo_id, repo_type="space"))
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "space"
+        write_space(place, target.repo_id, target.repo_id.split("/")[-1])
+        files = sorted(place.iterdir())
+        others = present - {f.name for f in files} - {".gitattributes"}
+        if others:
+            raise ValueError(
+                f"{space.repo_id} holds another Space ({', '.join(sorted(others)[:3])}): choose a new name"
+            )
+        operations = [CommitOperationAdd(f.name, str(f)) for f in files]
+        message = f"The page of {target.repo_id}"
+        api.create_commit(space.repo_id, operations, commit_message=message, repo_type="space")
+    return f"{api.endpoint}/spaces/{space.repo_id}"
+
+
+def target_of(config: TrainConfig) -> Target:
+    """Where the options of a run say to publish; by default under the name of its folder."""
+    return Target(
+        config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_revision, config.create_pr,
+        config.hub_private_repo, config.hub_license,
+    )  # fmt: skip
+
+
+class Publisher:
+    """Uploads in a thread beside training, the newest save only; what fails is said and never raised.
+
+    Args:
+        run: the run folder; what is being uploaded is kept aside in it, and what was is noted in published.json.
+        target: as `open_repo` gave it.
+        with_state: upload the training state too.
+        say: prints a line.
+    """
+
+    def __init__(self, run: Path, target: Target, with_state: bool, say: Callable[[str], None] = print):
+        self.run, self.target, self.with_state, self.say = run, target, with_state, say
+        self.note = run / "published.json"
+        self.aside = run / f"upload{ASIDE}"
+        shutil.rmtree(self.aside, ignore_errors=True)
+        disable_progress_bars()  # they would break up that of training
+        self._lock = threading.Lock()
+        self._waiting: tuple[int, Path] | None = None
+        self._thread: threading.Thread | None = None
+
+    def published_step(self) -> int | None:
+        """The newest step that is on the Hub, at this target."""
+        noted = self._noted()
+        return noted["step"] if noted else None
+
+    def _noted(self) -> dict | None:
+        try:
+            noted = json.loads(self.note.read_text())
+            return noted if noted["target"] == self._identity() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _identity(self) -> list:
+        return [self.target.repo_id, self.target.revision, self.target.create_pr]
+
+    def submit(self, step: int) -> None:
+        """Upload what the run folder holds now, when the upload before is done; training may go on meanwhile."""
+        place = self.aside / f"step-{step}"
+        shutil.rmtree(place, ignore_errors=True)
+        try:
+            self._snapshot(place)
+        except OSError as error:
+            self.say(f"step {step} is not published: {error}")
+            return
+        with self._lock:
+            if self._waiting is not None:
+                shutil.rmtree(self._waiting[1], ignore_errors=True)
+            self._waiting = (step, place)
+            if self._thread is None:
+                # a daemon: an upload must not keep a stopped run alive; what was not finished was not published
+                self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
+                self._thread.start()
+
+    def _snapshot(self, place: Path) -> None:
+        """The pipeline, and the state if it is uploaded, as links: saves replace files and never change them."""
+
+        def link(source: str, target: str) -> None:
+            try:
+                os.link(source, target)
+            except OSError:  # a file system without links
+                shutil.copy2(source, target)
+
+        shutil.copytree(self.run / "pipeline", place / "pipeline", copy_function=link)
+        if self.with_state:
+            newest = list_checkpoints(self.run / "checkpoints")[-1][1]
+            shutil.copytree(newest, place / "checkpoints" / newest.name, copy_function=link)
+            for name in ("config.yaml", "metrics.jsonl"):  # metrics.jsonl grows: a copy
+                shutil.copy2(self.run / name, place / name)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if self._waiting is None:
+                    self._thread = None
+                    return
+                (step, place), self._waiting = self._waiting, None
+            self._upload(step, place)
+            shutil.rmtree(place, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.aside.rmdir()  # when it was the last
+
+    def _upload(self, step: int, place: Path) -> None:
+        target, noted = self.target, self._noted()
+        if noted and noted["pull_request"]:  # one pull request a run
+            target = Target(**{**vars(target), "revision": noted["pull_request"], "create_pr": False})
+        try:
+            done = publish_with_patience(
+                place / "pipeline",
+                target,
+                f"Training step {step}",
+                run=place if self.with_state else None,
+                say=self.say,
+            )
+            done["pull_request"] = done["pull_request"] or (noted and noted["pull_request"])
+            write_text(self.note, json.dumps({"step": step, "target": self._identity(), **done}, indent=1))
+        except Exception as error:
+            self.say(
+                f"step {step} could not be published on {target.repo_id}: {_short(error)}. {self.run / 'pipeline'} "
+                "is whole; the same command, or training/publish.py, uploads it"
+            )
+            return
+        self.say(f"published step {step}: {done['url']}")
+
+    def finish(self) -> None:
+        """Wait until what was submitted is uploaded, or has failed."""
+        while (thread := self._thread) is not None:
+            thread.join()
+
+
+def make_publisher(config: TrainConfig, accelerator, say: Callable[[str], None]) -> Publisher | None:
+    """For the main process of a run that is to be published; where the Hub refuses, every process stops.
+
+    Raises:
+        ValueError: as `open_repo`.
+    """
+    if not config.push_to_hub:
+        return None
+    found: list = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [open_repo(target_of(config))]
+        except ValueError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    if not accelerator.is_main_process:
+        return None
+    return Publisher(Path(config.output_dir), found[0], config.hub_upload_state, say)

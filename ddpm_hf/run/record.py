@@ -1,0 +1,141 @@
+"""What a run records of itself for the card of its pipeline: data, options, command, machine, time, pictures.
+
+Paths of the machine are left out: the folder of a pipeline is made to be published.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_hf.config import BUNDLED, TrainConfig
+from ddpm_hf.plots import save_loss_plot
+from ddpm_hf.run.checkpoint import MetricsFile
+from ddpm_hf.version import __version__
+
+SAMPLES = re.compile(r"step-([0-9]{6,})\.png")
+
+
+@contextlib.contextmanager
+def spare(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Write a file that a run can go on without: if writing fails, what is left of it is removed and a warning said."""
+    try:
+        yield
+    except Exception as error:  # of the disk, of the libraries that draw, of a text that has no UTF-8
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        say(f"warning: {path} could not be written, and is left out: {type(error).__name__}: {error}")
+
+
+def sample_pictures(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of each picture of samples that a run has drawn, oldest first; other files do not count."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted((int(match[1]), path) for path in files if (match := SAMPLES.fullmatch(path.name)))
+
+
+def without_folders(text: str) -> str:
+    """A path of this machine -> its last name; relative paths and other texts as they are."""
+    path = os.path.expanduser(text)
+    return Path(path).name if os.path.isabs(path) or ".." in Path(path).parts else text
+
+
+def public_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without the folders of the machine."""
+    return {name: without_folders(v) if isinstance(v, str) else v for name, v in options.items()}
+
+
+def public_command(arguments: list[str]) -> str:
+    """A command line in one line, without the folders of the machine."""
+    parts = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        parts.append(name + equals + without_folders(value) if equals else without_folders(argument))
+    return shlex.join(parts)
+
+
+def machine(device: str = "cpu") -> str:
+    """What computes on a kind of device here, as one would say it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    if device != "cpu":
+        return f"{device} ({platform.platform()})"
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return f"{found[1].strip() if found else platform.processor() or platform.machine()}, CPU"
+
+
+def versions() -> dict[str, str]:
+    libraries = {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate")}
+    return {"python": platform.python_version(), "ddpm_hf": __version__, **libraries}
+
+
+def duration(seconds: float) -> str:
+    """Seconds -> "3 h 12 min", "4 min 5 s" or "12 s"."""
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
+
+
+def data_facts(config: TrainConfig, dataset, items: int | None, shape: tuple) -> dict:
+    """The name, number and shape of the data; `hub_id` where it is of the Hub."""
+    given = config.dataset_name or config.train_data_dir or config.train_data_file
+    name = without_folders(given) if given else f"a data set given from Python ({type(dataset).__name__})"
+    on_hub = config.dataset_name and config.dataset_name not in BUNDLED and not Path(config.dataset_name).exists()
+    return {"name": name, "hub_id": name if on_hub else None, "items": items, "shape": list(shape)}
+
+
+class RunRecord:
+    """Facts and time of a run; the time goes on over stops, as far as checkpoints carry it.
+
+    `options` are those that have an effect, as `TrainConfig.applied` gives them.
+    """
+
+    def __init__(self, config: TrainConfig, data: dict, command: list[str] | None, options: dict[str, Any]):
+        self.config, self.data, self.command, self.options = config, data, command, options
+        self._before = 0.0
+        self._started = time.monotonic()
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def start(self, before: float) -> None:
+        """The clock runs from now on; `before`: seconds that the run has already taken."""
+        self._before, self._started = before, time.monotonic()
+
+    def write(
+        self, folder: Path, metrics: MetricsFile, step: int, device: str, say: Callable[[str], None], **more
+    ) -> None:
+        """Write training.json and the pictures into the folder of the pipeline saved at `step`."""
+        run = Path(self.config.output_dir)
+        samples_step = None
+        with spare(folder / "samples.png", say):
+            pictures = [(at, path) for at, path in sample_pictures(run / "samples") if at <= step]
+            if pictures:
+                shutil.copyfile(pictures[-1][1], folder / "samples.png")
+                samples_step = pictures[-1][0]
+        with spare(folder / "loss.png", say):
+            losses = [record for record in metrics.read() if "loss" in record and record["step"] <= step]
+            if len(losses) > 1:
+                save_loss_plot(losses, folder / "loss.png")
+        with spare(folder / "training.json", say):
+            facts = {
+                "name": os.fsencode(run.resolve().name).decode(errors="replace"),
+                "steps": step, "seconds": round(self.seconds(), 1), "machine": machine(device),
+                "samples_step": samples_step, "versions": versions(), "data": self.data, **more,
+                "command": public_command(self.command) if self.command else None,
+                "options": public_options(self.options),
+            }  # fmt: skip
+            (folder / "training.json").write_text(json.dumps(facts, indent=1))

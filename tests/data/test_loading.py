@@ -1,0 +1,62 @@
+"""The order of the training stream, items of any data set, what is held out."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from helpers import gradient
+from PIL import Image
+
+from ddpm_hf.data.images import ImageDataset
+from ddpm_hf.data.loading import StreamSampler, TrainingView, as_tensor, collate, hold_out, load_item
+
+
+def test_augmentation_follows_from_seed_epoch_and_index():
+    data = ImageDataset([gradient()] * 4, (6, 6), center_crop=False, random_flip=True)
+    view = TrainingView(data, seed=3)
+    first = {key: view[key][0] for key in itertools.product(range(6), range(4))}
+    again = TrainingView(data, seed=3)
+    assert all(torch.equal(again[key][0], x) for key, x in first.items())
+    assert len({x.numpy().tobytes() for x in first.values()}) > 8  # 5 places, mirrored or not
+    assert torch.equal(data[0], data[1])  # not augmented
+
+
+def test_items_of_other_datasets():
+    x = torch.zeros(1, 4, 4)
+    for item in (x, x.numpy(), (x, 3), {"image": x}, {"pixel_values": x, "label": 1}, Image.new("L", (4, 4), 0)):
+        assert as_tensor(item).shape == (1, 4, 4)
+    wrongs = [(x + 2, "2 to 2"), (x.int(), "int32"), ("text", "str"), ({"a": 1}, "got a"), (x[0, 0], "float")]
+    for wrong, message in wrongs:
+        with pytest.raises(ValueError, match=message):
+            as_tensor(wrong)
+    assert "one shape" in collate([(x, [], None), (x[:, :2], [], None)]).error
+
+
+def stream(count, **options):
+    return list(itertools.islice(StreamSampler(10, **{"batch_size": 4, "seed": 1, **options}), count))
+
+
+def test_the_stream_is_one_permutation_after_another():
+    keys = list(itertools.chain(*stream(10)))
+    for epoch in range(4):
+        part = keys[epoch * 10 : epoch * 10 + 10]
+        assert {e for e, _ in part} == {epoch} and sorted(i for _, i in part) == list(range(10))
+    assert keys[:10] != [(0, i) for _, i in keys[10:20]] and keys != list(itertools.chain(*stream(10, seed=2)))
+
+
+def test_the_stream_starts_anywhere_and_splits_over_processes():
+    whole = stream(9)
+    assert stream(4, start=20) == whole[5:]
+    two = [stream(3, batch_size=2, process=p, processes=2) for p in (0, 1)]
+    assert [a + b for a, b in zip(*two)] == whole[:3]
+
+
+def test_held_out_items_are_apart():
+    data = [torch.full((1, 2, 2), i / 10) for i in range(10)]
+    rest, held = hold_out(data, 3, seed=0)
+    assert sorted([*rest.indices, *held.indices]) == list(range(10)) and len(held) == 3
+    assert torch.equal(load_item(held, 1), data[held.indices[1]])
+    assert not np.array_equal(held.indices, hold_out(data, 3, seed=1)[1].indices)
+    with pytest.raises(ValueError, match="less than the 10 items.*got 10"):
+        hold_out(data, 10, seed=0)

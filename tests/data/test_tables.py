@@ -1,0 +1,102 @@
+"""Tables of pictures: saved to disk, parquet, arrow, webdataset tars; found by folder or name."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import PICTURES, save_tars, table
+from PIL import Image
+
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.data.opening import build_dataset
+
+FORMS = {
+    "saved to disk": lambda folder: table(label=[0] * 6).save_to_disk(str(folder)),
+    "saved with splits": lambda folder: datasets.DatasetDict(
+        {"train": table(), "test": table(PICTURES[:1])}
+    ).save_to_disk(str(folder)),
+    "parquet": lambda folder: (folder.mkdir(), table().to_parquet(str(folder / "train-00000.parquet"))),
+    "arrow": lambda folder: (
+        table().save_to_disk(str(folder.parent / "aside"))
+        or (folder.parent / "aside").rename(folder)
+        or (folder / "state.json").unlink()
+    ),
+    "tars": save_tars,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_folders_of_tables(form, tmp_path):
+    FORMS[form](tmp_path / "data")
+    data = build_dataset(TrainConfig(train_data_dir=str(tmp_path / "data"), resolution=[6]))
+    assert len(data) == 6
+    np.testing.assert_array_equal([((x[0, 0, 0] + 1) * 127.5).round() for x in data], [40 * i for i in range(6)])
+
+
+def test_splits_names_and_columns(tmp_path):
+    folder = str(tmp_path / "data")
+    FORMS["saved with splits"](tmp_path / "data")
+    assert len(build_dataset(TrainConfig(train_data_dir=folder, dataset_split="test"))) == 1
+    assert len(build_dataset(TrainConfig(dataset_name=folder, dataset_split="test"))) == 1
+    with pytest.raises(ValueError, match="one of train, test in .*got 'val'"):
+        build_dataset(TrainConfig(train_data_dir=folder, dataset_split="val"))
+    with pytest.raises(ValueError, match="image_column must be a column of .*: image; got 'picture'"):
+        build_dataset(TrainConfig(train_data_dir=folder, image_column="picture"))
+    two = table().add_column("mask", [b"x"] * 6).cast_column("mask", datasets.Image())
+    two.save_to_disk(str(tmp_path / "two"))
+    assert len(build_dataset(TrainConfig(train_data_dir=str(tmp_path / "two")))) == 6  # the one with a usual name
+    two.rename_column("image", "photo").save_to_disk(str(tmp_path / "unclear"))
+    with pytest.raises(ValueError, match="columns photo, mask.*--image_column"):
+        build_dataset(TrainConfig(train_data_dir=str(tmp_path / "unclear")))
+
+
+def test_pictures_in_a_folder_come_first(tmp_path):
+    """A folder of images with a subfolder is read by ddpm_hf itself."""
+    (tmp_path / "a").mkdir()
+    PICTURES[1].save(tmp_path / "a" / "x.png")
+    assert isinstance(build_dataset(TrainConfig(train_data_dir=str(tmp_path))).sources, list)
+
+
+def test_tables_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "x.parquet").write_bytes(b"no")
+    with pytest.raises(ValueError, match="cannot read the .parquet files of"):
+        build_dataset(TrainConfig(train_data_dir=str(tmp_path)))
+    (tmp_path / "x.tar").write_bytes(b"no")
+    with pytest.raises(ValueError, match="files of .parquet, .tar"):
+        build_dataset(TrainConfig(train_data_dir=str(tmp_path)))
+    (tmp_path / "x.parquet").unlink()
+    with pytest.raises(ValueError, match="cannot read the .tar files"):
+        build_dataset(TrainConfig(train_data_dir=str(tmp_path)))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # else it tries for a while
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="dataset_name 'no-such-data', split 'train', cannot be loaded"):
+        build_dataset(TrainConfig(dataset_name="no-such-data"))
+
+
+def test_a_bad_picture_in_a_table_is_named(tmp_path):
+    bad = datasets.Dataset.from_dict({"image": [{"bytes": b"no", "path": None}] * 2}).cast_column(
+        "image", datasets.Image()
+    )
+    bad.save_to_disk(str(tmp_path / "bad"))
+    with pytest.raises(ValueError, match="cannot read the picture number 1"):
+        build_dataset(TrainConfig(train_data_dir=str(tmp_path / "bad")))[1]
+
+
+def test_cached_pictures_are_the_same(tmp_path):
+    """Crop and flip of a picture from memory: the bits of one decoded again; a full cache changes nothing."""
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 255, (20, 31, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
+    options = {"train_data_dir": str(tmp_path), "resolution": [8], "center_crop": False, "random_flip": True}
+    plain = build_dataset(TrainConfig(**options, cache_gb=0))
+    assert plain.cache is None
+    for size in (1e-3, 3 * 8 * 12 * 3e-9):  # all, and three of six
+        cached = build_dataset(TrainConfig(**options, cache_gb=size))
+        for _ in range(2):
+            for i in range(6):
+                a, b = (d.load(i, np.random.default_rng(i)) for d in (plain, cached))
+                assert torch.equal(a, b)
+        assert (cached.cache.index[:-1, 0] > 0).sum() == (6 if size == 1e-3 else 3)
+    assert len(build_dataset(TrainConfig(**{**options, "center_crop": True})).cache.memory) == 6 * 8 * 8 * 3
+    with pytest.raises(ValueError, match="cache_gb must be memory that there is, got 1000000000.0"):
+        build_dataset(TrainConfig(**options, cache_gb=1e9))

@@ -1,0 +1,100 @@
+"""Small runs, pictures, tables and pipelines that several files of tests make."""
+
+import io
+import json
+import tarfile
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D
+
+# Options of a run of seconds.
+SMALL = {
+    "dim": 8, "dim_mults": [1, 2], "attn_heads": [2], "attn_dim_head": [4], "train_batch_size": 8,
+    "report_to": ["none"], "num_cpu_threads": 1,
+    "lr_scheduler": "constant", "ddpm_num_inference_steps": 3, "num_samples": 4, "logging_steps": 1,
+}  # fmt: skip
+
+
+def config(folder, **options):
+    return TrainConfig(**{"dataset_name": "digits", "output_dir": str(folder), **SMALL, **options})
+
+
+def weights(folder):
+    return load_file(folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(folder):
+    """Every file that a run leaves and that is to be the same bit for bit, by name."""
+    files = ["metrics.jsonl", "pipeline/unet/diffusion_pytorch_model.safetensors"]
+    newest = max((folder / "checkpoints").iterdir())
+    kept = ("model.safetensors", "ema.safetensors", "optimizer.bin", "progress.json")
+    files += [str((newest / name).relative_to(folder)) for name in kept]
+    timed = ("README.md", "training.json")  # they say how long it took
+    best = [path for path in (folder / "best").rglob("*") if path.is_file() and path.name not in timed]
+    files += [str(path.relative_to(folder)) for path in best]
+    files += [f"samples/{path.name}" for path in (folder / "samples").glob("*")]
+    return {name: (folder / name).read_bytes() for name in files}
+
+
+# Options of a run whose card is read.
+CARD_RUN = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "attn_dim_head": 4, "report_to": "none", "num_samples": 4,
+         "ddpm_num_inference_steps": 3, "logging_steps": 1, "max_train_steps": 4, "train_batch_size": 4,
+         "num_cpu_threads": 1}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures and tables
+
+
+PICTURES = [Image.fromarray(np.full((6, 6, 3), 40 * i, np.uint8)) for i in range(6)]
+
+
+# the number of a picture in its darkest pixel; brighter to the right
+STREAMED = [Image.fromarray((10 * i + np.zeros((8, 8, 3)) + np.arange(8)[:, None]).astype(np.uint8)) for i in range(22)]
+
+
+def table(pictures=PICTURES, column="image", **more):
+    features = {column: datasets.Image(), **{name: datasets.Value("int64") for name in more}}
+    return datasets.Dataset.from_dict({column: pictures, **more}, features=datasets.Features(features))
+
+
+def save_tars(folder, pictures=PICTURES, per_tar=3):
+    folder.mkdir()
+    for first in range(0, len(pictures), per_tar):
+        with tarfile.open(folder / f"{first:04d}.tar", "w") as tar:
+            for number, picture in enumerate(pictures[first : first + per_tar], start=first):
+                data = io.BytesIO()
+                picture.save(data, "PNG")
+                info = tarfile.TarInfo(f"{number:04d}.png")
+                info.size = data.tell()
+                data.seek(0)
+                tar.addfile(info, data)
+
+
+def gradient(height=6, width=10):
+    """8-bit RGB whose red grows to the right and green downwards."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack((x * 20, y * 30, np.full_like(x, 9)), -1).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pipelines
+
+MODEL = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "attn_dim_head": 4}
+
+
+def make(kind):
+    torch.manual_seed(0)
+    if kind == "images":
+        return DDPMPipeline(UNet2D(sample_size=8, in_channels=1, **MODEL), GaussianScheduler(), num_inference_steps=3)
+    unet = UNet1D(sample_size=16, in_channels=2, **MODEL)
+    return DDPMPipeline1D(unet, GaussianScheduler(), 3, data_shift=[1.0, 2.0], data_scale=[3.0, 4.0])

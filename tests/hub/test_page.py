@@ -1,0 +1,271 @@
+"""The page to try a pipeline: in headless Chromium, and its parts."""
+
+import base64
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load_program, run_program
+from helpers import make
+from hub_server import serving
+from PIL import Image
+
+from ddpm_hf.hub.page import FAST, MOST_SAMPLES, OWN, STOCK, Page, between, generator_of
+from ddpm_hf.hub.publish import write_space
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_chromium = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed (Debian: chromium chromium-driver)"
+)
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def browser():
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1400"):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+class Server:
+    """A program that serves on a port, until the block ends."""
+
+    def __init__(self, arguments, port, cwd, **environment):
+        self.address = f"http://127.0.0.1:{port}"
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_ANALYTICS_ENABLED": "False",
+               "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1", **environment}  # fmt: skip
+        self.log = open(cwd / "server.log", "w+")  # noqa: SIM115
+        pipes = {"stdout": self.log, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=env, **pipes)
+
+    def __enter__(self):
+        end = time.monotonic() + 120
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(self.address, timeout=5)
+                return self
+            except OSError:
+                time.sleep(0.2)
+        self.__exit__()
+        raise AssertionError(f"the server did not start:\n{self.text()}")
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(20)
+
+    def text(self):
+        self.log.seek(0)
+        return self.log.read()
+
+
+class Visitor:
+    """What a person does on the page."""
+
+    def __init__(self, driver, address):
+        self.driver = driver
+        driver.get(address)
+        self.wait(lambda: self.find("#generate"))
+
+    def find(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def wait(self, condition, seconds=60):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := condition():
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"waited {seconds} s in vain")
+
+    def fill(self, field, value):
+        (box,) = self.find(f"#{field} input[type=number]")
+        box.send_keys("\ue009a\ue000", str(value))  # over all that is there
+
+    def tab(self, number):
+        self.find("button[role=tab]")[number].click()
+
+    def source(self, picture):
+        images = self.find(f"#{picture} img")
+        return images[0].get_attribute("src") if images else None
+
+    def picture(self, name):
+        """The pixels of a shown picture."""
+        source = self.wait(lambda: self.source(name))
+        if source.startswith("data:"):
+            content = base64.b64decode(source.split(",", 1)[1])
+        else:
+            content = urllib.request.urlopen(source).read()
+        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+    def press(self, button, picture):
+        """Press, and give the new picture: each has an address of its own."""
+        before = self.source(picture)
+        self.find(f"#{button}")[0].click()
+        self.wait(lambda: self.source(picture) not in (None, before))
+        return self.picture(picture)
+
+
+@needs_chromium
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_a_visit(kind, browser, port, tmp_path):
+    """Opens, generates, changes with the seed, repeats with the same one; a bad value shows a message, and the page
+    lives on; the slider goes through the trajectory; interpolation gives its points."""
+    make(kind).save_pretrained(tmp_path / "saved")
+    demo = [ROOT / "training" / "demo.py", "--pipeline", tmp_path / "saved", "--port", port]
+    with Server(demo, port, tmp_path) as server:
+        page = Visitor(browser, server.address)
+        page.fill("count", 4)
+        first = page.press("generate", "samples")
+        assert first.std() > 5
+        page.fill("seed", 1)
+        other = page.press("generate", "samples")
+        assert not np.array_equal(first, other)
+
+        page.fill("seed", -3)
+        page.find("#generate")[0].click()
+        page.wait(lambda: any("seed must be a whole number from 0" in t.text for t in page.find(".toast-body")))
+        page.fill("seed", 0)
+        page.fill("eta", 7)
+        page.find("#generate")[0].click()
+        page.wait(lambda: any("eta must lie in 0 to 1" in t.text for t in page.find(".toast-body")))
+        page.fill("eta", 0)
+        again = page.press("generate", "samples")
+        assert np.array_equal(first, again)
+
+        page.tab(1)
+        assert np.array_equal(page.picture("frame"), first)  # the slider stands at the end
+        before = page.source("frame")
+        (slider,) = page.find("#step input[type=range]")
+        slider.send_keys("\ue011")  # Home: x_T
+        slider.send_keys("\ue014")  # and one step
+        page.wait(lambda: page.source("frame") != before)
+        assert not np.array_equal(page.picture("frame"), first)
+
+        page.tab(2)
+        page.fill("points", 3)
+        assert page.press("walk", "line").shape[1] > 200
+        assert "Traceback" not in server.text()
+
+
+@needs_chromium
+def test_the_space_runs_without_the_package(browser, port, tmp_path):
+    """What publish.py --space writes, run as a Space runs it: the pipeline from the Hub, ddpm_hf not installed."""
+    make("images").save_pretrained(tmp_path / "saved")
+    with serving() as hub:
+        env = hub.environment("hf_alice", tmp_path / "home")
+        done = run_program(
+            ROOT / "training" / "publish.py", tmp_path / "saved", "--hub_model_id=digits", "--space=try-digits",
+            cwd=tmp_path, **env,
+        )  # fmt: skip
+        assert done.returncode == 0 and "/spaces/alice/try-digits" in done.stdout, done.stderr
+        files = hub.files("alice/try-digits", kind="spaces")
+        assert files.keys() == {"app.py", "page.py", "requirements.txt", "README.md"}
+        assert b"sdk: gradio" in files["README.md"] and b"ddpm_hf" not in files["requirements.txt"]
+        (tmp_path / "space").mkdir()
+        for name, content in files.items():
+            (tmp_path / "space" / name).write_bytes(content)
+        without = "import sys, runpy; sys.modules['ddpm_hf'] = None; sys.path.insert(0, ''); "
+        without += "runpy.run_path('app.py', run_name='__main__')"
+        with Server(["-c", without], port, tmp_path / "space", **hub.environment(None, tmp_path / "other")) as server:
+            assert Visitor(browser, server.address).press("generate", "samples").std() > 5
+
+
+def test_a_space_of_someone_is_not_overwritten(tmp_path):
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(ValueError, match="new or empty folder"):
+        write_space(tmp_path, "alice/digits", "digits")
+    make("images").save_pretrained(tmp_path / "saved")
+    with serving() as hub:
+        env = hub.environment("hf_alice", tmp_path / "home")
+        first = "import huggingface_hub as h; h.create_repo('alice/x', repo_type='space', space_sdk='gradio'); "
+        first += "h.upload_file(path_or_fileobj=b'1', path_in_repo='game.py', repo_id='alice/x', repo_type='space')"
+        assert run_program("-c", first, cwd=tmp_path, **env).returncode == 0
+        done = run_program(
+            ROOT / "training" / "publish.py", tmp_path / "saved", "--hub_model_id=digits", "--space=x", cwd=tmp_path,
+            **env,
+        )  # fmt: skip
+        assert done.returncode == 2 and "another Space (game.py)" in done.stderr
+        assert hub.files("alice/x", kind="spaces").keys() == {"game.py"}
+
+
+@pytest.mark.parametrize("sampler", [OWN, FAST, *STOCK])
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_every_sampler(kind, sampler):
+    pipe = make(kind)
+    own, page = pipe.scheduler, Page(pipe)
+    with pytest.raises(gr.Error):
+        page.generate(3, 4, FAST, 5, eta=0.5)  # a mistake leaves nothing behind
+    picture, trajectory, slider, frame = page.generate(3, 4, sampler, 5, 0)
+    again = page.generate(3, 4, sampler, 5, 0)
+    assert np.array_equal(picture, again[0]) and np.array_equal(picture, frame)
+    assert len(trajectory) == 3 and slider.maximum == trajectory.shape[1] - 1 and pipe.scheduler is own
+    assert np.array_equal(page.look_back(trajectory, slider.maximum), picture)
+    # the first sample does not depend on how many there are
+    fewer = page.generate(1, 4, sampler, 5, 0)[1]
+    # but for float32's rounding of the largest values on the way: Heun's first ones are thousands here
+    rounding = 1.01 if kind == "images" else 1e-4 + 1e-5 * np.abs(trajectory[0]).max()
+    assert np.allclose(fewer[0].astype(float), trajectory[0].astype(float), atol=rounding)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"count": 0}, "samples must be a whole number from 1 to 64, got 0"),
+        ({"count": 2.5}, "got 2.5"),
+        ({"count": None}, "got None"),
+        ({"steps": 1001}, "steps must be a whole number from 1 to 1000"),
+        ({"seed": -1}, "seed must be"),
+        ({"seed": 2**32}, "seed must be"),
+        ({"eta": 2}, "eta must lie in 0 to 1, got 2"),
+        ({"eta": 0.5, "sampler": "UniPCMultistepScheduler"}, "eta is of DDIM"),
+        ({"sampler": "Other"}, "sampler must be one of the list, got Other"),
+    ],
+)
+def test_bad_values(change, says):
+    fields = {"count": 1, "steps": 2, "sampler": OWN, "seed": 0, "eta": 0, **change}
+    with pytest.raises(gr.Error, match=says):
+        Page(make("images")).generate(**fields)
+    with pytest.raises(gr.Error, match="generate samples first"):
+        Page(make("images")).look_back(None, 0)
+
+
+def test_between_two_noises():
+    """The ends are the ends; every point has the norm of its place on the circle; halves are as far from either end."""
+    a, b = (torch.randn(2, 40, generator=generator_of(s, 0), dtype=torch.float64) for s in (1, 2))
+    b *= a.norm() / b.norm()
+    line = between(a, b, 5)
+    assert torch.allclose(line[0], a, atol=1e-12) and torch.allclose(line[-1], b, atol=1e-12)
+    assert torch.allclose(line.flatten(1).norm(dim=1), a.norm().expand(5), rtol=1e-12)
+    angles = [torch.nn.functional.cosine_similarity(x.flatten(), line[2].flatten(), dim=0) for x in (a, b)]
+    assert torch.allclose(*angles, rtol=1e-12)
+
+
+def test_seeds_share_no_noise():
+    last, first = (torch.randn(4, generator=generator_of(*which)) for which in ((0, MOST_SAMPLES - 1), (1, 0)))
+    assert not torch.equal(last, first)
+
+
+def test_no_such_pipeline(capsys, tmp_path):
+    assert load_program("demo").main(["--pipeline", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere' cannot be loaded" in capsys.readouterr().err
