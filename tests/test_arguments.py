@@ -11,7 +11,7 @@ PROGRAMS = {
     "convert": ("--imagesize", "--image_size"),
     "publish": ("--hub_model", "--hub_model_id"),
     "demo": ("--ports", "--port"),
-    "benchmark": ("--out_dir", "--output_dir"),
+    "benchmarks/benchmark": ("--out_dir", "--output_dir"),
     "studies/recipe": ("--sed", "--seed"),
     "studies/samplers": ("--sample", "--samples"),
 }
@@ -20,7 +20,7 @@ NEEDED = {"convert": ["x", "--output_dir=y"], "publish": ["x", "--hub_model_id=y
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_nearest_option_is_named(name, capsys):
-    if name == "benchmark":
+    if name == "benchmarks/benchmark":
         pytest.importorskip("denoising_diffusion_pytorch")
     given, meant = PROGRAMS[name]
     program = load_program(name)
