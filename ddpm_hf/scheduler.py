@@ -35,6 +35,7 @@ VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 VARIANCE_ALIASES = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large"}  # the same variances
 SAMPLERS = ("auto", "ddpm", "ddim")
 SPACINGS = ("trailing", "leading", "linspace")
+MOST_STEPS = 1_000_000  # the betas are published, one by one
 # Options that the betas follow from: a change of one of them makes published betas stale.
 SCHEDULE_OPTIONS = (
     "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "cosine_s",
@@ -80,7 +81,11 @@ def linear_betas(num_train_timesteps: int, beta_start: float = 1e-4, beta_end: f
         ValueError: where the last beta would reach 1 (fewer than about 20 steps at the defaults).
     """
     scale = 1000 / num_train_timesteps
-    if not 0 < beta_start <= beta_end or scale * beta_end >= 1:
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(
+            f"a linear schedule needs 0 < beta_start <= beta_end < 1; got beta_start={beta_start}, beta_end={beta_end}"
+        )
+    if scale * beta_end >= 1:
         raise ValueError(
             "a linear schedule needs 0 < beta_start <= beta_end and beta_end * 1000 / num_train_timesteps < 1; got "
             f"beta_start={beta_start}, beta_end={beta_end}, num_train_timesteps={num_train_timesteps} (which gives "
@@ -163,6 +168,11 @@ def _is_number(value) -> bool:
 
 def _is_whole(value) -> bool:
     return _is_number(value) and int(value) == value
+
+
+def _check_eta(eta) -> None:
+    if not _is_number(eta) or not 0 <= eta <= 1:
+        raise ValueError(f"eta must be a number from 0 to 1 (above it there is more noise than x_t has), got {eta!r}")
 
 
 _MISSING = object()
@@ -289,13 +299,13 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         for name in ("clip_sample", "use_clipped_model_output", "thresholding", "rescale_betas_zero_snr"):
             if not isinstance(self.config[name], bool):
                 raise ValueError(f"{name} must be True or False, got {self.config[name]!r}")
-        for name in ("cosine_s", "eta"):
-            if self.config[name] < 0:
-                raise ValueError(f"{name} must be at least 0, got {self.config[name]}")
-        if not _is_whole(steps_offset) or steps_offset < 0:
+        if cosine_s < 0:
+            raise ValueError(f"cosine_s must be at least 0, got {cosine_s}")
+        _check_eta(eta)
+        if not _is_whole(steps_offset) or not isinstance(steps_offset, int) or steps_offset < 0:
             raise ValueError(f"steps_offset must be a whole number of at least 0, got {steps_offset!r}")
-        if not clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range must be greater than 0, got {clip_sample_range}")
+        if not 0 < clip_sample_range <= torch.finfo(torch.float32).max:
+            raise ValueError(f"clip_sample_range must be greater than 0, and a float32, got {clip_sample_range}")
         if not 0 < dynamic_thresholding_ratio <= 1 or sample_max_value < 1:
             raise ValueError(
                 "dynamic thresholding needs a ratio in (0, 1] and sample_max_value of at least 1; got "
@@ -342,7 +352,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         if trained_betas is not None:
             try:
                 explicit = torch.as_tensor(trained_betas, dtype=torch.float64).clone()
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
                 raise ValueError(f"trained_betas must be a list of numbers, got {trained_betas!r}") from error
             if explicit.ndim != 1:
                 raise ValueError(f"trained_betas must be a list of numbers, got the shape {tuple(explicit.shape)}")
@@ -350,8 +360,8 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         steps = num_train_timesteps
         if steps is None:
             steps = 1000 if explicit is None else len(explicit)
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"num_train_timesteps must be a whole number of at least 1, got {steps!r}")
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"num_train_timesteps must be a whole number from 1 to {MOST_STEPS:,}, got {steps!r}")
         if explicit is not None and len(explicit) != steps:
             raise ValueError(f"trained_betas must have num_train_timesteps values; got {len(explicit)} and {steps}")
         if beta_schedule == "trained" and explicit is None:
@@ -698,6 +708,8 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         t = int(timestep)
         s = self.previous_timestep(t)
         c = self.config
+        if eta is not None:
+            _check_eta(eta)
         every_step = len(self._previous) == self.num_train_timesteps
         ddpm = c.sampler == "ddpm" or (c.sampler == "auto" and every_step)
 

@@ -377,6 +377,71 @@ def test_bad_options_are_named_with_their_value(options):
     assert str(value) in str(caught.value)
 
 
+HUGE = 10**400  # no float holds it
+NO_NUMBER = (math.nan, math.inf, -math.inf, HUGE, "text", "1", "", True, [1.0], {}, b"1", 1j, object())
+NO_NAME = (*NO_NUMBER, None, 0, 1.5)
+NO_SWITCH = ("no", "False", 0, 1, None, math.nan, [])
+BAD = {
+    "num_train_timesteps": (*NO_NUMBER, -1, 0, 2.5, 10**9),
+    "trained_betas": (
+        "text",
+        True,
+        0.1,
+        [[0.1]],
+        [0.1, "x"],
+        [HUGE],
+        [math.nan],
+        [-0.1, 0.1],
+        [0.1, math.inf],
+        {},
+        [None],
+    ),
+    "steps_offset": (*NO_NUMBER, None, -1, 0.5, 1e300),
+    "eta": (*NO_NUMBER, None, -0.1, 1.1),
+    "clip_sample_range": (*NO_NUMBER, None, -1.0, 0, 1e308),
+    "dynamic_thresholding_ratio": (*NO_NUMBER, None, -1.0, 0, 1.1),
+    "sample_max_value": (*NO_NUMBER, None, -1.0, 0.5),
+    "beta_start": (*NO_NUMBER, None, -1.0, 0, 0.5),
+    "beta_end": (*NO_NUMBER, None, -1.0, 0, 1e-9, 1, 1e308),
+    "cosine_s": (*NO_NUMBER, None, -1.0, 1e308),
+    "sigmoid_start": (*NO_NUMBER, None, 3.0, -1e308),
+    "sigmoid_end": (*NO_NUMBER, None, -3.0, 1e308),
+    "sigmoid_tau": (*NO_NUMBER, None, -1.0, 0, 0.07, 5e-324, 1e308),
+    **dict.fromkeys(("beta_schedule", "prediction_type", "variance_type", "sampler", "timestep_spacing"), NO_NAME),
+    **dict.fromkeys(("clip_sample", "use_clipped_model_output", "thresholding", "rescale_betas_zero_snr"), NO_SWITCH),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_option_refuses_bad_values_by_name(name):
+    used = {"beta_": "linear", "cosine": "cosine"}
+    schedule = next((value for start, value in used.items() if name.startswith(start)), "sigmoid")
+    for value in BAD[name]:
+        options = {"beta_schedule": schedule, name: value}
+        with pytest.raises(ValueError, match=name):
+            GaussianScheduler(**options)
+    assert set(BAD) == GaussianScheduler._get_init_keys(GaussianScheduler) - {"self"}
+
+
+def test_sampling_refuses_bad_values_by_name():
+    s = scheduler_of()
+    x = torch.zeros(1, 1)
+    for value in (*NO_NUMBER, 0, -1, 2.5, 1001):
+        with pytest.raises(ValueError, match="num_inference_steps"):
+            s.set_timesteps(value)
+    for value in ("text", 5, {}, [5, 5], [5.5], [math.nan], [HUGE], ["5"], [True], [None], torch.tensor(5)):
+        with pytest.raises(ValueError, match="timesteps"):
+            s.set_timesteps(timesteps=value)
+    for value in (*NO_NUMBER, -0.1, 1.1):
+        with pytest.raises(ValueError, match="eta"):
+            s.step(x, 999, x, eta=value)
+    for value in (*NO_NUMBER, -1, 0):
+        with pytest.raises(ValueError, match="min_snr_gamma"):
+            s.loss_weights(5, value)
+    s.set_timesteps(timesteps=torch.tensor([900, 5]))
+    assert s.timesteps.tolist() == [900, 5]
+
+
 def test_save_and_load(tmp_path):
     s = GaussianScheduler(250, "sigmoid", sigmoid_tau=0.7, prediction_type="sample", eta=0.3)
     s.save_pretrained(tmp_path)

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ddpm_hf.data.images import BadImageError, ImageDataset
+from ddpm_hf.data.images import BadImageError, ImageDataset, printable
 from ddpm_hf.data.loading import Part, load_item
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.data.streaming import ImageStream
@@ -89,7 +89,7 @@ def check_items(feed, config) -> None:
             index = reading.place(number)[1]
             message = f"item {index} of the data has the shape {seen.shape}, but those before it have {first}"
         if message is not None:
-            tqdm.write(_one_line(message))
+            tqdm.write(printable(message))
             bad, wrong = bad + seen.bad, wrong + (not seen.bad)
     total = len(reading)
     if wrong:
@@ -135,10 +135,6 @@ def _workers(feed, config) -> tuple[int, str | None]:
     except ValueError:
         return 0, None
     return workers, "fork"
-
-
-def _one_line(message: str) -> str:
-    return "\\n".join(message.splitlines())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ class StoredFeed:
         return first
 
     def _notes(self) -> list[str]:
-        notes, held = [], self.held_out
+        notes, held = list(getattr(self.units, "notes", ())), self.held_out
         if held is not None:
             where = underlying(held)
             of = f", in {where.extent()}" if isinstance(where, SequenceDataset) else ""

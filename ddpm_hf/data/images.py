@@ -19,8 +19,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ddpm_hf.data.tables import ImageColumn
-
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Of a picture that is longer than this many crops, the middle part of that length is kept: a line of 100,000 x 1 pixels
 # would fill gigabytes at 64 pixels of height. Odd, so that the middle of the part is the middle of the picture.
@@ -29,6 +27,11 @@ LONGEST = 17
 
 class BadImageError(ValueError):
     """A picture that cannot be read; the message names it."""
+
+
+def printable(text: str) -> str:
+    """The text on one line, in characters that any output takes: names of files may hold line ends, or be no UTF-8."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -94,12 +97,15 @@ def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Im
             image = to_mode(source, mode)
         else:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+                if file.format == "EPS":
+                    raise ValueError("EPS is not read, because Ghostscript would have to run it as a program")
                 # JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves twice the pixels asked for (as Pillow's own
                 # thumbnails); both sides may be swapped by EXIF
                 file.draft(None, (2 * max(height, width),) * 2)
                 image = to_mode(file, mode)
     except Exception as error:  # decoders of damaged files raise any kind: struct.error, IndexError, RuntimeError, ...
-        raise BadImageError(f"cannot read the picture {name}: {error or type(error).__name__}") from error
+        message = f"cannot read the picture {name}: {error or type(error).__name__}"
+        raise BadImageError(printable(message)) from error
     scale = max(width / image.width, height / image.height)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     # for reducing, Hamming costs half of bicubic and blurs less than bilinear (both of triangle width)
@@ -164,7 +170,12 @@ class ImageDataset(Dataset):
         center_crop: crop from the centre, else at random (where `load` is given a random generator).
         random_flip: mirror half of the pictures (likewise).
         cache_gb: keep decoded pictures in up to this much memory (10^9 bytes).
+
+    Attributes:
+        notes: what is to be said of the data when training begins, in lines.
     """
+
+    notes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -193,13 +204,6 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         """Without augmentation."""
         return self.load(index)
-
-    def listing(self) -> Any:
-        """What tells the pictures from others without decoding them: sizes and times of files, the table's own mark."""
-        if isinstance(self.sources, ImageColumn):
-            return self.sources.table._fingerprint
-        paths = [source for source in self.sources if isinstance(source, str)]
-        return [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> Tensor:
         """Picture `index`, augmented by `rng` if given, float32 (C, H, W) in [-1, 1].
@@ -244,29 +248,51 @@ class ImageDataset(Dataset):
         return array
 
 
-def find_images(folder: str) -> list[Path]:
-    """All files below `folder` whose ending, in any case, is one that Pillow reads; sorted.
+def find_images(folder: str) -> tuple[list[Path], list[str]]:
+    """Find all files below `folder` whose ending, in any case, is one that Pillow reads.
+
+    Returns:
+        The files, sorted, with links that lead nowhere (which cannot be read as pictures then); and notes on what else
+        is there.
 
     Raises:
-        ValueError: no such folder, or no image in it.
+        ValueError: no such folder, one that cannot be read, or no image in it.
     """
+
+    def refuse(error: OSError):
+        raise ValueError(printable(f"cannot read the folder {error.filename}: {error.strerror}"))
+
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"train_data_dir must be a folder of images, and {folder} is not a folder")
-    readable = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    # hidden files are not the user's pictures (macOS leaves ._name.jpg)
-    files = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    paths = sorted(path for path in files if path.suffix.lower() in readable)
+    # MPO, of cameras, is opened as JPEG
+    readable = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN or kind == "MPO"}
+    paths, others, links = [], [], []
+    for place, folders, names in os.walk(root, onerror=refuse):
+        links += [path for path in (Path(place, name) for name in folders) if path.is_symlink()]
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            # hidden files are not the user's pictures (macOS leaves ._name.jpg)
+            broken = os.path.islink(path) and not os.path.exists(path)
+            found = path.suffix.lower() in readable and (os.path.isfile(path) or broken)
+            (paths if found else others).append(path)
+    endings = sorted({path.suffix or "none" for path in others})
+    listed = ", ".join(endings[:8]) + (", ..." if len(endings) > 8 else "")
+    notes = [f"{len(others):,} files with endings {listed}"] if others else []
+    if links:
+        notes.append(f"{len(links):,} links to folders, which are not followed ({sorted(links)[0]})")
+    notes = [printable(note) for note in notes]
     if not paths:
-        endings = sorted({path.suffix or "none" for path in files})[:8]
-        found = f"{len(files)} files with endings {', '.join(endings)}" if files else "no files"
+        found = " and ".join(notes) or "no files"
         raise ValueError(f"no images found in {folder} and its subfolders: {found}; needed are files that Pillow reads")
-    return paths
+    return sorted(paths), [f"not read in {printable(folder)}: {note}" for note in notes]
 
 
 def image_folder(folder: str, resolution: tuple[int, int], channels: int = 3, **options) -> ImageDataset:
     """The images below a folder; `options` as of `ImageDataset`."""
-    return ImageDataset([str(path) for path in find_images(folder)], resolution, channels, **options)
+    paths, notes = find_images(folder)
+    dataset = ImageDataset([str(path) for path in paths], resolution, channels, **options)
+    dataset.notes = notes
+    return dataset
 
 
 def digits(resolution: tuple[int, int] = (8, 8), channels: int = 1, **options) -> ImageDataset:

@@ -179,21 +179,21 @@ class TrainingView(Dataset):
 
 
 def collate(items) -> Batch:
-    """Items (x, messages of pictures left out, error) -> a `Batch`; where x is None it is the next good one."""
+    """Make a `Batch` of items (x, messages of pictures left out, error).
+
+    Where x is a number instead of a tensor, that number draws the picture of the batch that stands in for it.
+    """
     skipped = [message for _, messages, _ in items for message in messages]
     errors = [error for _, _, error in items if error]
     found = [x for x, _, _ in items]
-    good = [x for x in found if x is not None]
+    good = [x for x in found if isinstance(x, Tensor)]
     if not errors and not good:
         errors = ["none of the pictures of a batch can be read"]
     if not errors and len({tuple(x.shape) for x in good}) > 1:
         errors = [f"items must all have one shape, got {sorted({tuple(x.shape) for x in good})}"]
     if errors:
         return Batch(None, skipped, errors[0])
-    following = good[0]
-    for i in reversed(range(len(found))):
-        following = found[i] = following if found[i] is None else found[i]
-    return Batch(torch.stack(found), skipped)
+    return Batch(torch.stack([x if isinstance(x, Tensor) else good[x % len(good)] for x in found]), skipped)
 
 
 class StreamSampler(Sampler):

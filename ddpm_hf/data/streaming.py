@@ -84,19 +84,24 @@ class ImageStream:
 
 
 class StreamingView(Dataset):
-    """`Row`s -> tensors, in workers: augmentation follows from (seed, epoch, shard, row)."""
+    """`Row`s -> tensors, in workers: augmentation follows from (seed, epoch, shard, row).
+
+    A picture that cannot be read is an error (`on_bad="stop"`), or a number that follows from the same and draws the
+    picture of its batch that stands in for it (see `collate`).
+    """
 
     def __init__(self, stream: ImageStream, seed: int, on_bad: str):
         self.stream, self.seed, self.on_bad = stream, seed, on_bad
 
-    def __getitem__(self, row: Row) -> tuple[Tensor | None, list[str], str | None]:
-        rng = np.random.default_rng(derive_seed(self.seed, Stream.AUGMENTATION, row.epoch, row.shard, row.row))
+    def __getitem__(self, row: Row) -> tuple[Tensor | int | None, list[str], str | None]:
+        place = (row.epoch, row.shard, row.row)
+        rng = np.random.default_rng(derive_seed(self.seed, Stream.AUGMENTATION, *place))
         try:
             return self.stream.load(row, rng), [], None
         except BadImageError as error:
             if self.on_bad == "stop":
                 return None, [], f"{error}. To leave such pictures out: --on_bad_image skip"
-            return None, [str(error)], None
+            return derive_seed(self.seed, Stream.STAND_IN, *place), [str(error)], None
 
 
 class OpenShard:

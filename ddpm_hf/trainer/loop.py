@@ -302,7 +302,6 @@ class Trainer:
             project_config=ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "logs")),
         )
         acc = self.accelerator
-        check_started(acc)
         if acc.device.type != "cpu" and c.num_cpu_threads:
             torch.set_num_threads(c.num_cpu_threads)
         if acc.device.type == "cpu":
@@ -312,6 +311,7 @@ class Trainer:
             return_freed_memory() if c.gradient_checkpointing else keep_freed_memory()
         if c.optimizer == "muon" and acc.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError("optimizer must be adamw under DeepSpeed, which flattens the matrices, got 'muon'")
+        check_started(acc)
 
     def _make_evaluator(self) -> Evaluator | None:
         c = self.config

@@ -1,6 +1,10 @@
 """Images of every form, sequences, bundled data, and the order of the training stream."""
 
+import os
+import struct
+import subprocess
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from helpers import gradient
 from PIL import Image
 
 from ddpm_hf.config import TrainConfig
+from ddpm_hf.data import open_data
 from ddpm_hf.data.images import LONGEST, BadImageError, ImageDataset, decode, digits, image_folder
 from ddpm_hf.data.loading import TrainingView, collate
 from ddpm_hf.data.opening import build_dataset
@@ -207,6 +212,110 @@ def test_folder_errors(tmp_path):
         image_folder(str(tmp_path), (8, 8))
     with pytest.raises(ValueError, match="not a folder"):
         image_folder(str(tmp_path / "none"), (8, 8))
+
+
+def psd(array):
+    """A Photoshop file of one layer, as its format says."""
+    height, width, _ = array.shape
+    head = struct.pack(">4sH6xHIIHHIII", b"8BPS", 1, 3, height, width, 8, 3, 0, 0, 0)
+    return head + struct.pack(">H", 0) + array.transpose(2, 0, 1).tobytes()
+
+
+def png_of_16_bits(array):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, _ = array.shape
+    rows = b"".join(b"\0" + (row.astype(">u2") * 257).tobytes() for row in array)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def frames(kind):
+    """A file of three pictures of which ours is the first."""
+
+    def write(image, path):
+        white = Image.new("RGB", image.size, "white")
+        image.save(path, kind, save_all=True, append_images=[white, white])
+
+    return write
+
+
+ODD = {  # name: (how it is written, largest difference in grey levels)
+    "colour16.png": (lambda image, path: path.write_bytes(png_of_16_bits(np.asarray(image))), 0),
+    "a.psd": (lambda image, path: path.write_bytes(psd(np.asarray(image))), 0),
+    "animated.gif": (frames("GIF"), 30), "animated.webp": (frames("WEBP"), 30), "animated.png": (frames("PNG"), 0),
+    "pages.tiff": (frames("TIFF"), 0), "stereo.mpo": (frames("MPO"), 30), "stereo.jpg": (frames("MPO"), 30),
+    "inks.jpg": (lambda image, path: image.convert("CMYK").save(path), 30),
+    "a.jp2": (lambda image, path: image.save(path), 1), "a.ico": (lambda image, path: image.save(path), 0),
+}  # fmt: skip
+
+
+def test_odd_forms_are_read_or_named(tmp_path):
+    """Of several pictures in a file the first is taken."""
+    image = Image.fromarray(np.repeat(np.repeat(gradient(2, 4), 8, 0), 4, 1))
+    for name, (write, tolerance) in ODD.items():
+        write(image, tmp_path / name)
+        x = image_folder(str(tmp_path), (16, 16))[0]
+        got = ((x + 1) * 127.5).round().numpy().transpose(1, 2, 0)
+        assert np.abs(got - np.asarray(image).astype(float)).max() <= tolerance, name
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.ps", "a.png"])
+def test_no_program_is_started_for_a_picture(name, tmp_path, monkeypatch):
+    """Pillow has Ghostscript run EPS, whatever the file is called."""
+    Image.fromarray(gradient()).save(tmp_path / name, "EPS")
+
+    def start(*args, **options):
+        raise AssertionError(f"started {args}")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", start)
+    with pytest.raises(BadImageError, match=f"{name}: EPS is not read"):
+        image_folder(str(tmp_path), (6, 10))[0]
+
+
+@pytest.mark.parametrize("name", [b"a\nb.png", b"a\xff.png", b"\x1b[2Ja.png"])
+def test_messages_are_one_line_of_any_output(name, tmp_path):
+    with open(os.fsencode(tmp_path) + b"/" + name, "wb"):
+        pass
+    with pytest.raises(BadImageError) as caught:
+        image_folder(str(tmp_path), (6, 10))[0]
+    assert str(caught.value).isprintable() and "png" in str(caught.value)
+
+
+def test_what_else_is_in_a_folder(tmp_path, monkeypatch):
+    """Links that lead nowhere are bad pictures; other files, and folders that are linked, are said to be left."""
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for folder in (photos / "x.png", elsewhere):
+        folder.mkdir(parents=True)
+        Image.fromarray(gradient()).save(folder / "y.png")
+    for name, target in {"a.png": "nowhere", "b.png": "b.png", "c.png": elsewhere / "y.png", "sub": elsewhere,
+                         "self": "."}.items():  # fmt: skip
+        (photos / name).symlink_to(target)
+    for name in ("phone.heic", "film.mp4", ".hidden.png"):
+        (photos / name).touch()
+    os.mkfifo(photos / "pipe.jpg")
+    data = image_folder(str(photos), (6, 10))
+    assert [os.path.relpath(source, photos) for source in data.sources] == ["a.png", "b.png", "c.png", "x.png/y.png"]
+    for index in (0, 1):
+        with pytest.raises(BadImageError, match="photos/[ab].png"):
+            data[index]
+    files, links = data.notes
+    assert "3 files with endings .heic, .jpg, .mp4" in files
+    assert "2 links to folders, which are not followed" in links
+    assert open_data(TrainConfig(train_data_dir=str(photos), on_bad_image="skip")).notes == data.notes
+
+    scan = os.scandir
+
+    def closed(path):
+        if str(path).endswith("x.png"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(ValueError, match="cannot read the folder .*x.png: Permission denied"):
+        image_folder(str(photos), (6, 10))
 
 
 def test_bundled_data():

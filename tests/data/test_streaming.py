@@ -156,9 +156,24 @@ def test_pictures_and_augmentation(tars):
 
 def test_a_bad_picture_is_replaced_within_its_batch():
     a, b = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
-    batch = collate([(a, [], None), (None, ["bad"], None), (b, [], None), (None, ["worse"], None)])
-    assert torch.equal(batch.x0, torch.stack((a, b, b, a))) and batch.skipped == ["bad", "worse"]
-    assert "none of the pictures" in collate([(None, ["bad"], None)]).error
+    batch = collate([(a, [], None), (4, ["bad"], None), (b, [], None), (7, ["worse"], None)])
+    assert torch.equal(batch.x0, torch.stack((a, a, b, b))) and batch.skipped == ["bad", "worse"]
+    assert "none of the pictures" in collate([(1, ["bad"], None)]).error
+
+
+def test_the_stand_ins_are_spread_over_the_batch(tars):
+    """In each of 600 epochs one batch of six pictures of which two are bad: the good ones are seen equally often."""
+    view = StreamingView(stream(tars), 0, "skip")
+    good = [row.source for row in next(iter(StreamingSampler(view.stream, 4, 1, seed=0)))]
+    sources = [good[0], b"no", b"no", *good[1:]]
+    rows = [[streaming.Row(epoch, 0, i, source) for i, source in enumerate(sources)] for epoch in range(600)]
+    batches = [collate([view[row] for row in epoch]) for epoch in rows]
+    numbers = np.array([batch.items.amin(dim=(1, 2, 3)).numpy() for batch in batches])
+    drawn = [np.sum(numbers[:, 1:3] == number) for number in numbers[0, [0, 3, 4, 5]]]
+    # 1,200 draws of four: binomial, standard deviation 15
+    assert sum(drawn) == 1200 and np.abs(np.array(drawn) - 300).max() < 5 * 15
+    again = collate([view[row] for row in rows[7]])
+    assert torch.equal(again.items, batches[7].items) and len(again.skipped) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -213,7 +228,9 @@ def test_another_batch_is_not_resumed(tars, tmp_path):
     train(config(tmp_path, **options))
     progress = tmp_path / "checkpoints" / "step-000002" / "progress.json"
     progress.write_text(progress.read_text().replace('"global_batch": 8', '"global_batch": 16'))
-    (progress.parent / "checksums.json").write_text("{}")
+    sums = json.loads((progress.parent / "checksums.json").read_text())
+    del sums["progress.json"]  # which is changed here
+    (progress.parent / "checksums.json").write_text(json.dumps(sums))
     with pytest.raises(ValueError, match="the same global batch, 16; got 8"):
         train(config(tmp_path, **{**options, "max_train_steps": 3}))
     content = json.loads(progress.read_text())

@@ -222,6 +222,7 @@ def test_muon_is_refused_under_deepspeed(tmp_path, monkeypatch):
         self.state.distributed_type = DistributedType.DEEPSPEED
 
     monkeypatch.setattr(Accelerator, "__init__", as_with_deepspeed)
+    monkeypatch.setattr(Accelerator, "mixed_precision", "no")  # which accelerate asks DeepSpeed for
     with pytest.raises(ValueError, match="optimizer must be adamw under DeepSpeed.*got 'muon'"):
         train(config(tmp_path / "run", optimizer="muon"))
     assert not (tmp_path / "run").exists()
