@@ -1,0 +1,85 @@
+"""The pages do what they say: their Python runs, their commands are accepted, their links lead somewhere."""
+
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT, load_program
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+import ddpm_hf
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D, trainer
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 1, "attn_dim_head": 4}
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with small pipelines where the pages have the demos', and training of two steps."""
+    scheduler = GaussianScheduler()
+    DDPMPipeline(UNet2D(8, in_channels=1, **SMALL), scheduler, num_inference_steps=3).save_pretrained(
+        tmp_path / "runs/digits/pipeline"
+    )
+    DDPMPipeline1D(UNet1D(16, in_channels=1, **SMALL), scheduler, num_inference_steps=3).save_pretrained(
+        tmp_path / "runs/ecg/pipeline"
+    )
+    monkeypatch.chdir(tmp_path)
+    train = trainer.train
+
+    def train_briefly(config: TrainConfig, **arguments):
+        small = {**SMALL, "dim_mults": [1, 2], "max_train_steps": 2, "train_batch_size": 2, "num_samples": 1}
+        given = {"output_dir": config.output_dir, "ddpm_num_inference_steps": 2, "report_to": "none"}
+        return train(TrainConfig(**given, **small), **arguments)
+
+    monkeypatch.setattr(trainer, "train", train_briefly)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_the_pages_runs(page, work):
+    document = Sybil([PythonCodeBlockParser()]).parse(page)
+    document.namespace["my_dataset"] = [torch.zeros(3, 8, 8)] * 4
+    for example in document.examples():
+        example.evaluate()
+
+
+def commands(page):
+    """The commands in a page's blocks of code, continued lines joined."""
+    for block in re.findall(r"^```(?:\w*)\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if "training/" in line and not line.lstrip().startswith("#"):
+                yield line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_pages_are_accepted(page, monkeypatch):
+    """Each program is there, and takes the options of each command."""
+    monkeypatch.chdir(ROOT)
+    for command in commands(page):
+        command = command.split("&&")[-1]
+        words = shlex.split(command.split("'")[0] if "srun" in command else command)
+        place = next((i for i, word in enumerate(words) if re.fullmatch(r"training/\S+\.py", word)), None)
+        if place is None:
+            continue
+        assert (ROOT / words[place]).is_file(), command
+        if words[place] == "training/train.py":
+            arguments = [word for word in words[place + 1 :] if word != "..."]
+            if "my.yaml" in arguments:
+                arguments = []
+            load_program("train").parse(arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_public_names_have_docstrings():
+    for name in ddpm_hf.__all__:
+        if name != "__version__":
+            assert len(getattr(ddpm_hf, name).__doc__.split()) > 3, name
