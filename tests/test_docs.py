@@ -10,7 +10,8 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import ddpm_hf
-from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D, trainer
+import ddpm_hf.trainer.loop as trainer
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 1, "attn_dim_head": 4}
