@@ -46,3 +46,11 @@ sys.exit(train.main(sys.argv[1:]))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path / "site"))
     assert (elsewhere / "run" / "pipeline" / "README.md").is_file()
+
+
+def test_the_layout_page_names_every_file():
+    """docs/layout.md is the tree that a newcomer reads."""
+    page = (ROOT / "docs" / "layout.md").read_text()
+    for file in (ROOT / "ddpm_hf").rglob("*.py"):
+        if file.name not in ("__init__.py", "version.py") and file.parent.name != "commands":
+            assert file.name in page, file
