@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -52,7 +53,20 @@ IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 FAST = {"solver_order": 2, "algorithm_type": "dpmsolver++", "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
 # The fast sampler spreads its steps below this ratio of noise to signal.
 HIGHEST_NOISE = 500.0
+# Stock schedulers of the process that our models are trained in, which cannot sample from them all the same.
+UNFIT = {
+    "DDIMInverseScheduler": "it goes from data to noise",
+    "DPMSolverMultistepInverseScheduler": "it goes from data to noise",
+    "LCMScheduler": "it needs a model that was distilled into a consistency model",
+    "UnCLIPScheduler": "it must be told the next timestep in each step, which the pipelines here do not do",
+}
+# Those that take no prediction of x0, and those whose first steps are wrong for epsilon at very high noise.
+NOT_OF_SAMPLE = ("DPMSolverSDEScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+                 "KDPM2DiscreteScheduler", "PNDMScheduler")  # fmt: skip
+POOR_WITH_EPSILON, SMALL_ABAR = ("KDPM2DiscreteScheduler", "PNDMScheduler"), 3e-5
+CUTS_AT_THREE = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler")
 LEARNED = ("learned", "learned_range")  # variance types with twice the channels
+SEE_SAMPLERS = "docs/samplers.md has all schedulers of diffusers and which of them work"
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -149,6 +163,26 @@ def log_snr_timesteps(alphas_cumprod: Tensor, steps: int) -> list[int]:
         chain.append(min(t, chain[-1] - 1))
     # where timesteps are too few for all to be distinct: the last ones by one each
     return [max(t, steps - 1 - i) for i, t in enumerate(chain)]
+
+
+def _scheduler_fault(scheduler) -> str | None:
+    """Why a scheduler cannot sample from a model that was trained on betas, whichever the model; None: it can."""
+    names = {kind.__name__ for kind in type(scheduler).__mro__}
+    config = getattr(scheduler, "config", {})
+    prediction = config.get("prediction_type")
+    if reasons := [reason for name, reason in UNFIT.items() if name in names]:
+        return reasons[0]
+    if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor) or config.get("use_flow_sigmas"):
+        return (
+            "it is of another process than the one that the model was trained in, which has betas: schedulers of flow "
+            "matching, VE, EDM, consistency models and discrete data have none"
+        )
+    arguments = list(inspect.signature(scheduler.step).parameters.values())[3:]
+    if needs := [a.name for a in arguments if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD]:
+        return f"its steps need {', '.join(needs)}, which the pipelines here do not have"
+    if prediction == "sample" and names & set(NOT_OF_SAMPLE):
+        return "it cannot use a model that predicts x0 (prediction_type='sample')"
+    return None
 
 
 def _threshold(x0: Tensor, ratio: float, highest: float) -> Tensor:
@@ -290,11 +324,62 @@ class _SamplingPipeline(DiffusionPipeline):
     # -- samplers ------------------------------------------------------------------------------
 
     def __setattr__(self, name: str, value) -> None:
-        """Setting the scheduler ends the fast sampler: its spacing goes, the pipeline's own number of steps returns."""
+        """Setting the scheduler checks it, and ends the fast sampler: its spacing goes, the pipeline's own number of
+        steps returns.
+
+        Raises:
+            ValueError: a scheduler that cannot sample from the model; the message has the reason.
+        """
+        if name == "scheduler":
+            self._check_scheduler(value)
         super().__setattr__(name, value)
         if name == "scheduler" and self.config.get("log_snr_spacing"):
             own = self.config.get("steps_before_fast")
             self.register_to_config(num_inference_steps=own, log_snr_spacing=False, steps_before_fast=None)
+
+    def _check_scheduler(self, scheduler) -> None:
+        """Raise ValueError for a scheduler that cannot work here; warn of one whose samples will hardly be right.
+
+        What the model was trained with is read off the first scheduler that the pipeline was given.
+        """
+        kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+        if fault := _scheduler_fault(scheduler):
+            raise ValueError(f"{kind} cannot be the scheduler of this pipeline: {fault}. {SEE_SAMPLERS}")
+        prediction, abar = config.get("prediction_type"), scheduler.alphas_cumprod.double().cpu()
+        trained_prediction, trained_abar = self.__dict__.setdefault("_trained", (prediction, abar))
+        keep = f"{kind}.from_config(pipe.scheduler.config) keeps what the model was trained with"
+        if prediction != trained_prediction:
+            raise ValueError(
+                f"{kind} cannot be the scheduler of this pipeline: its prediction_type is {prediction!r}, the model "
+                f"was trained with {trained_prediction!r}. {keep}; for another model, make another pipeline"
+            )
+        self._check_variance(scheduler)
+        warned = None
+        if len(abar) != len(trained_abar):
+            warned = f"it has {len(abar)} timesteps, the model was trained with {len(trained_abar)}. {keep}"
+        elif (difference := (abar - trained_abar).abs().max().item()) > 1e-3:
+            warned = f"its betas are not those of the model: alphas_cumprod differs by up to {difference:.2g}. {keep}"
+        elif prediction == "epsilon" and kind in POOR_WITH_EPSILON and abar[-1] < SMALL_ABAR:
+            warned = f"its error is large for epsilon where alphas_cumprod ends below {SMALL_ABAR}. {SEE_SAMPLERS}"
+        if warned:
+            warnings.warn(f"samples of {kind} will hardly be right: {warned}", stacklevel=3)
+
+    def _check_variance(self, scheduler) -> None:
+        kind, config, channels = type(scheduler).__name__, scheduler.config, self._channels()
+        if config.get("variance_type") not in LEARNED:
+            return
+        if kind in CUTS_AT_THREE and channels > 3:
+            raise ValueError(
+                f"{kind} with variance_type={config.variance_type!r} keeps 3 of {channels} channels: "
+                "give from_config variance_type=None"
+            )
+        unet = self.unet.config
+        predicted = unet.get("out_channels") or channels * (2 if unet.get("learned_variance") else 1)
+        if hasattr(scheduler, "clip_x0") and predicted != 2 * channels:
+            raise ValueError(
+                f"variance_type={config.variance_type!r} needs a model with {2 * channels} output channels "
+                f"(learned_variance=True), got one with {predicted}"
+            )
 
     def use_fast_sampler(self, num_inference_steps: int = 15):
         """Sample with few calls of the model: DPM-Solver++ of order 2 (Lu et al., arXiv:2211.01095), diffusers' own, on

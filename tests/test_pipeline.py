@@ -241,8 +241,8 @@ def test_one_generator_a_sample_frees_it_from_its_batch(steps):
     pipe = images()
     pipe.unet.double()
     if steps == 1000:
-        pipe.scheduler = GaussianScheduler(20)
-        steps = 20
+        pipe, steps = DDPMPipeline(pipe.unet, GaussianScheduler(20)), 20
+        pipe.set_progress_bar_config(disable=True)
     together = pipe(3, steps, generator=seeds(5, 6, 7), output_type="pt", eta=0.5).images
     alone = pipe(1, steps, generator=seeds(6), output_type="pt", eta=0.5).images
     # the same numbers in float64; only the order of sums within the batch's convolutions may differ
@@ -350,9 +350,10 @@ def test_interpolation_gives_what_it_takes():
 @pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
 def test_self_conditioning_under_stock_schedulers(name, target):
     """Each call sees the x0 estimate of the call before, computed here from the model's input and output."""
-    pipe = images(self_condition=True, steps=5)
     own = GaussianScheduler(prediction_type=target)
-    pipe.scheduler = getattr(diffusers, name).from_config(own.config)
+    unet = UNet2D(sample_size=8, self_condition=True, **SMALL)
+    pipe = DDPMPipeline(unet, getattr(diffusers, name).from_config(own.config), num_inference_steps=5)
+    pipe.set_progress_bar_config(disable=True)
     calls = []
     forward = pipe.unet.forward
 
