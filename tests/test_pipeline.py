@@ -159,6 +159,7 @@ def test_learned_variance_under_samplers_that_use_none(channels, name):
         else:
             pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
         samples.append(pipe(2, 4, generator=seeds(1, 2), output_type="pt").images)
+        assert GaussianScheduler.from_config(pipe.scheduler.config).config.variance_type == variance
     assert samples[0].shape == (2, channels, 8, 8)
     torch.testing.assert_close(*samples)
 
