@@ -251,8 +251,17 @@ class _SamplingPipeline(DiffusionPipeline):
         return upload_folder(
             repo_id=repo_id, folder_path=folder, token=token, create_pr=create_pr,
             commit_message=commit_message or f"Upload {type(self).__name__}",
+            allow_patterns=self._parts_of(Path(folder)),
             ignore_patterns=["README.md"] if card_to_keep(repo_id, token=token) else None,
         )  # fmt: skip
+
+    def _parts_of(self, folder: Path) -> list[str]:
+        """Names of the files that the saved pipeline consists of: what else lies in its folder is not uploaded."""
+        kinds = ("*config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+        patterns = [self.config_name, "README.md", "pipeline_ddpm_hf_*.py"]
+        patterns += [f"{name}/{kind}" for name in self.components for kind in (*kinds, "*_ddpm_hf_*.py")]
+        files = [path for pattern in patterns for path in folder.glob(pattern) if not path.is_symlink()]
+        return [path.relative_to(folder).as_posix() for path in files]
 
     def _carry_code(self, folder: Path) -> None:
         """Put the code of our classes beside what was saved, name it in model_index.json, and take paths out."""

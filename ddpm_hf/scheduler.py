@@ -433,6 +433,8 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
     def _own_config(cls, config: dict, kwargs: dict) -> tuple:
         """Published values that follow from others give way where the others are changed."""
         carried = "_gaussian" in config
+        if config.get("variance_type", "") is None:  # the fast sampler's; the model's is in `_gaussian`
+            config.pop("variance_type")
         config = {**config.pop("_gaussian", {}), **config}
         if carried and config.get("trained_betas") is None and config.get("beta_schedule") != "trained":
             config["trained_betas"] = _stock_betas(config)  # a stock scheduler's options were changed meanwhile

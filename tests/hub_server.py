@@ -26,7 +26,7 @@ class Repo:
         self.commits = {}  # sha -> {path: sha256}
         self.messages = {}
         self.branches = {"main": self.add({}, "initial commit")}
-        self.pull_requests, self.authors = 0, {}
+        self.pull_requests, self.authors, self.titles = 0, {}, {}
 
     def add(self, tree: dict, message: str) -> str:
         sha = hashlib.sha1(json.dumps([tree, message, len(self.commits)]).encode()).hexdigest()
@@ -46,7 +46,8 @@ class Hub:
         self.lock = threading.RLock()
 
     def fail_next(self, method: str, path: str, how="cut", times: int = 1) -> None:
-        """Break the next `times` requests whose path matches: "cut" the connection, or a status."""
+        """Break the next `times` requests whose path matches: "cut" the connection, a status, or "lost": the request
+        is done, but its answer does not arrive."""
         self.faults += [(method, path, how)] * times
 
     def files(self, repo_id: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
@@ -115,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _serve(self):
         path = urlsplit(self.path).path
-        body = b""
+        body, fault = b"", None
         try:
             with self.hub.lock:
                 fault = next((f for f in self.hub.faults if f[0] == self.command and re.search(f[1], path)), None)
@@ -129,12 +130,17 @@ class Handler(BaseHTTPRequestHandler):
                 self.connection.close()
                 return
             body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
-            if fault:
+            if fault and fault[2] != "lost":
                 raise Answer(fault[2], {"error": "out of order"})
             with self.hub.lock:
                 self._route(path, body)
             raise AssertionError(f"no answer to {self.command} {path}")
         except Answer as answer:
+            if fault and fault[2] == "lost":
+                self.hub.requests.append((self.command, path, "lost"))
+                self.close_connection = True
+                self.connection.close()
+                return
             self.hub.requests.append((self.command, path, answer.status))
             self.send_response(answer.status)
             headers = {"Content-Length": str(len(answer.body)), "Content-Type": "application/json", **answer.headers}
@@ -292,10 +298,21 @@ class Handler(BaseHTTPRequestHandler):
             repo.pull_requests += 1
             repo.branches[f"refs/pr/{repo.pull_requests}"] = sha
             repo.authors[f"refs/pr/{repo.pull_requests}"] = user
+            repo.titles[repo.pull_requests] = message
             done["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{repo.pull_requests}"
         else:
             repo.branches[unquote(revision)] = sha
         raise Answer(200, done)
+
+    def _discussions(self, kind, repo_id):
+        repo = self._repo(kind, repo_id)
+        found = [
+            {"title": title, "num": number, "author": {"name": repo.authors[f"refs/pr/{number}"][0]}, "status": "open",
+             "createdAt": "2026-01-01T00:00:00.000Z", "isPullRequest": True,
+             "repo": {"name": repo_id, "type": kind[:-1]}}
+            for number, title in sorted(repo.titles.items(), reverse=True)
+        ]  # fmt: skip
+        raise Answer(200, {"discussions": found, "count": len(found), "start": 0})
 
     def _info(self, kind, repo_id, revision):
         repo = self._repo(kind, repo_id)
@@ -334,6 +351,7 @@ ROUTES = [
     ("POST", KIND + REPO + r"/preupload/(.+)", Handler._preupload),
     ("POST", KIND + REPO + r"/commit/(.+)", Handler._commit),
     ("GET", KIND + REPO + r"/tree/([^/]+)(/.*|)", Handler._tree),
+    ("GET", KIND + REPO + r"/discussions", Handler._discussions),
     ("GET", KIND + REPO + r"(?:/revision/(.+)|)", Handler._info),
     ("POST", r"/(.+)\.git/info/lfs/objects/batch", Handler._batch),
     ("PUT", r"/lfs/([0-9a-f]{64})", Handler._put),

@@ -456,6 +456,12 @@ def test_changing_the_schedule_of_a_configuration():
     changed = GaussianScheduler.from_config(config, beta_schedule="linear")
     assert changed.config.trained_betas == linear_betas(1000).tolist()
     assert len(GaussianScheduler.from_config(config, num_train_timesteps=50)) == 50
+    # explicit betas stay where only their rescaling is asked for, and where nothing is changed
+    explicit = GaussianScheduler(trained_betas=[0.1, 0.2, 0.9], prediction_type="sample")
+    same = GaussianScheduler.from_config(explicit.config, num_train_timesteps=3)
+    assert same.config.trained_betas == [0.1, 0.2, 0.9]
+    rescaled = GaussianScheduler.from_config(explicit.config, rescale_betas_zero_snr=True)
+    assert rescaled.alphas_cumprod[0] == pytest.approx(0.9) and rescaled.config.trained_betas[-1] == 1
     unclipped = GaussianScheduler.from_config(config, clip_sample=False)
     x0 = torch.full((1, 1), 3.0)
     assert torch.equal(unclipped.clip_x0(x0), x0)

@@ -39,22 +39,34 @@ def printable(text: str) -> str:
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Any picture as 8-bit "L", "RGB" or "RGBA": upright by EXIF, 16 bits scaled to 8, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
+    """Any upright picture as 8-bit "L", "RGB" or "RGBA": 16 bits scaled to 8, transparency laid on white."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
+        values = np.asarray(image)
         limit = 65535.0 if image.mode.startswith("I") else 1.0
         if not (values.min() >= 0 and values.max() <= limit):  # also NaN
             raise ValueError(
                 f"values of a picture of mode {image.mode} must lie in [0, {limit:g}]; "
                 f"got {values.min():g} to {values.max():g}"
             )
-        image = Image.fromarray((values * (255 / limit)).round().astype(np.uint8))
+        levels = np.empty(values.shape, np.uint8)
+        for start in range(0, len(values), 64):  # rows in float64 take eight times the memory of their grey levels
+            rows = slice(start, start + 64)
+            levels[rows] = (values[rows].astype(np.float64) * (255 / limit)).round()
+        image = Image.fromarray(levels)
     if image.has_transparency_data and mode != "RGBA":
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        return _on_white(image, mode)
     return image if image.mode == mode else image.convert(mode)
+
+
+def _on_white(image: Image.Image, mode: str) -> Image.Image:
+    """The picture as `mode`, its transparency laid on white; in bands, so that a big one needs no further copies."""
+    result = Image.new(mode, image.size)
+    for top in range(0, image.height, 64):
+        box = (0, top, image.width, min(top + 64, image.height))
+        part = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", part.size, "white")
+        result.paste(Image.alpha_composite(white, part).convert(mode), box)
+    return result
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
@@ -94,7 +106,7 @@ def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Im
             array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
             image = to_mode(Image.fromarray(array.astype(np.uint8)), mode)
         elif isinstance(source, Image.Image):
-            image = to_mode(source, mode)
+            image = to_mode(ImageOps.exif_transpose(source), mode)
         else:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
                 if file.format == "EPS":
@@ -102,6 +114,7 @@ def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Im
                 # JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves twice the pixels asked for (as Pillow's own
                 # thumbnails); both sides may be swapped by EXIF
                 file.draft(None, (2 * max(height, width),) * 2)
+                ImageOps.exif_transpose(file, in_place=True)  # another copy of a big picture would be gigabytes
                 image = to_mode(file, mode)
     except Exception as error:  # decoders of damaged files raise any kind: struct.error, IndexError, RuntimeError, ...
         message = f"cannot read the picture {name}: {error or type(error).__name__}"

@@ -67,7 +67,11 @@ class Parts:
         self.scheduler = self._json("scheduler/scheduler_config.json")
         self.training = self._json("training.json", {})
         self.evaluation = self._json("evaluation.json", [])
-        name = self.index["_class_name"]
+        name = self.index.get("_class_name")
+        if not (isinstance(name, str) or (isinstance(name, list) and name and isinstance(name[-1], str))):
+            raise ValueError(
+                f"{self.folder / 'model_index.json'}: _class_name must be the name of a class, got {name!r}"
+            )
         self.kind = name[-1] if isinstance(name, list) else name.split(".")[-1]
         self.is_image = self.kind != "DDPMPipeline1D"
         self.parameters = self._count_parameters()

@@ -5,6 +5,7 @@ A commit has all files or none, so a repo never holds half a pipeline.
 
 import contextlib
 import fnmatch
+import hashlib
 import inspect
 import json
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 
 import yaml
@@ -22,13 +24,24 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+<<<<<<< HEAD:ddpm_hf/hub/publish.py
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.hub.card import card_text
 from ddpm_hf.pipeline import DDPMPipeline, DDPMPipeline1D, card_to_keep, is_own_card
 from ddpm_hf.run.checkpoint import ASIDE, list_checkpoints, write_text
 from ddpm_hf.run.record import public_options
+=======
+from ddpm_hf.hub.card import card_text
+from ddpm_hf.run.checkpoint import ASIDE, CHECKSUMS, damage, list_checkpoints, write_text
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.contents import pipeline_files
+from ddpm_hf.pipeline import DDPMPipeline, DDPMPipeline1D, card_to_keep, is_own_card
+from ddpm_hf.reading import is_whole, read_json, read_mapping
+from ddpm_hf.run.record import public_options
+>>>>>>> main:ddpm_hf/hub.py
 
 RETRY_AFTER = (2, 10, 60)  # seconds
 # Of an earlier upload, where this one has no file of that name: code of another version, shards of other sizes.
@@ -113,7 +126,9 @@ def _as_value_error(text: str):
 
 
 def publish(folder: Path, target: Target, message: str, run: Path | None = None) -> dict:
-    """One commit with all files of a saved pipeline, its card made anew; one that someone has edited is kept.
+    """Make one commit with the files of a saved pipeline, its card made anew; one that someone has edited is kept.
+
+    With `create_pr`, an open pull request that holds these files already is taken for this upload.
 
     Args:
         folder: of the pipeline.
@@ -122,19 +137,23 @@ def publish(folder: Path, target: Target, message: str, run: Path | None = None)
         run: the run folder whose training state (options, metrics, newest checkpoint) is uploaded too.
 
     Returns:
-        repo_id, commit (its SHA), url, and `pull_request` ("refs/pr/N", or None).
+        repo_id, commit (its SHA), url, `pull_request` ("refs/pr/N", or None), and `left_out`, the names of what lies in
+        the folder and does not belong to a pipeline.
 
     Raises:
         ValueError: the folder is not a saved pipeline, or damaged.
     """
     folder, api = Path(folder), HfApi()
     card = card_text(folder, target.repo_id, target.licence)
-    files = {str(f.relative_to(folder).as_posix()): f for f in sorted(folder.rglob("*")) if f.is_file()}
+    files: dict[str, Path | bytes]
+    files, left_out = pipeline_files(folder, card)
     if run is not None:
         files |= _training_state(run)
     files["README.md"] = card.encode()
     if is_own_card(card) and card_to_keep(target.repo_id, target.revision):
         del files["README.md"]
+    if target.create_pr and (earlier := _open_pull_request(api, target.repo_id, message, files)):
+        return {**earlier, "left_out": left_out}
     present = api.list_repo_files(target.repo_id, revision=target.revision)
     operations = [CommitOperationAdd(name, str(f) if isinstance(f, Path) else f) for name, f in files.items()]
     operations += [
@@ -146,7 +165,38 @@ def publish(folder: Path, target: Target, message: str, run: Path | None = None)
         target.repo_id, operations, commit_message=message, revision=target.revision, create_pr=target.create_pr
     )
     return {"repo_id": target.repo_id, "commit": done.oid, "url": done.pr_url or done.commit_url,
-            "pull_request": done.pr_revision}  # fmt: skip
+            "pull_request": done.pr_revision, "left_out": left_out}  # fmt: skip
+
+
+def _open_pull_request(api: HfApi, repo_id: str, message: str, files: dict[str, Path | bytes]) -> dict | None:
+    """Return the open pull request that holds these files already: its commit arrived, but the answer did not.
+
+    The newest 50 with that title are compared, file by file, by the digests that the Hub has of them.
+    """
+    try:
+        requests = api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
+        candidates = list(islice((request for request in requests if request.title == message), 50))
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (403, 404):  # a repo without discussions
+            return None
+        raise
+    for request in candidates:
+        tree = api.list_repo_tree(repo_id, recursive=True, revision=request.git_reference)
+        present = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        if all(name in present and _same_file(present[name], file) for name, file in files.items()):
+            info = api.model_info(repo_id, revision=request.git_reference)
+            return {"repo_id": repo_id, "commit": info.sha, "url": request.url, "pull_request": request.git_reference}
+    return None
+
+
+def _same_file(entry: RepoFile, file: Path | bytes) -> bool:
+    size = len(file) if isinstance(file, bytes) else file.stat().st_size
+    if entry.size != size:
+        return False
+    data = file if isinstance(file, bytes) else file.read_bytes()
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == hashlib.sha256(data).hexdigest()
+    return entry.blob_id == hashlib.sha1(b"blob %d\0" % size + data).hexdigest()  # as Git names contents
 
 
 def _training_state(run: Path) -> dict[str, Path | bytes]:
@@ -154,13 +204,17 @@ def _training_state(run: Path) -> dict[str, Path | bytes]:
     checkpoints = [path for _, path in list_checkpoints(run / "checkpoints")]
     if not checkpoints or not (run / "config.yaml").exists():
         raise ValueError(f"the training state is that of a run folder with a checkpoint, which {run} is not")
-    options = public_options(yaml.safe_load((run / "config.yaml").read_text()))
+    options = public_options(read_mapping(run / "config.yaml"))
     files: dict[str, Path | bytes] = {"training_state/config.yaml": yaml.safe_dump(options, sort_keys=False).encode()}
     if (run / "metrics.jsonl").exists():
         files["training_state/metrics.jsonl"] = run / "metrics.jsonl"
-    for file in checkpoints[-1].rglob("*"):
-        if file.is_file():
-            files[f"training_state/checkpoints/{file.relative_to(checkpoints[-1].parent).as_posix()}"] = file
+    if wrong := damage(checkpoints[-1]):
+        raise ValueError(f"the checkpoint {checkpoints[-1]} is damaged, so it is not published: {wrong}")
+    for name in (*read_json(checkpoints[-1] / CHECKSUMS), CHECKSUMS):
+        file = checkpoints[-1] / name
+        if not file.resolve().is_relative_to(checkpoints[-1].resolve()):
+            raise ValueError(f"{file} must be a file of the checkpoint, but lies outside of its folder")
+        files[f"training_state/checkpoints/{file.relative_to(checkpoints[-1].parent).as_posix()}"] = file
     return files
 
 
@@ -168,7 +222,11 @@ def publish_with_patience(*arguments, say: Callable[[str], None] = print, **opti
     """`publish`, tried again after RETRY_AFTER where the connection or the server failed."""
     for wait in (*RETRY_AFTER, None):
         try:
-            return publish(*arguments, **options)
+            done = publish(*arguments, **options)
+            if others := done.pop("left_out"):
+                more = f" and {len(others) - 10} more" if len(others) > 10 else ""
+                say(f"not uploaded, as no part of a pipeline: {', '.join(map(repr, others[:10]))}{more}")
+            return done
         except Exception as error:
             if wait is None or not _may_pass(error):
                 raise
@@ -200,7 +258,7 @@ def load_pipeline(place: str) -> DDPMPipeline | DDPMPipeline1D:
         kind = DiffusionPipeline.load_config(place)["_class_name"]
         kind = (kind[1] if isinstance(kind, list) else kind).split(".")[-1]
         return {"DDPMPipeline1D": DDPMPipeline1D}.get(kind, DDPMPipeline).from_pretrained(place)
-    except (OSError, KeyError, ValueError) as error:
+    except Exception as error:  # files of another form: libraries then raise TypeError, AttributeError and others
         raise ValueError(f"the pipeline {place!r} cannot be loaded: {error}") from error
 
 
@@ -290,10 +348,12 @@ class Publisher:
 
     def _noted(self) -> dict | None:
         try:
-            noted = json.loads(self.note.read_text())
-            return noted if noted["target"] == self._identity() else None
-        except (OSError, ValueError, KeyError, TypeError):
+            noted = read_json(self.note)
+        except ValueError:
             return None
+        request = noted.get("pull_request")
+        whole = is_whole(noted.get("step")) and (request is None or isinstance(request, str))
+        return {**noted, "pull_request": request} if whole and noted.get("target") == self._identity() else None
 
     def _identity(self) -> list:
         return [self.target.repo_id, self.target.revision, self.target.create_pr]
@@ -325,10 +385,11 @@ class Publisher:
             except OSError:  # a file system without links
                 shutil.copy2(source, target)
 
-        shutil.copytree(self.run / "pipeline", place / "pipeline", copy_function=link)
+        # links of someone's stay links: where they lead is not published
+        shutil.copytree(self.run / "pipeline", place / "pipeline", symlinks=True, copy_function=link)
         if self.with_state:
             newest = list_checkpoints(self.run / "checkpoints")[-1][1]
-            shutil.copytree(newest, place / "checkpoints" / newest.name, copy_function=link)
+            shutil.copytree(newest, place / "checkpoints" / newest.name, symlinks=True, copy_function=link)
             for name in ("config.yaml", "metrics.jsonl"):  # metrics.jsonl grows: a copy
                 shutil.copy2(self.run / name, place / name)
 

@@ -3,6 +3,7 @@
 import os
 import struct
 import subprocess
+import tracemalloc
 import warnings
 import zlib
 
@@ -65,6 +66,19 @@ def test_sixteen_bits_are_scaled(tmp_path):
     np.testing.assert_array_equal(((x[0] + 1) * 127.5).round(), [[0, 255], [128, 1]])
 
 
+def test_sixteen_bits_need_little_memory_beside_the_picture(tmp_path):
+    """2,000 x 2,000 of 16 bits are 8 MB and their grey levels 4; in float64 they were 32, several times."""
+    values = np.random.default_rng(0).integers(0, 65536, (2000, 2000)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png", compress_level=1)
+    data = image_folder(str(tmp_path), (2000, 2000), 1)
+    tracemalloc.start()
+    array = data._decoded(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6
+    np.testing.assert_array_equal(array[..., 0], (values * (255 / 65535)).round())
+
+
 def test_exif_orientation_is_honoured(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
@@ -80,6 +94,17 @@ def test_transparency_is_laid_on_white(tmp_path):
     x = (image_folder(str(tmp_path), (2, 2))[0] + 1) * 127.5
     assert x[:, 0, 0].round().tolist() == [10, 20, 30] and (x[:, 1, 1] == 255).all()
     assert image_folder(str(tmp_path), (2, 2), 4)[0][3].tolist() == [[1, -1], [-1, -1]]
+
+
+def test_transparency_of_tall_pictures(tmp_path):
+    """Pictures are laid on white in bands: as in one piece."""
+    rgba = np.random.default_rng(0).integers(0, 256, (150, 7, 4), dtype=np.uint8)
+    image = Image.fromarray(rgba)
+    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image.save(tmp_path / "x.png")
+    for channels, mode in ((1, "L"), (3, "RGB")):
+        array = image_folder(str(tmp_path), (150, 7), channels)._decoded(0)
+        np.testing.assert_array_equal(array.squeeze(), np.asarray(white.convert(mode)))
 
 
 def test_aspect_is_kept():

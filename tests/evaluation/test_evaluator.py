@@ -539,6 +539,10 @@ def test_the_program(sequences, capsys):
         ("--pipeline=.", "the pipeline '.' cannot be loaded"),
         ("--metrics=fid", "metrics of sequences are"),
         ("--data=", "--data must be given"),
+        ("--feature_network=pixels", "--feature_network applies to images; got 'pixels' for sequences"),
+        ("--eval_cache_dir=x", "--eval_cache_dir applies to images"),
+        ("--image_column=image", "image_column applies to tables of images"),
+        ("--on_bad_image=skip", "on_bad_image applies to images"),
     ],
 )
 def test_what_the_program_refuses(option, message, sequences, capsys):

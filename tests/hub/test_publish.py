@@ -14,9 +14,16 @@ from hub_server import serving, validate_card
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipeline
+<<<<<<< HEAD:tests/hub/test_publish.py
 from ddpm_hf.hub import publish as hub_module
 from ddpm_hf.hub.card import card_text
 from ddpm_hf.hub.publish import Publisher, Target
+=======
+from ddpm_hf import hub as hub_module
+from ddpm_hf.hub.card import card_text
+from ddpm_hf.contents import pipeline_files
+from ddpm_hf.hub.publish import Publisher, Target
+>>>>>>> main:tests/test_hub.py
 
 TRAIN = ROOT / "training" / "train.py"
 OPTIONS = [f"--{name}={value}" for name, value in CARD_RUN.items() if not isinstance(value, list)]
@@ -281,6 +288,68 @@ def test_a_pull_request_is_one_a_run(hub, session, tmp_path):
     assert noted["pull_request"] == "refs/pr/1" and noted["step"] == 4
     assert "training.json" not in hub.files("alice/digits") and repo.pull_requests == 1
     assert json.loads(hub.files("alice/digits", "refs/pr/1")["training.json"])["steps"] == 4
+
+
+def test_a_pull_request_whose_answer_is_lost_is_opened_once(hub, session, tmp_path):
+    """The retry finds it by its files, and so does the same command later; other files open another one."""
+    for name in ("main", "first", "second"):
+        make("images").save_pretrained(tmp_path / name)
+        (tmp_path / name / "LICENSE.md").write_text(name)
+    publish = [["hf_bob", PUBLISH, name, *TO_DIGITS, "--create_pr"] for name in ("first", "first", "second")]
+    hub.fail_next("POST", "/commit/refs|/commit/main", how="lost")
+    hub.faults *= 2  # the first commit is to the main branch
+    results = session(["hf_alice", PUBLISH, "main", *TO_DIGITS], *publish)
+    assert [status for status, _ in results] == [0] * 4, results
+    said = [next(line for line in text.splitlines() if line.startswith("published: ")) for _, text in results]
+    assert "tried again" in results[1][1] and said[1] == said[2] and said[1].endswith("/discussions/1")
+    repo = hub.repos["models", "alice/digits"]
+    assert repo.titles == dict.fromkeys((1, 2), "Upload pipeline") and said[3].endswith("/discussions/2")
+    assert [hub.files("alice/digits", f"refs/pr/{i}")["LICENSE.md"] for i in (1, 2)] == [b"first", b"second"]
+
+
+def test_what_a_pipeline_does_not_consist_of_is_not_uploaded(hub, session, tmp_path):
+    """From the program and from Python; and it is said."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    folder = tmp_path / "saved"
+    make("images").save_pretrained(folder)
+    others = [".env", ".git/config", "notes.txt", "unet/.env", "unet/optimizer.pt", "unet/old/config.json", "photo.png",
+              "script.py", "logs/events"]  # fmt: skip
+    for name in others:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("secret")
+    for name in ("loss.png", "LICENSE", "link.txt"):
+        (folder / name).symlink_to(secret)
+    (folder / "linked").symlink_to(tmp_path)
+    (folder / "LICENSE.md").write_text("MIT")
+    push = (
+        "from ddpm_hf import DDPMPipeline as P;"
+        "P.from_pretrained('saved').save_pretrained('saved', push_to_hub=True, repo_id='alice/two')"
+    )
+    (status, said), second = session(["hf_alice", PUBLISH, "saved", *TO_DIGITS], ["hf_alice", push])
+    assert status == 0 and second[0] == 0, (said, second)
+    assert "not uploaded, as no part of a pipeline: '.env', '.git/'" in said and "and 3 more" in said
+    for name in ("alice/digits", "alice/two"):
+        files = hub.files(name)
+        assert not [path for path, data in files.items() if data == b"secret"]
+        assert {"model_index.json", "README.md", "unet/config.json", "scheduler/scheduler_config.json",
+                "unet/diffusion_pytorch_model.safetensors"} <= set(files)  # fmt: skip
+    assert "LICENSE.md" in hub.files("alice/digits")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(tmp_path / "weights")
+    weights.symlink_to(tmp_path / "weights")
+    with pytest.raises(ValueError, match="must be a file of the folder, but is a link to .*weights"):
+        pipeline_files(folder)
+
+
+def test_a_note_of_another_form_does_not_stop_publishing(tmp_path):
+    publisher = Publisher(tmp_path, Target("alice/x"), False)
+    good = {"step": 3, "target": ["alice/x", None, False], "pull_request": None}
+    publisher.note.write_text(json.dumps(good))
+    assert publisher.published_step() == 3
+    for wrong in ([], None, {**good, "step": "3"}, {**good, "pull_request": 1}, {**good, "target": {}}):
+        publisher.note.write_text(json.dumps(wrong))
+        assert publisher.published_step() is None
 
 
 def test_an_edited_card_stays(hub, session, tmp_path):

@@ -11,9 +11,16 @@ import torch
 import yaml
 from helpers import config, metrics, state
 
+<<<<<<< HEAD:tests/run/test_damaged_runs.py
 from ddpm_hf import DDPMPipeline, train
 from ddpm_hf.run import checkpoint, record
 from ddpm_hf.trainer.loop import Trainer, TrainingError
+=======
+from ddpm_hf import DDPMPipeline, checkpoint, record, train
+from ddpm_hf.hub.card import card_text
+from ddpm_hf.hub import load_pipeline
+from ddpm_hf.trainer.loop import Trainer, TrainingError
+>>>>>>> main:tests/test_damaged_runs.py
 
 OPTIONS = {"max_train_steps": 2, "checkpointing_steps": 1}
 
@@ -279,3 +286,18 @@ def test_each_value_of_the_options_of_another_form(trained):
                     trainer._check_folder()
     finally:
         file.write_bytes(before)
+
+
+def test_each_value_of_a_saved_index_of_another_form(run):
+    """The pipeline and its card are made, or a ValueError names the folder."""
+    folder = run / "pipeline"
+    file = folder / "model_index.json"
+    document = json.loads(file.read_text())
+    for path in leaves(document):
+        for value in (None, [], "x", {}):
+            file.write_text(json.dumps(replaced(document, path, value)))
+            for call in (lambda: card_text(folder), lambda: load_pipeline(str(folder))):
+                try:
+                    call()
+                except ValueError as error:
+                    assert str(folder) in str(error)

@@ -1,0 +1,56 @@
+"""Files that a saved pipeline consists of: these are published, and other files of its folder are not."""
+
+import fnmatch
+from pathlib import Path
+
+from ddpm_hf.reading import read_json
+
+# Beside model_index.json; and in the folder of each component that it names.
+ROOT_FILES = ("model_index.json", "README.md", "LICENSE*", "training.json", "evaluation.json", "samples.png",
+              "loss.png", "steps-versus-metric.png", "pipeline_ddpm_hf_*.py")  # fmt: skip
+COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetensors.index.json", "*_ddpm_hf_*.py")
+PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg")
+
+
+def pipeline_files(folder: Path, card: str = "") -> tuple[dict[str, Path], list[str]]:
+    """Return the files of a saved pipeline by their names in the folder, and the names of what else lies there.
+
+    Args:
+        folder: the folder of the pipeline.
+        card: text of the model card; pictures that it names belong to the pipeline too.
+
+    Raises:
+        ValueError: model_index.json cannot be read, or a file of a component is a link out of the folder.
+    """
+    index = read_json(folder / "model_index.json")
+    components = {name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    files, others = {}, []
+    for path in sorted(folder.iterdir()):
+        if path.name in components and path.is_dir():
+            for inner in sorted(path.iterdir()):
+                name = f"{path.name}/{inner.name}"
+                if not (inner.is_file() and _fits(inner.name, COMPONENT_FILES)):
+                    others.append(name)
+                elif not _inside(inner, folder):
+                    raise ValueError(
+                        f"{folder / name} must be a file of the folder, but is a link to {inner.resolve()}"
+                    )
+                else:
+                    files[name] = inner
+        elif (
+            path.is_file()
+            and _inside(path, folder)
+            and (_fits(path.name, ROOT_FILES) or (_fits(path.name, PICTURES) and path.name in card))
+        ):
+            files[path.name] = path
+        else:
+            others.append(path.name + ("/" if path.is_dir() else ""))
+    return files, others
+
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return not name.startswith(".") and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
