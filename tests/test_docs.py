@@ -1,6 +1,6 @@
-<<<<<<< HEAD
 """The pages do what they say: their Python runs, their commands are accepted, their links lead somewhere."""
 
+import dataclasses
 import re
 import shlex
 
@@ -85,23 +85,11 @@ def test_public_names_have_docstrings():
     for name in ddpm_hf.__all__:
         if name != "__version__":
             assert len(getattr(ddpm_hf, name).__doc__.split()) > 3, name
-=======
-"""What the pages of docs/ say: code blocks that run, options that exist."""
-
-import dataclasses
-import re
-from pathlib import Path
-
-import torch
-
-from ddpm_hf import DDPMPipeline, TrainConfig
-
-DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_the_own_training_loop(tmp_path, capsys):
     """The code of the page, shortened and with a smaller model: the loss falls, the pipeline loads and samples."""
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "own_loop.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_loop.md").read_text(encoding="utf-8"), re.DOTALL)
     for line, quick in (
         ("EPOCHS = 40", "EPOCHS = 3"),
         ('OUTPUT = "runs/own-loop"', f"OUTPUT = {str(tmp_path)!r}"),
@@ -125,11 +113,10 @@ def test_the_own_training_loop(tmp_path, capsys):
 
 
 def test_the_options_that_moving_names_exist():
-    text = (DOCS / "moving.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "moving.md").read_text(encoding="utf-8")
     assert "not yet" not in text
     known = {field.name for field in dataclasses.fields(TrainConfig)}
-    source = (Path(__file__).parents[1] / "training" / "convert.py").read_text(encoding="utf-8")
+    source = (ROOT / "ddpm_hf" / "commands" / "convert.py").read_text(encoding="utf-8")
     known |= set(re.findall(r'"--(\w+)"', source))
     named = set(re.findall(r"--(\w+)", text))
     assert len(named) > 30 and named - known - {"no_auto_normalize"} == set()
->>>>>>> main

@@ -205,6 +205,24 @@ def trained_mirrored(config: EvaluateConfig) -> bool:
     return options.get("random_flip") is True if config.random_flip is None else config.random_flip
 
 
+def check_scope(config: EvaluateConfig, is_image: bool) -> None:
+    """Check that the options of features, and of mirrored images, are given where they have an effect; those of the
+    data are checked where it is opened.
+
+    Raises:
+        ValueError: one was given that has none.
+    """
+    given = [f.name for f in fields(config) if getattr(config, f.name) != f.default]
+    for name in ("feature_network", "feature_resolution", "eval_cache_dir", "random_flip"):
+        if name in given and not is_image:
+            raise ValueError(f"--{name} applies to images; got {getattr(config, name)!r} for sequences: leave it out")
+    if "feature_resolution" in given and config.feature_network in ("inception", "pixels"):
+        raise ValueError(
+            f"--feature_resolution applies to a TorchScript --feature_network; got {config.feature_resolution} with "
+            f"{config.feature_network!r}: leave it out"
+        )
+
+
 def evaluate(config: EvaluateConfig) -> list[dict]:
     """All records of this evaluation, one a metric and number of steps.
 
@@ -222,6 +240,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     if run and config.stride is None:
         config = replace(config, stride=run["options"].get("stride"))
     dataset, shape = real_data(config, pipeline)
+    check_scope(config, is_image=len(shape) == 3)
     dataset, held_out = split(config, run, dataset)
     if held_out is not None and not isinstance(own, GaussianScheduler):
         raise ValueError(f"the held-out loss needs a pipeline with a GaussianScheduler, got {type(own).__name__}")

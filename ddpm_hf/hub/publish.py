@@ -27,21 +27,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-<<<<<<< HEAD:ddpm_hf/hub/publish.py
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.hub.card import card_text
-from ddpm_hf.pipeline import DDPMPipeline, DDPMPipeline1D, card_to_keep, is_own_card
-from ddpm_hf.run.checkpoint import ASIDE, list_checkpoints, write_text
-from ddpm_hf.run.record import public_options
-=======
-from ddpm_hf.hub.card import card_text
-from ddpm_hf.run.checkpoint import ASIDE, CHECKSUMS, damage, list_checkpoints, write_text
-from ddpm_hf.config import TrainConfig
-from ddpm_hf.contents import pipeline_files
+from ddpm_hf.hub.contents import pipeline_files
 from ddpm_hf.pipeline import DDPMPipeline, DDPMPipeline1D, card_to_keep, is_own_card
 from ddpm_hf.reading import is_whole, read_json, read_mapping
+from ddpm_hf.run.checkpoint import ASIDE, CHECKSUMS, damage, list_checkpoints, write_text
 from ddpm_hf.run.record import public_options
->>>>>>> main:ddpm_hf/hub.py
 
 RETRY_AFTER = (2, 10, 60)  # seconds
 # Of an earlier upload, where this one has no file of that name: code of another version, shards of other sizes.

@@ -14,16 +14,10 @@ from hub_server import serving, validate_card
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipeline
-<<<<<<< HEAD:tests/hub/test_publish.py
 from ddpm_hf.hub import publish as hub_module
 from ddpm_hf.hub.card import card_text
+from ddpm_hf.hub.contents import pipeline_files
 from ddpm_hf.hub.publish import Publisher, Target
-=======
-from ddpm_hf import hub as hub_module
-from ddpm_hf.hub.card import card_text
-from ddpm_hf.contents import pipeline_files
-from ddpm_hf.hub.publish import Publisher, Target
->>>>>>> main:tests/test_hub.py
 
 TRAIN = ROOT / "training" / "train.py"
 OPTIONS = [f"--{name}={value}" for name, value in CARD_RUN.items() if not isinstance(value, list)]

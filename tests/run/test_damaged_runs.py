@@ -11,16 +11,11 @@ import torch
 import yaml
 from helpers import config, metrics, state
 
-<<<<<<< HEAD:tests/run/test_damaged_runs.py
 from ddpm_hf import DDPMPipeline, train
+from ddpm_hf.hub.card import card_text
+from ddpm_hf.hub.publish import load_pipeline
 from ddpm_hf.run import checkpoint, record
 from ddpm_hf.trainer.loop import Trainer, TrainingError
-=======
-from ddpm_hf import DDPMPipeline, checkpoint, record, train
-from ddpm_hf.hub.card import card_text
-from ddpm_hf.hub import load_pipeline
-from ddpm_hf.trainer.loop import Trainer, TrainingError
->>>>>>> main:tests/test_damaged_runs.py
 
 OPTIONS = {"max_train_steps": 2, "checkpointing_steps": 1}
 
