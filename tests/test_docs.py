@@ -40,10 +40,12 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "own_loop.md"], ids=lambda page: page.name)
 def test_python_of_the_pages_runs(page, work):
     document = Sybil([PythonCodeBlockParser()]).parse(page)
+    # what a page takes as given
     document.namespace["my_dataset"] = [torch.zeros(3, 8, 8)] * 4
+    document.namespace["pipe"] = DDPMPipeline.from_pretrained("runs/digits/pipeline")
     for example in document.examples():
         example.evaluate()
 
