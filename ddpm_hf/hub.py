@@ -43,10 +43,10 @@ STALE = ("pipeline_ddpm_hf_*.py", "*/*_ddpm_hf_*.py", "*/*-?????-of-?????.safete
 SPACE_APP = '''"""The page of {repo_id}, with the code that lies in that repo."""
 
 from diffusers import DiffusionPipeline
-from page import build_page
+from page import build_page, serve
 
 if __name__ == "__main__":
-    build_page(DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True), "{title}").launch()
+    serve(build_page(DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True), "{title}"))
 '''
 
 

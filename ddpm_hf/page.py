@@ -21,6 +21,10 @@ FAST = "fast (DPM-Solver++; 5 to 20 steps are enough)"
 STOCK = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
          "DEISMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler")  # fmt: skip
 MOST_SAMPLES, MOST_POINTS = 64, 16
+MOST_WORK = 16_000  # samples x steps of one click
+MOST_BYTES = 50_000_000  # of the frames that are kept of one click, for each visitor
+UPLOAD = "1mb"  # largest file that may be sent: the page asks for none, but gradio's server takes them
+CLEAN_EVERY, CLEAN_AFTER = 600, 3600  # seconds: files of gradio's, pictures and uploads, are removed
 LARGEST_SEED = 2**32 - 1
 WIDTH = 768  # pixels of a picture on the page, about
 
@@ -52,6 +56,30 @@ def between(a: torch.Tensor, b: torch.Tensor, points: int) -> torch.Tensor:
     angle = torch.arccos(cosine)
     weights = torch.linspace(0, 1, points, dtype=a.dtype).view(-1, *(1,) * a.ndim)
     return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+
+
+class Frames:
+    """Keep what samples look like on their way from noise, as many frames, evenly, as `MOST_BYTES` hold (at least two).
+
+    A callback of the pipeline's steps. `kept`: arrays (N, ...), of 8 bits for images; `total`: the sampler's steps.
+    """
+
+    def __init__(self, page, latents: torch.Tensor):
+        self.page, self.latents, self.kept, self.total = page, latents, [], 0
+
+    def __call__(self, pipe, step: int, timestep, tensors: dict) -> dict:
+        if step == 0:
+            self.total = len(pipe.scheduler.timesteps)
+            self._keep(self.latents * pipe.scheduler.init_noise_sigma)
+            most = max(2, MOST_BYTES // self.kept[0].nbytes)
+            self.chosen = set(np.linspace(0, self.total, min(most, self.total + 1)).round().astype(int).tolist())
+        if step + 1 in self.chosen:
+            self._keep(tensors["latents"])
+        return {}
+
+    def _keep(self, x: torch.Tensor) -> None:
+        frame = self.page.pipe._decode(x, "np")
+        self.kept.append((frame * 255).round().astype(np.uint8) if self.page.is_image else frame)
 
 
 class Page:
@@ -103,21 +131,29 @@ class Page:
     # -- what the buttons do ---------------------------------------------------------------------
 
     def generate(self, count, steps, sampler, seed, eta):
-        """-> the picture of the samples, the trajectory, and its slider set to the end."""
+        """Return the picture of the samples, frames of the trajectory, their slider set to the end, and the picture."""
         count, seed = whole("samples", count, 1, MOST_SAMPLES), whole("seed", seed, 0, LARGEST_SEED)
-        generators = [generator_of(seed, i) for i in range(count)]
-        with self._sampler(sampler, steps, eta) as options:
-            samples, trajectory = self.pipe(
-                batch_size=count, generator=generators, return_all_timesteps=True, **options
+        steps = whole("steps", steps, 1, self.own.config.num_train_timesteps)
+        if count * steps > MOST_WORK:
+            raise refused(
+                f"samples x steps must be at most {MOST_WORK:,}, got {count} x {steps}: ask for fewer of either"
             )
-        last = trajectory.shape[1] - 1
-        if self.is_image:  # 8 bits are enough to look at, and a quarter of the memory
-            trajectory = (trajectory * 255).round().astype(np.uint8)
+        generators = [generator_of(seed, i) for i in range(count)]
+        shape = (1, self.pipe.unet.config.in_channels, *self.pipe._size())
+        latents = torch.cat([torch.randn(shape, generator=g, dtype=self.pipe.unet.dtype) for g in generators])
+        frames = Frames(self, latents)
+        with self._sampler(sampler, steps, eta) as options:
+            (samples,) = self.pipe(
+                batch_size=count, generator=generators, latents=latents, callback_on_step_end=frames, **options
+            )
+        last = len(frames.kept) - 1
+        every = "" if last == frames.total else f", {last + 1} frames of {frames.total} steps"
         picture = self.picture(samples)
-        return picture, trajectory, gr.Slider(0, last, last, step=1, interactive=True), picture
+        slider = gr.Slider(0, last, last, step=1, label=f"Steps done{every}", interactive=True)
+        return picture, np.stack(frames.kept, axis=1), slider, picture
 
     def look_back(self, trajectory, step):
-        """-> the picture of the samples after `step` steps."""
+        """Return the picture of the samples in frame `step` of those that were kept."""
         if trajectory is None:
             raise refused("there is no trajectory yet: generate samples first")
         step = whole("step", step, 0, trajectory.shape[1] - 1)
@@ -171,10 +207,10 @@ class Page:
 
 
 def build_page(pipe, title: str) -> gr.Blocks:
-    """The page of a pipeline of ddpm_hf; `.launch()` serves it."""
+    """Return the page of a pipeline of ddpm_hf; `serve` serves it."""
     page = Page(pipe)
     total = page.own.config.num_train_timesteps
-    with gr.Blocks(title=title) as blocks:
+    with gr.Blocks(title=title, delete_cache=(CLEAN_EVERY, CLEAN_AFTER)) as blocks:
         gr.Markdown(f"# {title}\n{sum(p.numel() for p in pipe.unet.parameters()):,} parameters, {total:,} timesteps.")
         with gr.Row():
             count = gr.Number(9, label=f"Samples (1 to {MOST_SAMPLES})", elem_id="count")
@@ -200,3 +236,8 @@ def build_page(pipe, title: str) -> gr.Blocks:
         step.input(page.look_back, [trajectory, step], frame, trigger_mode="always_last", show_progress="hidden")
         walk.click(page.interpolate, [seed, other, points, steps, sampler], line)
     return blocks.queue(default_concurrency_limit=1)  # one pipeline, one sampler at a time
+
+
+def serve(blocks: gr.Blocks, **options):
+    """Serve the page, with a limit to the size of files that are sent to it; `options` as gradio's `launch`."""
+    return blocks.launch(max_file_size=UPLOAD, **options)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import gradio as gr
@@ -20,7 +21,7 @@ from PIL import Image
 from test_saved_form import make
 
 from ddpm_hf.hub import write_space
-from ddpm_hf.page import FAST, MOST_SAMPLES, OWN, STOCK, Page, between, generator_of
+from ddpm_hf.page import FAST, MOST_SAMPLES, OWN, STOCK, Page, between, build_page, generator_of, serve
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_chromium = pytest.mark.skipif(
@@ -228,6 +229,44 @@ def test_every_sampler(kind, sampler):
     assert np.allclose(fewer[0].astype(float), trajectory[0].astype(float), atol=rounding)
 
 
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_frames_are_kept_as_far_as_memory_is_allowed(kind, monkeypatch):
+    """All of them are the pipeline's own trajectory; fewer are spread evenly over it, from noise to samples."""
+    pipe = make(kind)
+    page = Page(pipe)
+    _, all_frames, slider, _ = page.generate(3, 9, OWN, 5, 0)
+    generators = [generator_of(5, i) for i in range(3)]
+    _, expected = pipe(3, num_inference_steps=9, generator=generators, output_type="np", return_all_timesteps=True,
+                       return_dict=False)  # fmt: skip
+    expected = (expected * 255).round().astype(np.uint8) if kind == "images" else expected
+    assert np.array_equal(all_frames, expected) and slider.label == "Steps done"
+    monkeypatch.setattr("ddpm_hf.page.MOST_BYTES", 4 * all_frames[:, 0].nbytes)
+    picture, frames, slider, _ = page.generate(3, 9, OWN, 5, 0)
+    assert np.array_equal(frames, expected[:, [0, 3, 6, 9]]) and slider.label == "Steps done, 4 frames of 9 steps"
+    assert np.array_equal(page.look_back(frames, slider.maximum), picture)
+
+
+def test_large_files_are_not_taken(port):
+    blocks = build_page(make("images"), "x")
+    assert blocks.delete_cache == (600, 3600)
+    serve(blocks, server_port=port, prevent_thread_lock=True, quiet=True)
+    try:
+        for size, status in ((1_000, 200), (3_000_000, 413)):
+            head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n'
+            body = head + b"x" * size + b"\r\n--b--\r\n"
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=b"}
+            )
+            try:
+                with urllib.request.urlopen(request) as answer:
+                    found = answer.status
+            except urllib.error.HTTPError as error:
+                found = error.code
+            assert found == status
+    finally:
+        blocks.close()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -235,6 +274,7 @@ def test_every_sampler(kind, sampler):
         ({"count": 2.5}, "got 2.5"),
         ({"count": None}, "got None"),
         ({"steps": 1001}, "steps must be a whole number from 1 to 1000"),
+        ({"count": 64, "steps": 1000}, "samples x steps must be at most 16,000, got 64 x 1000"),
         ({"seed": -1}, "seed must be"),
         ({"seed": 2**32}, "seed must be"),
         ({"eta": 2}, "eta must lie in 0 to 1, got 2"),
