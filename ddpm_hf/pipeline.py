@@ -374,9 +374,10 @@ class _SamplingPipeline(DiffusionPipeline):
             warnings.warn(f"samples of {kind} will hardly be right: {warned}", stacklevel=3)
 
     def _check_variance(self, scheduler) -> None:
-        kind, config, channels = type(scheduler).__name__, scheduler.config, self._channels()
-        if config.get("variance_type") not in LEARNED:
+        kind, config = type(scheduler).__name__, scheduler.config
+        if config.get("variance_type") not in LEARNED or self.unet is None:
             return
+        channels = self._channels()
         if kind in CUTS_AT_THREE and channels > 3:
             raise ValueError(
                 f"{kind} with variance_type={config.variance_type!r} keeps 3 of {channels} channels: "
