@@ -156,9 +156,9 @@ class Page:
                 batch_size=count, generator=generators, latents=latents, callback_on_step_end=frames, **options
             )
         last = len(frames.kept) - 1
-        every = "" if last == frames.total else f", {last + 1} frames of {frames.total} steps"
+        label = "Steps done" if last == frames.total else f"Frame ({last + 1} kept of {frames.total} steps)"
         picture = self.picture(samples)
-        slider = gr.Slider(0, last, last, step=1, label=f"Steps done{every}", interactive=True)
+        slider = gr.Slider(0, last, last, step=1, label=label, interactive=True)
         return picture, np.stack(frames.kept, axis=1), slider, picture
 
     def look_back(self, trajectory, step):

@@ -245,7 +245,7 @@ def test_frames_are_kept_as_far_as_memory_is_allowed(kind, monkeypatch):
     assert np.array_equal(all_frames, expected) and slider.label == "Steps done"
     monkeypatch.setattr("ddpm_hf.page.MOST_BYTES", 4 * all_frames[:, 0].nbytes)
     picture, frames, slider, _ = page.generate(3, 9, OWN, 5, 0)
-    assert np.array_equal(frames, expected[:, [0, 3, 6, 9]]) and slider.label == "Steps done, 4 frames of 9 steps"
+    assert np.array_equal(frames, expected[:, [0, 3, 6, 9]]) and slider.label == "Frame (4 kept of 9 steps)"
     assert np.array_equal(page.look_back(frames, slider.maximum), picture)
 
 
