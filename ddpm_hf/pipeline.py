@@ -374,9 +374,10 @@ class _SamplingPipeline(DiffusionPipeline):
             warnings.warn(f"samples of {kind} will hardly be right: {warned}", stacklevel=3)
 
     def _check_variance(self, scheduler) -> None:
-        kind, config, channels = type(scheduler).__name__, scheduler.config, self._channels()
-        if config.get("variance_type") not in LEARNED:
+        kind, config = type(scheduler).__name__, scheduler.config
+        if config.get("variance_type") not in LEARNED or self.unet is None:
             return
+        channels = self._channels()
         if kind in CUTS_AT_THREE and channels > 3:
             raise ValueError(
                 f"{kind} with variance_type={config.variance_type!r} keeps 3 of {channels} channels: "
@@ -461,6 +462,8 @@ class _SamplingPipeline(DiffusionPipeline):
     def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> None:
         device = self._execution_device
         if timesteps is not None:
+            if num_inference_steps is not None:
+                raise ValueError(f"give num_inference_steps or timesteps, not both; got {num_inference_steps} and them")
             if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
                 raise ValueError(
                     f"{type(self.scheduler).__name__} takes no explicit timesteps; give num_inference_steps"
@@ -485,8 +488,8 @@ class _SamplingPipeline(DiffusionPipeline):
         if eta is not None:
             if "eta" not in parameters:
                 raise ValueError(f"eta was given, but {type(self.scheduler).__name__} has no eta")
-            if not isinstance(eta, (int, float)) or not 0 <= eta < float("inf"):
-                raise ValueError(f"eta must be a finite number of at least 0, got {eta!r}")
+            if not isinstance(eta, (int, float)) or isinstance(eta, bool) or not 0 <= eta <= 1:
+                raise ValueError(f"eta must be a number from 0 to 1, got {eta!r}")
             options["eta"] = eta
         return options
 
@@ -555,11 +558,14 @@ class _SamplingPipeline(DiffusionPipeline):
         callback_on_step_end, callback_inputs, return_all_timesteps, timesteps,
     ):  # fmt: skip
         self._check(batch_size, generator, output_type, latents)
-        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"callback_on_step_end must be callable, got {callback_on_step_end!r}")
+        names = callback_inputs if isinstance(callback_inputs, (list, tuple)) else [callback_inputs]
+        if not all(isinstance(name, str) and name in self._callback_tensor_inputs for name in names):
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be of {self._callback_tensor_inputs}, got {sorted(unknown)}"
+                f"callback_on_step_end_tensor_inputs must be of {self._callback_tensor_inputs}, got {callback_inputs!r}"
             )
+        callback_inputs = names
         self._set_timesteps(num_inference_steps, timesteps)
         options = self._step_options(generator, eta)
         device, dtype = self._execution_device, self.unet.dtype

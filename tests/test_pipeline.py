@@ -392,11 +392,17 @@ def test_stock_pipelines_take_our_parts():
         ({"generator": 3}, "torch.Generator"), ({"eta": float("nan")}, "eta"), ({"latents": np.zeros(3)}, "tensor"),
         ({"latents": torch.zeros(2, 3, 8, 9)}, r"\(2, 3, 8, 8\)"),
         ({"callback_on_step_end_tensor_inputs": ["x"]}, "latents"), ({"timesteps": [3, 5]}, "descending"),
+        ({"callback_on_step_end_tensor_inputs": None}, "latents"), ({"callback_on_step_end": 3}, "callable"),
+        ({"eta": 2.0}, "from 0 to 1"), ({"eta": True}, "from 0 to 1"), ({"eta": "0"}, "from 0 to 1"),
+        ({"num_inference_steps": 3, "timesteps": [5, 3]}, "not both"),
     ],
 )  # fmt: skip
 def test_bad_calls(options, message):
+    """Each is refused before the model is called."""
+    pipe = images()
+    pipe.unet.forward = None
     with pytest.raises(ValueError, match=message):
-        images()(**{"batch_size": 2, **options})
+        pipe(**{"batch_size": 2, **options})
 
 
 def test_bad_parts():

@@ -19,7 +19,7 @@ def main(arguments: list) -> int:
     parser.add_argument("--port", type=int, help="Default: the first free one from 7860.")
     given = parser.parse_args(arguments)
     try:
-        from ddpm_hf.hub.page import build_page
+        from ddpm_hf.hub.page import build_page, serve
     except ImportError as error:
         print(f'error: the page needs gradio and matplotlib: pip install -e ".[demo]" ({error})', file=sys.stderr)
         return 2
@@ -29,7 +29,7 @@ def main(arguments: list) -> int:
         pipe = load_pipeline(given.pipeline)
         place = Path(given.pipeline)
         title = place.resolve().parent.name if place.name in ("pipeline", "best") else place.name
-        build_page(pipe, title).launch(server_name=given.host, server_port=given.port)
+        serve(build_page(pipe, title), server_name=given.host, server_port=given.port)
     except (ValueError, OSError) as error:  # OSError: the port is taken
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ Both are a `torch` loader of batches from any step on, and what must be kept to 
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from ddpm_hf.data.checking import check_items, check_shared_memory, worker_memory
@@ -69,6 +70,8 @@ class StoredFeed:
                 raise ValueError(first.error)
         except Exception:
             if self.config.dry_run:
+                if not Accelerator().is_main_process:
+                    raise SystemExit(0) from None  # a failure here would have the launcher end the main process' list
                 check_items(self, self.config)  # a list of all such items, then its error
             raise
         return first

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -99,6 +99,8 @@ def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Im
     if isinstance(source, str):
         name = source
     try:
+        if source is None or isinstance(source, bytes) and not source:
+            raise ValueError("there is no content")
         if isinstance(source, (list, np.ndarray)):
             array = np.asarray(source)
             if array.dtype != np.uint8 and not (array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255):
@@ -117,7 +119,10 @@ def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Im
                 ImageOps.exif_transpose(file, in_place=True)  # another copy of a big picture would be gigabytes
                 image = to_mode(file, mode)
     except Exception as error:  # decoders of damaged files raise any kind: struct.error, IndexError, RuntimeError, ...
-        message = f"cannot read the picture {name}: {error or type(error).__name__}"
+        # Pillow's own text has the address of an object in memory, another each time
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "its content is no picture that Pillow knows" if unknown else error or type(error).__name__
+        message = f"cannot read the picture {name}: {reason}"
         raise BadImageError(printable(message)) from error
     scale = max(width / image.width, height / image.height)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))

@@ -1,8 +1,10 @@
 """Files that a saved pipeline consists of: these are published, and other files of its folder are not."""
 
 import fnmatch
+import shutil
 from pathlib import Path
 
+from ddpm_hf.pipeline import is_own_card
 from ddpm_hf.reading import read_json
 
 # Beside model_index.json; and in the folder of each component that it names.
@@ -46,6 +48,27 @@ def pipeline_files(folder: Path, card: str = "") -> tuple[dict[str, Path], list[
         else:
             others.append(path.name + ("/" if path.is_dir() else ""))
     return files, others
+
+
+def carry_over(old: Path, new: Path) -> None:
+    """Copy what someone has put beside the files of a saved pipeline, or an edited card, to the one that replaces it.
+
+    Raises:
+        ValueError: the old folder is not that of a pipeline.
+        OSError: a file cannot be copied.
+    """
+    _, others = pipeline_files(old)
+    for name in others:
+        source, target = old / name, new / name
+        if target.exists() or not target.parent.is_dir():
+            continue
+        if source.is_dir() and not source.is_symlink():
+            shutil.copytree(source, target, symlinks=True)
+        else:
+            shutil.copy2(source, target, follow_symlinks=False)
+    card = old / "README.md"
+    if card.is_file() and not is_own_card(card.read_text(encoding="utf-8")):
+        shutil.copy2(card, new / "README.md")
 
 
 def _fits(name: str, patterns: tuple[str, ...]) -> bool:

@@ -15,12 +15,21 @@ from diffusers.utils import make_image_grid
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 OWN = "the pipeline's own (DDIM; DDPM at all steps)"
 FAST = "fast (DPM-Solver++; 5 to 20 steps are enough)"
 STOCK = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
          "DEISMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler")  # fmt: skip
 MOST_SAMPLES, MOST_POINTS = 64, 16
+MOST_WORK = 16_000  # samples x steps of one click
+MOST_BYTES = 50_000_000  # of the frames that are kept of one click, for each visitor
+MOST_VALUES = 2**23  # of all samples of one click together: of larger samples, fewer are allowed
+MOST_VISITORS = 8  # whose frames are kept
+MOST_WAITING = 32  # clicks in the queue
+LARGEST_REQUEST = 2**20  # bytes; what the page's fields send has hundreds
+CLEAN_EVERY, CLEAN_AFTER = 600, 3600  # seconds: pictures in gradio's cache, and frames, are removed
 LARGEST_SEED = 2**32 - 1
 WIDTH = 768  # pixels of a picture on the page, about
 
@@ -54,6 +63,30 @@ def between(a: torch.Tensor, b: torch.Tensor, points: int) -> torch.Tensor:
     return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
 
 
+class Frames:
+    """Keep what samples look like on their way from noise, as many frames, evenly, as `MOST_BYTES` hold (at least two).
+
+    A callback of the pipeline's steps. `kept`: arrays (N, ...), of 8 bits for images; `total`: the sampler's steps.
+    """
+
+    def __init__(self, page, latents: torch.Tensor):
+        self.page, self.latents, self.kept, self.total = page, latents, [], 0
+
+    def __call__(self, pipe, step: int, timestep, tensors: dict) -> dict:
+        if step == 0:
+            self.total = len(pipe.scheduler.timesteps)
+            self._keep(self.latents * pipe.scheduler.init_noise_sigma)
+            most = max(2, MOST_BYTES // self.kept[0].nbytes)
+            self.chosen = set(np.linspace(0, self.total, min(most, self.total + 1)).round().astype(int).tolist())
+        if step + 1 in self.chosen:
+            self._keep(tensors["latents"])
+        return {}
+
+    def _keep(self, x: torch.Tensor) -> None:
+        frame = self.page.pipe._decode(x, "np")
+        self.kept.append((frame * 255).round().astype(np.uint8) if self.page.is_image else frame)
+
+
 class Page:
     """What the page does with a pipeline; each method answers one button or slider."""
 
@@ -64,6 +97,9 @@ class Page:
         self.own_settings = {name: pipe.config[name] for name in settings if name in pipe.config}
         self.is_image = "data_scale" not in pipe.config
         self.steps = pipe.config.num_inference_steps or len(self.own)
+        self.shape = (pipe.unet.config.in_channels, *pipe._size())
+        self.most_samples = max(1, min(MOST_SAMPLES, MOST_VALUES // math.prod(self.shape)))
+        self.most_points = max(2, min(MOST_POINTS, self.most_samples))
         pipe.set_progress_bar_config(disable=True)
 
     # -- from fields to arrays -------------------------------------------------------------------
@@ -103,21 +139,30 @@ class Page:
     # -- what the buttons do ---------------------------------------------------------------------
 
     def generate(self, count, steps, sampler, seed, eta):
-        """-> the picture of the samples, the trajectory, and its slider set to the end."""
-        count, seed = whole("samples", count, 1, MOST_SAMPLES), whole("seed", seed, 0, LARGEST_SEED)
-        generators = [generator_of(seed, i) for i in range(count)]
-        with self._sampler(sampler, steps, eta) as options:
-            samples, trajectory = self.pipe(
-                batch_size=count, generator=generators, return_all_timesteps=True, **options
+        """Return the picture of the samples, frames of the trajectory, their slider set to the end, and the picture."""
+        count, seed = whole("samples", count, 1, self.most_samples), whole("seed", seed, 0, LARGEST_SEED)
+        steps = whole("steps", steps, 1, self.own.config.num_train_timesteps)
+        if count * steps > MOST_WORK:
+            raise refused(
+                f"samples x steps must be at most {MOST_WORK:,}, got {count} x {steps}: ask for fewer of either"
             )
-        last = trajectory.shape[1] - 1
-        if self.is_image:  # 8 bits are enough to look at, and a quarter of the memory
-            trajectory = (trajectory * 255).round().astype(np.uint8)
+        generators = [generator_of(seed, i) for i in range(count)]
+        latents = torch.cat(
+            [torch.randn((1, *self.shape), generator=g, dtype=self.pipe.unet.dtype) for g in generators]
+        )
+        frames = Frames(self, latents)
+        with self._sampler(sampler, steps, eta) as options:
+            (samples,) = self.pipe(
+                batch_size=count, generator=generators, latents=latents, callback_on_step_end=frames, **options
+            )
+        last = len(frames.kept) - 1
+        label = "Steps done" if last == frames.total else f"Frame ({last + 1} kept of {frames.total} steps)"
         picture = self.picture(samples)
-        return picture, trajectory, gr.Slider(0, last, last, step=1, interactive=True), picture
+        slider = gr.Slider(0, last, last, step=1, label=label, interactive=True)
+        return picture, np.stack(frames.kept, axis=1), slider, picture
 
     def look_back(self, trajectory, step):
-        """-> the picture of the samples after `step` steps."""
+        """Return the picture of the samples in frame `step` of those that were kept."""
         if trajectory is None:
             raise refused("there is no trajectory yet: generate samples first")
         step = whole("step", step, 0, trajectory.shape[1] - 1)
@@ -127,9 +172,8 @@ class Page:
     def interpolate(self, seed, other, points, steps, sampler):
         """-> the picture of the samples of noises between the first sample of either seed."""
         seeds = [whole(name, value, 0, LARGEST_SEED) for name, value in (("seed", seed), ("other seed", other))]
-        points = whole("points", points, 2, MOST_POINTS)
-        shape = (self.pipe.unet.config.in_channels, *self.pipe._size())
-        ends = [torch.randn((1, *shape), generator=generator_of(s, 0))[0] for s in seeds]
+        points = whole("points", points, 2, self.most_points)
+        ends = [torch.randn((1, *self.shape), generator=generator_of(s, 0))[0] for s in seeds]
         latents = between(*ends, points)
         # the noise of samplers that add some is the same for every point
         generators = [torch.Generator().manual_seed(seeds[0]) for _ in range(points)]
@@ -171,13 +215,14 @@ class Page:
 
 
 def build_page(pipe, title: str) -> gr.Blocks:
-    """The page of a pipeline of ddpm_hf; `.launch()` serves it."""
+    """Return the page of a pipeline of ddpm_hf; `serve` serves it."""
     page = Page(pipe)
     total = page.own.config.num_train_timesteps
-    with gr.Blocks(title=title) as blocks:
+    with gr.Blocks(title=title, delete_cache=(CLEAN_EVERY, CLEAN_AFTER)) as blocks:
         gr.Markdown(f"# {title}\n{sum(p.numel() for p in pipe.unet.parameters()):,} parameters, {total:,} timesteps.")
         with gr.Row():
-            count = gr.Number(9, label=f"Samples (1 to {MOST_SAMPLES})", elem_id="count")
+            most = page.most_samples
+            count = gr.Number(min(9, most), label=f"Samples (1 to {most})", elem_id="count")
             steps = gr.Number(min(page.steps, total), label=f"Steps (1 to {total})", elem_id="steps")
             seed = gr.Number(0, label="Seed", elem_id="seed")
             eta = gr.Number(0, label="Eta: DDIM's noise (0 to 1)", elem_id="eta")
@@ -191,12 +236,46 @@ def build_page(pipe, title: str) -> gr.Blocks:
         with gr.Tab("Between two seeds"):
             with gr.Row():
                 other = gr.Number(1, label="Other seed", elem_id="other")
-                points = gr.Number(8, label=f"Points (2 to {MOST_POINTS})", elem_id="points")
+                most = page.most_points
+                points = gr.Number(min(8, most), label=f"Points (2 to {most})", elem_id="points")
             walk = gr.Button("Interpolate", variant="primary", elem_id="walk")
             gr.Markdown("From the first sample of one seed to that of the other.")
             line = gr.Image(show_label=False, format="png", elem_id="line")
-        trajectory = gr.State()
+        trajectory = gr.State(time_to_live=CLEAN_AFTER)
         button.click(page.generate, [count, steps, sampler, seed, eta], [samples, trajectory, step, frame])
         step.input(page.look_back, [trajectory, step], frame, trigger_mode="always_last", show_progress="hidden")
         walk.click(page.interpolate, [seed, other, points, steps, sampler], line)
-    return blocks.queue(default_concurrency_limit=1)  # one pipeline, one sampler at a time
+    return blocks.queue(default_concurrency_limit=1, max_size=MOST_WAITING)  # one pipeline, one sampler at a time
+
+
+class SmallRequests:
+    """Refuse files, of which the page takes none, and requests that are larger than what the page's fields send."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        received = 0
+
+        async def receive_little():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message if received <= LARGEST_REQUEST else {"type": "http.disconnect"}
+
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/upload"):
+            answer = PlainTextResponse("this page takes no files", status_code=403)
+        elif not length.isdigit() or int(length) > LARGEST_REQUEST:
+            answer = PlainTextResponse(f"a request may have at most {LARGEST_REQUEST:,} bytes", status_code=413)
+        else:
+            return await self.app(scope, receive_little, send)
+        return await answer(scope, receive, send)
+
+
+def serve(blocks: gr.Blocks, **options):
+    """Serve the page, with limits to what visitors send and what is kept of theirs; `options` as gradio's `launch`."""
+    limits = {"max_file_size": LARGEST_REQUEST, "state_session_capacity": MOST_VISITORS}
+    return blocks.launch(**limits, app_kwargs={"middleware": [Middleware(SmallRequests)]}, **options)

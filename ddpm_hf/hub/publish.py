@@ -43,10 +43,10 @@ STALE = ("pipeline_ddpm_hf_*.py", "*/*_ddpm_hf_*.py", "*/*-?????-of-?????.safete
 SPACE_APP = '''"""The page of {repo_id}, with the code that lies in that repo."""
 
 from diffusers import DiffusionPipeline
-from page import build_page
+from page import build_page, serve
 
 if __name__ == "__main__":
-    build_page(DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True), "{title}").launch()
+    serve(build_page(DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True), "{title}"))
 '''
 
 
@@ -136,6 +136,8 @@ def publish(folder: Path, target: Target, message: str, run: Path | None = None)
         ValueError: the folder is not a saved pipeline, or damaged.
     """
     folder, api = Path(folder), HfApi()
+    if not (folder / "README.md").resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder / 'README.md'} must be a file of the folder, but is a link out of it")
     card = card_text(folder, target.repo_id, target.licence)
     files: dict[str, Path | bytes]
     files, left_out = pipeline_files(folder, card)
@@ -148,6 +150,7 @@ def publish(folder: Path, target: Target, message: str, run: Path | None = None)
         return {**earlier, "left_out": left_out}
     present = api.list_repo_files(target.repo_id, revision=target.revision)
     operations = [CommitOperationAdd(name, str(f) if isinstance(f, Path) else f) for name, f in files.items()]
+    uploaded = f"{len(operations)} files, {sum(added.upload_info.size for added in operations) / 1e6:.1f} MB"
     operations += [
         CommitOperationDelete(name)
         for name in present
@@ -157,7 +160,7 @@ def publish(folder: Path, target: Target, message: str, run: Path | None = None)
         target.repo_id, operations, commit_message=message, revision=target.revision, create_pr=target.create_pr
     )
     return {"repo_id": target.repo_id, "commit": done.oid, "url": done.pr_url or done.commit_url,
-            "pull_request": done.pr_revision, "left_out": left_out}  # fmt: skip
+            "pull_request": done.pr_revision, "left_out": left_out, "uploaded": uploaded}  # fmt: skip
 
 
 def _open_pull_request(api: HfApi, repo_id: str, message: str, files: dict[str, Path | bytes]) -> dict | None:
@@ -215,6 +218,8 @@ def publish_with_patience(*arguments, say: Callable[[str], None] = print, **opti
     for wait in (*RETRY_AFTER, None):
         try:
             done = publish(*arguments, **options)
+            if uploaded := done.pop("uploaded", None):
+                say(f"uploaded: {uploaded}")
             if others := done.pop("left_out"):
                 more = f" and {len(others) - 10} more" if len(others) > 10 else ""
                 say(f"not uploaded, as no part of a pipeline: {', '.join(map(repr, others[:10]))}{more}")

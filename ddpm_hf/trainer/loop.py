@@ -23,10 +23,8 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import open_data
-from ddpm_hf.data.checking import check_items, check_shared_memory
-from ddpm_hf.data.loading import Batch, load_item
 from ddpm_hf.evaluation.evaluator import EvalSettings, Evaluator
-from ddpm_hf.hub.card import write_card
+from ddpm_hf.hub.contents import carry_over
 from ddpm_hf.hub.publish import check_token, make_publisher, target_of
 from ddpm_hf.losses import diffusion_loss, first_step_warning, training_draws
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
@@ -586,8 +584,20 @@ class Trainer:
                 shutil.rmtree(aside, ignore_errors=True)
                 self._pipeline(model).save_pretrained(aside)
                 self._describe_pipeline(aside)
+                self._keep_others(self.folder / name, aside)
                 checkpoint.replace_folder(aside, self.folder / name)
         acc.wait_for_everyone()
+
+    def _keep_others(self, old: Path, new: Path) -> None:
+        """Take what someone has put into the pipeline's folder along; where that fails, the old folder stays."""
+        if not old.exists():
+            return
+        try:
+            carry_over(old, new)
+        except (OSError, ValueError) as error:
+            kept = old.with_name(f"{old.name}.before-{self.step:06d}")
+            os.replace(old, kept)
+            tqdm.write(f"warning: {old} holds files that cannot be taken along ({error}); it is now {kept}")
 
     def _describe_pipeline(self, folder: Path) -> None:
         """Put what the card tells, and the card, beside the weights; what cannot be written is left out and named."""

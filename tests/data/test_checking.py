@@ -12,7 +12,7 @@ from helpers import config, gradient, save_tars, table
 from PIL import Image
 
 from ddpm_hf import train
-from ddpm_hf.data import checking
+from ddpm_hf.data import checking, feed
 from ddpm_hf.data.checking import check_shared_memory, worker_memory
 from ddpm_hf.trainer.loop import Trainer
 
@@ -55,6 +55,14 @@ def test_a_dry_run_lists_every_damaged_picture(options, folder, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
+def test_other_processes_leave_the_list_to_the_main_one(folder, tmp_path, capsys, monkeypatch):
+    """A launcher ends all processes when one of them fails."""
+    monkeypatch.setattr(feed, "Accelerator", lambda: SimpleNamespace(is_main_process=False))
+    with pytest.raises(SystemExit) as ended:
+        dry_run(tmp_path, train_data_dir=str(folder), resolution=[8])
+    assert ended.value.code == 0 and not named(capsys)
+
+
 def test_nothing_to_train_on(folder, tmp_path, capsys):
     for name in "bcdf":
         (folder / f"{name}.png").write_bytes(b"")
@@ -71,12 +79,12 @@ def test_a_folder_without_faults(folder, tmp_path, capsys, monkeypatch):
         Image.fromarray(gradient()).save(folder / f"{name}.png")
     dry_run(tmp_path, train_data_dir=str(folder), resolution=[8])
     assert "all 6 items can be read" in capsys.readouterr().out
-    feed = SimpleNamespace(units=checking.ImageDataset([gradient()] * 4, (8, 8)))
+    many = SimpleNamespace(units=checking.ImageDataset([gradient()] * 4, (8, 8)))
     given = SimpleNamespace(dataloader_num_workers=0)
     if sys.platform == "linux":
-        assert checking._workers(feed, given)[0] >= 1
+        assert checking._workers(many, given)[0] >= 1
         monkeypatch.setattr(checking.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
-        assert checking._workers(feed, given)[0] == 0
+        assert checking._workers(many, given)[0] == 0
     assert checking._workers(SimpleNamespace(units=[1] * 4), given)[0] == 0
 
 

@@ -309,6 +309,21 @@ def test_messages_are_one_line_of_any_output(name, tmp_path):
     assert str(caught.value).isprintable() and "png" in str(caught.value)
 
 
+def test_a_bad_row_of_a_table_has_the_same_message_every_time():
+    """The list of pictures that were left out names each once."""
+    rows = [{"bytes": b"no", "path": None}, {"bytes": b"", "path": None}, None, b""]
+    data = ImageDataset(rows, (8, 8))
+    reasons = ["no picture that Pillow knows"] + ["there is no content"] * 3
+    for number, reason in enumerate(reasons):
+        messages, kept = set(), []
+        for _ in range(3):
+            kept.append(bytearray(1000))  # so that addresses differ
+            with pytest.raises(BadImageError, match=f"number {number}: .*{reason}") as caught:
+                data[number]
+            messages.add(str(caught.value))
+        assert len(messages) == 1 and "0x" not in messages.pop()
+
+
 def test_what_else_is_in_a_folder(tmp_path, monkeypatch):
     """Links that lead nowhere are bad pictures; other files, and folders that are linked, are said to be left."""
     photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"

@@ -80,7 +80,7 @@ def test_sliced_wasserstein_is_the_projections_own():
     assert sliced_wasserstein(x, x + shift) == pytest.approx(np.sqrt(np.mean(np.square(by_library))), rel=1e-10)
     y = rng(1).normal(size=(30, 3))
     assert sliced_wasserstein(x, y) == pytest.approx(sliced_wasserstein(x.repeat(3, 0), y.repeat(5, 0)), rel=1e-10)
-    assert sliced_wasserstein(x, x[::-1]) == 0
+    assert sliced_wasserstein(x, x[::-1]) < 1e-15  # the order of a product of matrices may round
 
 
 def test_sliced_wasserstein_of_gaussians():

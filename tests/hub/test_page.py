@@ -1,6 +1,7 @@
 """The page to try a pipeline: in headless Chromium, and its parts."""
 
 import base64
+import http.client
 import io
 import os
 import shutil
@@ -8,18 +9,21 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 import urllib.request
+from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_program, run_program
+from diffusers.configuration_utils import FrozenDict
 from helpers import make
 from hub_server import serving
 from PIL import Image
 
-from ddpm_hf.hub.page import FAST, MOST_SAMPLES, OWN, STOCK, Page, between, generator_of
+from ddpm_hf.hub.page import FAST, MOST_BYTES, MOST_SAMPLES, OWN, STOCK, Page, between, build_page, generator_of, serve
 from ddpm_hf.hub.publish import write_space
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -228,6 +232,91 @@ def test_every_sampler(kind, sampler):
     assert np.allclose(fewer[0].astype(float), trajectory[0].astype(float), atol=rounding)
 
 
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_frames_are_kept_as_far_as_memory_is_allowed(kind, monkeypatch):
+    """All of them are the pipeline's own trajectory; fewer are spread evenly over it, from noise to samples."""
+    pipe = make(kind)
+    page = Page(pipe)
+    _, all_frames, slider, _ = page.generate(3, 9, OWN, 5, 0)
+    generators = [generator_of(5, i) for i in range(3)]
+    _, expected = pipe(3, num_inference_steps=9, generator=generators, output_type="np", return_all_timesteps=True,
+                       return_dict=False)  # fmt: skip
+    expected = (expected * 255).round().astype(np.uint8) if kind == "images" else expected
+    assert np.array_equal(all_frames, expected) and slider.label == "Steps done"
+    monkeypatch.setattr("ddpm_hf.hub.page.MOST_BYTES", 4 * all_frames[:, 0].nbytes)
+    picture, frames, slider, _ = page.generate(3, 9, OWN, 5, 0)
+    assert np.array_equal(frames, expected[:, [0, 3, 6, 9]]) and slider.label == "Frame (4 kept of 9 steps)"
+    assert np.array_equal(page.look_back(frames, slider.maximum), picture)
+
+
+def test_files_and_large_requests_are_refused(port):
+    """Every file, a request that says that it is large, and one that is without saying so (status None: cut off)."""
+    blocks = build_page(make("images"), "x")
+    assert blocks.delete_cache == (600, 3600)
+    serve(blocks, server_port=port, prevent_thread_lock=True, quiet=True)
+    large = b'{"data": ["' + b"x" * 2_000_000 + b'"]}'
+    file = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nx\r\n--b--\r\n'
+    try:
+        assert blocks.state_session_capacity == 8
+        for path, body, kind, expected in (
+            ("upload", file, "multipart/form-data; boundary=b", (403,)),
+            ("queue/join", large, "application/json", (413,)),
+            ("queue/join", iter([large]), "application/json", (400, 500, None)),
+            ("queue/join", b"{}", "application/json", (422,)),
+        ):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            try:
+                connection.request("POST", f"/gradio_api/{path}", body, {"Content-Type": kind})
+                status = connection.getresponse().status
+            except (OSError, http.client.HTTPException):
+                status = None
+            connection.close()
+            assert status in expected, (path, status)
+    finally:
+        blocks.close()
+
+
+class Still(torch.nn.Module):
+    """A model of no cost, for samples of any size."""
+
+    def __init__(self, channels, size):
+        super().__init__()
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.config = FrozenDict(in_channels=channels, sample_size=size)
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, t):
+        return SimpleNamespace(sample=torch.zeros_like(x))
+
+
+def test_memory_is_bounded():
+    """64 samples of 64 x 64 pixels: frames of all 120 steps would have 95 MB in 8 bits, four times that in floats."""
+    pipe = make("images")
+    pipe.register_modules(unet=Still(3, 64))
+    page = Page(pipe)
+    tracemalloc.start()
+    try:
+        picture, frames, slider, _ = page.generate(64, 120, "DDIMScheduler", 0, 0)
+        most = tracemalloc.get_traced_memory()[1]  # of arrays; tensors are not counted
+    finally:
+        tracemalloc.stop()
+    assert frames.shape == (64, 63, 64, 64, 3) and slider.maximum == 62
+    assert frames.nbytes <= MOST_BYTES and most < 2 * MOST_BYTES + 20e6
+    file = io.BytesIO()
+    picture.save(file, "png")
+    assert file.tell() < 3e6
+
+
+def test_of_large_samples_fewer_are_allowed():
+    pipe = make("images")
+    pipe.register_modules(unet=Still(3, 512))
+    page = Page(pipe)
+    assert (page.most_samples, page.most_points) == (10, 10)
+    with pytest.raises(gr.Error, match="samples must be a whole number from 1 to 10, got 11"):
+        page.generate(11, 2, OWN, 0, 0)
+    assert page.generate(1, 2, "DDIMScheduler", 0, 0)[0].size == (514, 514)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -235,6 +324,7 @@ def test_every_sampler(kind, sampler):
         ({"count": 2.5}, "got 2.5"),
         ({"count": None}, "got None"),
         ({"steps": 1001}, "steps must be a whole number from 1 to 1000"),
+        ({"count": 64, "steps": 1000}, "samples x steps must be at most 16,000, got 64 x 1000"),
         ({"seed": -1}, "seed must be"),
         ({"seed": 2**32}, "seed must be"),
         ({"eta": 2}, "eta must lie in 0 to 1, got 2"),

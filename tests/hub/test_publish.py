@@ -322,6 +322,8 @@ def test_what_a_pipeline_does_not_consist_of_is_not_uploaded(hub, session, tmp_p
     )
     (status, said), second = session(["hf_alice", PUBLISH, "saved", *TO_DIGITS], ["hf_alice", push])
     assert status == 0 and second[0] == 0, (said, second)
+    size = sum(len(data) for data in hub.files("alice/digits").values()) / 1e6
+    assert f"uploaded: {len(hub.files('alice/digits'))} files, {size:.1f} MB" in said
     assert "not uploaded, as no part of a pipeline: '.env', '.git/'" in said and "and 3 more" in said
     for name in ("alice/digits", "alice/two"):
         files = hub.files(name)
@@ -334,6 +336,12 @@ def test_what_a_pipeline_does_not_consist_of_is_not_uploaded(hub, session, tmp_p
     weights.symlink_to(tmp_path / "weights")
     with pytest.raises(ValueError, match="must be a file of the folder, but is a link to .*weights"):
         pipeline_files(folder)
+    weights.unlink()
+    (tmp_path / "weights").rename(weights)
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(secret)  # it would be taken for an edited card
+    with pytest.raises(ValueError, match="README.md must be a file of the folder"):
+        hub_module.publish(folder, Target("alice/digits"), "Upload")
 
 
 def test_a_note_of_another_form_does_not_stop_publishing(tmp_path):

@@ -106,7 +106,8 @@ def test_a_blank_line_in_the_metrics_erases_nothing(run):
 def test_other_files_are_left_alone(run, capsys):
     """Copies of synchronizing programs and files of the user's, in each folder; and saving goes on beside them."""
     names = ["samples/step-000002 2.png", "samples/step-.png", "samples/step-000001.png.bak", "checkpoints/notes.txt",
-             "checkpoints/step-000002 2/mine", "notes.md", "checkpoints/notes.writing/mine"]  # fmt: skip
+             "checkpoints/step-000002 2/mine", "notes.md", "checkpoints/notes.writing/mine", "pipeline/notes.txt",
+             "pipeline/mine/notes.txt", "pipeline/README.md"]  # fmt: skip
     for name in names:
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("mine")
@@ -114,6 +115,13 @@ def test_other_files_are_left_alone(run, capsys):
     assert all((run / name).read_text() == "mine" for name in names)
     assert json.loads((run / "pipeline" / "training.json").read_text())["samples_step"] == 3
     assert "warning" not in capsys.readouterr().out.replace("warning: lr_warmup", "")
+
+
+def test_a_pipeline_folder_that_cannot_be_read_stays(run, capsys):
+    (run / "pipeline" / "model_index.json").write_text("mine")
+    assert train(config(run, **{**OPTIONS, "max_train_steps": 3})).steps == 3
+    assert (run / "pipeline.before-000003" / "model_index.json").read_text() == "mine"
+    assert DDPMPipeline.from_pretrained(run / "pipeline") and "cannot be taken along" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("broken", ["samples is a file", "no pictures", "no loss curve", "no card", "no facts"])

@@ -1,11 +1,14 @@
 """The studies at small size: what they compare, what they count as time, and that both sides train and are measured."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT, load_program, run_program
 from PIL import Image
+
+from ddpm_hf import TrainConfig
 
 common = load_program("studies/common")
 recipe = load_program("studies/recipe")
@@ -30,6 +33,17 @@ def test_the_views_are_patches_and_averages():
     assert patches.shape == (16, 192)
     np.testing.assert_allclose(patches[6].reshape(8, 8, 3) * 255, image[0, 8:16, 16:24], atol=1e-4)
     np.testing.assert_allclose(small.reshape(8, 8, 3)[2, 5] * 255, image[0, 8:12, 20:24].mean(axis=(0, 1)), rtol=1e-5)
+
+
+def test_every_training_of_ours_has_options_that_apply():
+    plan = SimpleNamespace(only=["curves", "ablation"], data=list(common.MODELS), setting=None, seeds=1, seed=0,
+                           output_dir="x")  # fmt: skip
+    jobs = [job for job in recipe.jobs_of(plan) if job.options["side"] == "ours"]
+    for job in jobs:
+        TrainConfig(**recipe.listed({**common.MODELS[job.options["data"]], **job.options["config"]}))
+    assert len(jobs) == 2 * (1 + len(recipe.ABLATION))
+    for data, options in samplers.TRAINING.items():
+        TrainConfig(**recipe.listed({**common.MODELS[data], **options}))
 
 
 def test_the_clock_stops_while_it_measures(monkeypatch):

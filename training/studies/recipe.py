@@ -47,7 +47,6 @@ GROUND = {
     "learning_rate": 1e-3,
     "lr_warmup_steps": 100,
     "loss_weighting": "snr",
-    "ema_power": 0.75,
 }
 GROUND_STEPS = {"digits": 1_000, "crops": 300}
 PEER_STEPS = {"digits": 4_000, "crops": 1_000}
