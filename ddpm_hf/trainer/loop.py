@@ -23,7 +23,10 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import open_data
+from ddpm_hf.data.checking import check_items, check_shared_memory
+from ddpm_hf.data.loading import Batch, load_item
 from ddpm_hf.evaluation.evaluator import EvalSettings, Evaluator
+from ddpm_hf.hub.card import write_card
 from ddpm_hf.hub.contents import carry_over
 from ddpm_hf.hub.publish import check_token, make_publisher, target_of
 from ddpm_hf.losses import diffusion_loss, first_step_warning, training_draws
