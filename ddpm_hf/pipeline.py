@@ -6,6 +6,7 @@ This file imports nothing of ddpm_hf: it ships inside saved pipelines.
 """
 
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -302,7 +303,9 @@ class _SamplingPipeline(DiffusionPipeline):
         if __name__ == "ddpm_hf.pipeline":
             for name, value in index.items():
                 if isinstance(value, list) and len(value) == 2 and CARRIED.fullmatch(str(value[0])):
-                    index[name] = [f"ddpm_hf.{value[0].split('_ddpm_hf_')[0]}", value[1]]
+                    module = f"ddpm_hf.{value[0].split('_ddpm_hf_')[0]}"
+                    importlib.import_module(module)  # diffusers looks among the modules that are there
+                    index[name] = [module, value[1]]
         return loaded
 
     @classmethod

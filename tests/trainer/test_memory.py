@@ -22,7 +22,7 @@ print(done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def counted(program, mode, folder):
     """What the program counts in a process of its own, in which memory is treated so."""
-    result = run_program("-c", program, mode, ROOT / "ddpm_hf" / "memory.py", cwd=folder)
+    result = run_program("-c", program, mode, ROOT / "ddpm_hf" / "trainer" / "memory.py", cwd=folder)
     assert result.returncode == 0, result.stderr
     done, count = result.stdout.split()
     assert done == ("None" if mode == "leave" else "True")
