@@ -297,6 +297,19 @@ class _SamplingPipeline(DiffusionPipeline):
         return index
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a saved pipeline, as diffusers does; a `scheduler` given beside it is checked as one set afterwards.
+
+        Raises:
+            ValueError: a scheduler that cannot sample from the saved model.
+        """
+        scheduler = kwargs.pop("scheduler", None)
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if scheduler is not None:
+            pipeline.scheduler = scheduler
+        return pipeline
+
+    @classmethod
     def load_config(cls, *args, **kwargs):
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded

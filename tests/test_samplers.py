@@ -121,3 +121,13 @@ def test_ddim_differs_from_stock_by_epsilon_after_clipping(rederive):
         samples.append(pipe(100, 20, **options).trajectory)
     difference = (samples[0] - samples[1]).abs().max().item()
     assert difference > 0.1 if rederive else difference < 1e-3
+
+
+def test_a_scheduler_given_to_from_pretrained_is_checked(tmp_path):
+    """The saved scheduler says what the model was trained with, not the one that is given."""
+    unet = UNet2D(8, in_channels=1, dim=8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=4)
+    DDPMPipeline(unet, GaussianScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'epsilon', the model was trained with 'v_prediction'"):
+        DDPMPipeline.from_pretrained(tmp_path, scheduler=diffusers.EulerDiscreteScheduler())
+    fitting = diffusers.EulerDiscreteScheduler.from_config(GaussianScheduler().config)
+    assert DDPMPipeline.from_pretrained(tmp_path, scheduler=fitting).scheduler is fitting

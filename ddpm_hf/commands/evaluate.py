@@ -103,7 +103,10 @@ def load(config: EvaluateConfig):
         scheduler = getattr(diffusers, config.sampler, None)
         if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
             raise ValueError(f"--sampler must be 'fast' or a scheduler class of diffusers, got {config.sampler!r}")
-        pipeline.scheduler = scheduler.from_config(own.config)
+        try:
+            pipeline.scheduler = scheduler.from_config(own.config)
+        except TypeError as error:  # of a class whose constructor asks for more
+            raise ValueError(f"--sampler {config.sampler} cannot be made for this pipeline: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, own
 

@@ -573,7 +573,9 @@ class Trainer:
             self.metrics.append({"step": self.step, **record})
         acc.log(record, step=self.step)
         metric = c.metric_for_best or self.evaluator.metrics[0]
-        if self.best is None or self.best["metric"] != metric or values[metric] < self.best["value"]:
+        best = self.best
+        # a value that is not a number is beaten by any
+        if best is None or best["metric"] != metric or math.isnan(best["value"]) or values[metric] < best["value"]:
             self.best = {"metric": metric, "value": values[metric], "step": self.step}
             self._save_pipeline("best")
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import re
 import sys
 
@@ -20,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, TrainConfig, train
 from ddpm_hf.data.sequences import SequenceDataset
+from ddpm_hf.evaluation.evaluator import Evaluator
 from ddpm_hf.run import checkpoint
 from ddpm_hf.trainer.loop import Trainer, TrainingError
 
@@ -404,3 +406,12 @@ def test_a_stock_model_can_be_trained(tmp_path):
     )
     pipe = DDPMPipeline.from_pretrained(result.pipeline_dir)
     assert isinstance(pipe.unet, UNet2DModel) and pipe(2).images[0].size == (8, 8)
+
+
+def test_a_metric_that_is_not_a_number_is_not_the_best_for_ever(tmp_path, monkeypatch):
+    values = iter([float("nan"), 2.0, 3.0])
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_: {"fid": next(values)})
+    evaluation = {"eval_steps": 1, "eval_metrics": ["fid"], "eval_num_samples": 4, "feature_network": "pixels"}
+    train(config(tmp_path / "run", max_train_steps=3, eval_cache_dir=str(tmp_path / "cache"), **evaluation))
+    (newest,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert json.loads((newest / "progress.json").read_text())["best"] == {"metric": "fid", "value": 2.0, "step": 2}
