@@ -24,7 +24,7 @@ HOW = {True: "given", False: "not in the file: its default"}
 
 @dataclass
 class Findings:
-    """What a checkpoint holds: options for the three parts, the weights by our names, and a line for each inference."""
+    """The content of a checkpoint: options of the three parts, weights by our names, and a line for each inference."""
 
     ndim: int
     unet: dict

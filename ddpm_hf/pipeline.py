@@ -117,7 +117,7 @@ def is_own_card(text: str) -> bool:
 
 
 def card_to_keep(repo_id: str, revision: str | None = None, token: str | None = None) -> bool:
-    """Whether the repo has a model card that someone has written or edited."""
+    """Return True if the repo has a model card that someone has written or edited."""
     try:
         # not from the cache: where there is no connection, that must be an error
         card = hf_hub_download(repo_id, "README.md", revision=revision, token=token, force_download=True)
@@ -323,7 +323,7 @@ class _SamplingPipeline(DiffusionPipeline):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """As diffusers, which only warns of keys that it does not know.
+        """Read the options from a configuration. diffusers only warns of keys that it does not know.
 
         Raises:
             ValueError: an unknown key is close to one of ours, so it is taken for misspelt.
@@ -442,7 +442,7 @@ class _SamplingPipeline(DiffusionPipeline):
         return self
 
     def is_spaced_by_log_snr(self) -> bool:
-        """Whether the steps are those of the fast sampler; another scheduler, put in its place, has its own."""
+        """Return True if the steps are those of the fast sampler; another scheduler, put in its place, has its own."""
         return self.config.log_snr_spacing and isinstance(self.scheduler, DPMSolverMultistepScheduler)
 
     # -- what differs by data ------------------------------------------------------------------
@@ -535,7 +535,7 @@ class _SamplingPipeline(DiffusionPipeline):
         return x0
 
     def _takes_variance(self) -> bool:
-        """Whether the scheduler's step reads the half of the channels in which a model predicts its variance."""
+        """Return True if the scheduler's step reads the half of the channels in which a model predicts its variance."""
         own = hasattr(self.scheduler, "clip_x0")
         stock = isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler))
         return (own or stock) and self.scheduler.config.get("variance_type") in LEARNED

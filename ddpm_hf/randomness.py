@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a seed is for; two streams never share numbers."""
+    """The purpose of a seed; two streams never share numbers."""
 
     WEIGHTS = 0
     ORDER = 1

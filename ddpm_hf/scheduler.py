@@ -394,7 +394,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
-        """From our own configuration or a stock scheduler's, keeping the mathematics and the sampler.
+        """Make a scheduler from our own configuration or a stock scheduler's, keeping the mathematics and the sampler.
 
         A keyword changes only what it names. `beta_schedule` as a keyword is the constructor's (our "linear" and
         "sigmoid", which differ from stock's); every other keyword beside a stock configuration is read as stock reads
@@ -547,7 +547,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         return self._mix("sqrt_one_minus_abar", x_t, 1, "sqrt_abar", v, t)
 
     def target(self, x0: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
-        """What the model is to predict, by `prediction_type`; shaped as x0."""
+        """Return the target of the model, by `prediction_type`; shaped as x0."""
         kind = self.config.prediction_type
         return noise if kind == "epsilon" else x0 if kind == "sample" else self.get_velocity(x0, noise, timesteps)
 

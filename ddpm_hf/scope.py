@@ -1,4 +1,4 @@
-"""What each option of a run applies to: kinds of data, a value of another option, or a new model.
+"""The scope of each option of a run: kinds of data, a value of another option, or a new model.
 
 `TrainConfig` has a `Scope` in the metadata of each option that does not always apply. The help, README's table and the
 error messages take their words from it.
@@ -30,7 +30,7 @@ def _always(config: Any) -> bool:
 
 @dataclass(frozen=True)
 class Scope:
-    """What an option applies to.
+    """The circumstances in which an option has an effect.
 
     Attributes:
         text: the words after "Applies to".
@@ -68,7 +68,7 @@ def _with(option: str, *values: Any) -> Scope:
 
 
 def _has_features(config: Any) -> bool:
-    """Whether the evaluation has a metric that is computed from features of images."""
+    """Return True if the evaluation has a metric that is computed from features of images."""
     return bool(config.eval_steps) and not (config.eval_metrics and {"fid", "kid"}.isdisjoint(config.eval_metrics))
 
 

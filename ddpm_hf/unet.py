@@ -126,7 +126,7 @@ class ResidualBlock(nn.Module):
 
 
 class _AttentionBase(nn.Module):
-    """What both attentions share: pre-norm, one projection to q, k and v, memory key-values."""
+    """The parts of both attentions: pre-norm, one projection to q, k and v, memory key-values."""
 
     linear: type = nn.Linear
 
@@ -434,7 +434,7 @@ class UNetBody(ModelMixin, ConfigMixin):
     _keep_in_fp32_modules = ["time_embed"]
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
-        """As diffusers: each residual block and attention by `torch.compile`, which gets the arguments.
+        """Compile each residual block and attention by `torch.compile`, which gets the arguments.
 
         Blocks of one class differ in width, and torch leaves uncompiled what comes after 8 versions of a class. So each
         is counted for itself, where torch offers that.
@@ -445,7 +445,9 @@ class UNetBody(ModelMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """As diffusers, which only warns of keys that it does not know: others keep theirs here, as `EMAModel` does.
+        """Read the options from a configuration. diffusers only warns of keys that it does not know.
+
+        Keys of others are let through with that warning: `EMAModel` keeps its own there.
 
         Raises:
             ValueError: an unknown key is close to one of ours, so it is taken for misspelt.
@@ -460,7 +462,7 @@ class UNetBody(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, output_loading_info: bool = False, **kwargs):
-        """As diffusers, which only warns of weights that do not fit.
+        """Load a saved model, and refuse weights that do not fit, of which diffusers only warns.
 
         Raises:
             ValueError: tensors missing, left over or of another shape, or misspelt keys in the configuration; named.

@@ -146,7 +146,7 @@ def record_of(config: EvaluateConfig) -> dict:
 
 
 def run_of(config: EvaluateConfig) -> dict:
-    """What the pipeline's training.json says of its run, if --data is the data that it was trained on; else {}."""
+    """Read the training.json of the pipeline if --data is the data that it was trained on; else return {}."""
     facts = record_of(config)
     if not facts or facts["data"].get("name") != without_folders(config.data):
         return {}
@@ -203,7 +203,7 @@ def first_shape(dataset, on_bad_image: str) -> tuple:
 
 
 def trained_mirrored(config: EvaluateConfig) -> bool:
-    """Whether training mirrored pictures, by the option or by what the run has recorded."""
+    """Return True if training mirrored pictures, by the option or by what the run has recorded."""
     options = record_of(config).get("options", {})
     return options.get("random_flip") is True if config.random_flip is None else config.random_flip
 
@@ -277,7 +277,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
 
 
 def read_records(folder: Path) -> list[dict]:
-    """What an earlier evaluation left in the folder, which is made if it is not there.
+    """Read the records that an earlier evaluation left in the folder, which is made if it is not there.
 
     Raises:
         ValueError: evaluation.json holds something else, or the folder cannot be made or written.

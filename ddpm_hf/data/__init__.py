@@ -1,4 +1,4 @@
-"""From what the user has to batches; `open_data` is the door."""
+"""The way from the user's data to batches; `open_data` is the door."""
 
 from ddpm_hf.data.opening import open_data
 

@@ -24,7 +24,7 @@ PREFETCH = 2  # batches that `torch` loads ahead in each worker
 
 
 class Seen(NamedTuple):
-    """What is known of an item after reading it: its shape, or why it cannot be read (`bad`: it is a bad picture)."""
+    """The outcome of reading an item: its shape, or why it cannot be read (`bad`: it is a bad picture)."""
 
     shape: tuple | None
     message: str | None = None

@@ -1,4 +1,4 @@
-"""What training is fed from: data that is stored or streamed, behind one face.
+"""The source of training batches: stored or streamed data, behind one interface.
 
 Both are a `torch` loader of batches from any step on, and what must be kept to go on from there.
 """
@@ -111,7 +111,7 @@ class StoredFeed:
         return {}
 
     def fingerprint(self) -> dict:
-        """What tells other data from the same."""
+        """Return the fingerprint that tells this data from other data."""
         return fingerprint(self.units, self.shape)
 
 

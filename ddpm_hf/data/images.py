@@ -232,7 +232,7 @@ class ImageDataset(Dataset):
         return from_8bit(self.load_8bit(index, rng))
 
     def load_8bit(self, index: int, rng: np.random.Generator | None = None) -> Tensor:
-        """The same as uint8 (C, H, W): a quarter of the memory to hand over."""
+        """Load picture `index` as uint8 (C, H, W), a quarter of the memory of float32."""
         return self.finish(self._decoded(index), rng)
 
     def finish(self, array: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
@@ -243,7 +243,7 @@ class ImageDataset(Dataset):
         return to_tensor(array)
 
     def _crop(self, array: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """From the centre, or where `rng` says."""
+        """Crop from the centre, or at a place that `rng` draws."""
         height, width = self.resolution
         spare = (array.shape[0] - height, array.shape[1] - width)
         top, left = (n // 2 if rng is None else int(rng.integers(0, n + 1)) for n in spare)

@@ -42,7 +42,7 @@ class Batch:
         return Batch(self.items.to(device, non_blocking=True), []).x0
 
     def pin_memory(self) -> "Batch":
-        """For the loader."""
+        """Pin the memory of the items; called by the DataLoader."""
         return self if self.items is None else Batch(self.items.pin_memory(), self.skipped, self.error)
 
 
@@ -109,7 +109,7 @@ def hold_out(dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def split_record(held_out: Dataset) -> dict:
-    """What tells the items held out from others of the same data: their number, and a digest of their places."""
+    """Return a fingerprint of the items held out: their number, and a digest of their places."""
     digest, part = hashlib.sha256(), held_out
     while isinstance(part, Part):
         digest.update(part.indices.tobytes())
@@ -230,7 +230,7 @@ class StreamSampler(Sampler):
 
 
 def fingerprint(dataset, shape: tuple) -> dict:
-    """What tells other data from the same: count, shape, and a digest of up to 16 items of our own data sets."""
+    """Return a fingerprint of the data: count, shape, and a digest of up to 16 items of our own data sets."""
     digest = hashlib.sha256()
     if isinstance(dataset, (ImageDataset, SequenceDataset)):
         for index in np.linspace(0, len(dataset) - 1, min(16, len(dataset))).astype(int):

@@ -78,7 +78,7 @@ class ImageStream:
         return images.finish(np.asarray(image).reshape(image.height, image.width, images.channels), rng)
 
     def fingerprint(self, shape: tuple) -> dict:
-        """What tells other data from the same: shards, shape, and a digest of the first picture as it is stored."""
+        """Return a fingerprint of the data: shards, shape, and a digest of the first picture as it is stored."""
         digest = hashlib.sha256(repr(self.first).encode())
         return {"items": self.num_shards, "shape": list(shape), "digest": digest.hexdigest()}
 

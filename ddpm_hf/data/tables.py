@@ -46,7 +46,7 @@ def open_files(builder: str, files: Sequence[str], streaming: bool = False) -> A
 
 
 def table_folder(folder: str) -> bool:
-    """Whether a folder holds tables (saved to disk, parquet, arrow, webdataset tars) rather than pictures."""
+    """Return True if a folder holds tables (saved to disk, parquet, arrow, webdataset tars) rather than pictures."""
     return saved_to_disk(Path(folder)) or bool(_table_files(folder))
 
 
@@ -86,7 +86,7 @@ def open_folder(folder: str, split: str, streaming: bool = False) -> Any:
 
 
 def saved_to_disk(folder: Path) -> bool:
-    """Whether the folder was written by `save_to_disk`."""
+    """Return True if the folder was written by `save_to_disk`."""
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )

@@ -1,1 +1,1 @@
-"""From pipelines to numbers."""
+"""The way from pipelines to numbers."""

@@ -49,7 +49,7 @@ BUCKETS = 10  # of timesteps, for the held-out loss
 
 @dataclass
 class EvalSettings:
-    """What is measured, and with what.
+    """Settings of an evaluation: metrics, numbers of samples and of real items, features, seeds.
 
     Args:
         metrics: of `IMAGE_METRICS` or `SEQUENCE_METRICS`; None: all that the data allows.
@@ -133,7 +133,7 @@ class Evaluator:
     # -- real data -------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """What is known of the real data, once: read from the cache, or computed by all processes and kept there.
+        """Get the statistics of the real data once, from the cache or from all processes, and keep them there.
 
         Raises:
             ValueError: items that cannot be read, or too few that can.
@@ -250,7 +250,7 @@ class Evaluator:
             self.accelerator.print(f"evaluation: left out {len(bad):,} of {len(self.real):,} real pictures:{names}")
 
     def _stored(self, file: Path | None) -> dict | None:
-        """What the cache holds on all nodes: each node of a cluster may have its own."""
+        """Read the cache on all nodes: each node of a cluster may have its own."""
         self.accelerator.wait_for_everyone()
         stored = None if file is None else feature_cache.load(file, self.accelerator.print)
         return stored if all(self.shares.gather_objects([stored is not None])) else None

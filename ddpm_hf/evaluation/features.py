@@ -94,7 +94,7 @@ def _to_rgb(image: np.ndarray) -> np.ndarray:
 
 
 def _inception_path() -> Path:
-    """Where clean-fid keeps its network."""
+    """Return the path at which clean-fid keeps its network."""
     return Path("./" if platform.system() == "Windows" else "/tmp") / INCEPTION
 
 

@@ -22,7 +22,7 @@ class Gaussian(NamedTuple):
 
     @classmethod
     def fit(cls, x: np.ndarray) -> "Gaussian":
-        """Of samples (n, D), the covariance over n - 1.
+        """Fit mean and covariance (over n - 1) to samples (n, D).
 
         Raises:
             ValueError: fewer than two samples, or another shape.

@@ -1,1 +1,1 @@
-"""From pipelines to the Hub: publishing, the model card, the page."""
+"""The way from pipelines to the Hub: publishing, the model card, the page."""

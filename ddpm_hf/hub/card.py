@@ -52,7 +52,7 @@ def fence(code: str, language: str = "") -> Verbatim:
 
 
 class Parts:
-    """What a pipeline's folder says of itself.
+    """The content of a saved pipeline's folder, as its card needs it.
 
     Raises:
         ValueError: it is not a saved pipeline, or a file of it is damaged.
@@ -90,7 +90,7 @@ class Parts:
         return content
 
     def _count_parameters(self) -> int:
-        """From the headers of the weights' files, which tell a truncated file too."""
+        """Count the parameters from the headers of the weights' files, which also shows a truncated file."""
         files = sorted((self.folder / "unet").glob("*.safetensors"))
         whole = re.compile(r"[^.]+\.safetensors")  # else a variant of the same weights: .fp16.safetensors
         files = [file for file in files if whole.fullmatch(file.name)] or files
@@ -110,7 +110,7 @@ class Parts:
         return sorted(str(f.relative_to(self.folder)) for f in self.folder.rglob("*.py") if CARRIED.fullmatch(f.stem))
 
     def data_name(self, record: dict | None = None) -> str:
-        """What the data is called: of a record of an evaluation, or of training."""
+        """Return the name of the data, of a record of an evaluation or of training."""
         name = (record or {}).get("data") or self.training.get("data", {}).get("name")
         return BUNDLED.get(name, name) or "data that was not recorded"
 

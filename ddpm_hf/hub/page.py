@@ -88,7 +88,7 @@ class Frames:
 
 
 class Page:
-    """What the page does with a pipeline; each method answers one button or slider."""
+    """The page's use of a pipeline; each method answers one button or slider."""
 
     def __init__(self, pipe):
         self.pipe, self.own = pipe, pipe.scheduler

@@ -52,7 +52,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Target:
-    """Where to publish.
+    """The place to publish to.
 
     Attributes:
         repo_id: "user/name"; "name" is of the token's user.
@@ -195,7 +195,7 @@ def _same_file(entry: RepoFile, file: Path | bytes) -> bool:
 
 
 def _training_state(run: Path) -> dict[str, Path | bytes]:
-    """What a run goes on from: a run folder in the repo's training_state/."""
+    """Collect the files that a run resumes from: a run folder in the repo's training_state/."""
     checkpoints = [path for _, path in list_checkpoints(run / "checkpoints")]
     if not checkpoints or not (run / "config.yaml").exists():
         raise ValueError(f"the training state is that of a run folder with a checkpoint, which {run} is not")
@@ -233,7 +233,7 @@ def publish_with_patience(*arguments, say: Callable[[str], None] = print, **opti
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether trying again can help: not where the Hub said no, or the folder is wrong."""
+    """Return True if trying again can help: not where the Hub said no, or the folder is wrong."""
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         status = error.response.status_code
         return status >= 500 or status in (408, 409, 412, 429)
@@ -311,7 +311,7 @@ def publish_space(space_id: str, target: Target) -> str:
 
 
 def target_of(config: TrainConfig) -> Target:
-    """Where the options of a run say to publish; by default under the name of its folder."""
+    """Return the place that a run's options name; by default a repo with the name of its folder."""
     return Target(
         config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_revision, config.create_pr,
         config.hub_private_repo, config.hub_license,
@@ -431,7 +431,7 @@ class Publisher:
 
 
 def make_publisher(config: TrainConfig, accelerator, say: Callable[[str], None]) -> Publisher | None:
-    """For the main process of a run that is to be published; where the Hub refuses, every process stops.
+    """Make the publisher of a run, for its main process; if the Hub refuses, every process stops.
 
     Raises:
         ValueError: as `open_repo`.

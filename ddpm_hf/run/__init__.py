@@ -1,1 +1,1 @@
-"""What a run leaves on disk: checkpoints, metrics, and the record of how it was made."""
+"""The files of a run: checkpoints, metrics, and the record of how it was made."""

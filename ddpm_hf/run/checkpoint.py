@@ -81,7 +81,7 @@ def _seal(aside: Path) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None."""
+    """Return what is wrong with the files of a checkpoint, or None."""
     try:
         digests = read_json(path / CHECKSUMS)
     except ValueError as error:

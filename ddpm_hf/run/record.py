@@ -1,4 +1,4 @@
-"""What a run records of itself for the card of its pipeline: data, options, command, machine, time, pictures.
+"""The record of a run for the card of its pipeline: data, options, command, machine, time, pictures.
 
 Paths of the machine are left out: the folder of a pipeline is made to be published.
 """
@@ -64,7 +64,7 @@ def public_command(arguments: list[str]) -> str:
 
 
 def machine(device: str = "cpu") -> str:
-    """What computes on a kind of device here, as one would say it."""
+    """Return the name of the hardware that computes on a kind of device here."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     if device != "cpu":

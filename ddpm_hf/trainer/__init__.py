@@ -1,1 +1,1 @@
-"""From batches to weights; `train` in loop.py is the door."""
+"""The way from batches to weights; `train` in loop.py is the door."""

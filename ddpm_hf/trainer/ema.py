@@ -19,7 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def is_sharded(accelerator) -> bool:
-    """Whether the weights are spread over processes (FSDP).
+    """Return True if the weights are spread over processes (FSDP).
 
     Raises:
         ValueError: by FSDP's first version or DeepSpeed's ZeRO-3, whose shards cannot be averaged one by one.

@@ -159,7 +159,7 @@ class Trainer:
         )
 
     def _check_folder(self) -> bool:
-        """Whether the folder holds this run already; it is made if not.
+        """Return True if the folder holds this run already; it is made if not.
 
         Raises:
             ValueError: it holds something else, or cannot be written.
@@ -415,7 +415,7 @@ class Trainer:
         return total, torch.as_tensor(grad_norm, device=acc.device).detach().float()
 
     def _any_process(self, flag: bool) -> bool:
-        """Whether `flag` is set on any process; all get the same answer, so that all save together."""
+        """Return True if `flag` is set on any process; all get the same answer, so that all save together."""
         acc = self.accelerator
         if acc.num_processes == 1:
             return flag

@@ -1,4 +1,4 @@
-"""What becomes of freed memory (CPU, Linux with glibc): kept for the next step, or given back to the system at once.
+"""Freed memory (CPU, Linux with glibc): kept for the next step, or given back to the system at once.
 
 glibc itself does some of both: big blocks are given back, so that every step faults in its activations again, page by
 page; and what counts as big grows with use to 32 MiB, so that holes of freed blocks stay between those in use.

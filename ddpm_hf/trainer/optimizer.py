@@ -174,7 +174,7 @@ class Muon(DenseAdamW):
 
 
 def make_optimizer(model: nn.Module, config) -> DenseAdamW:
-    """That of a `TrainConfig`."""
+    """Build the optimizer that a `TrainConfig` asks for."""
     c = config
     options = {"lr": c.learning_rate, "betas": (c.adam_beta1, c.adam_beta2), "eps": c.adam_epsilon,
                "weight_decay": c.adam_weight_decay}  # fmt: skip

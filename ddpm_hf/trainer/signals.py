@@ -1,4 +1,4 @@
-"""What asks a run to stop: SIGTERM (a scheduler's), SIGINT (Ctrl-C), and the end of the launcher that started it."""
+"""Requests to stop a run: SIGTERM (a scheduler's), SIGINT (Ctrl-C), and the end of the launcher that started it."""
 
 import os
 import select
@@ -38,7 +38,7 @@ class StopRequest:
             self._restore(number)
 
     def asked(self) -> bool:
-        """Whether to stop; to be called after each step."""
+        """Return True if the run is to stop; called after each step."""
         # another process has adopted this one
         if self.received is None and self.launcher is not None and os.getppid() != self.launcher:
             self.received = "the end of its launcher"

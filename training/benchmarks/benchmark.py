@@ -84,13 +84,13 @@ def shapes_of(options, on_cpu: tuple) -> list[tuple]:
 
 
 def name_of(options, *words) -> str:
-    """What a row is about; on CPU the keys of RECORDED."""
+    """Return the subject of a row; on CPU the keys of RECORDED."""
     words = ["x".join(map(str, word)) if isinstance(word, tuple) else word for word in words]
     return " ".join(word for word in (*words, "" if options.device == "cpu" else options.device) if word)
 
 
 def variants(options) -> list[tuple[str, bool]]:
-    """Of ours: (dtype, whether it is compiled)."""
+    """Return (dtype, True if compiled) of a contender of ours."""
     return list(itertools.product(options.dtype, [False, True] if options.compile else [False]))
 
 
@@ -301,7 +301,7 @@ def table(rows: list[dict]) -> str:
 
 
 def is_worse(row: dict) -> bool:
-    """Whether a ratio is more than 15% on the wrong side of the recorded one, or the import of its limit."""
+    """Return True if a ratio is more than 15% on the wrong side of the recorded one, or the import of its limit."""
     if row.get("what") == "import":
         return row["more s"] > 1.15 * IMPORT_LIMIT
     recorded = RECORDED.get(row.get("what"))

@@ -1,4 +1,4 @@
-"""What the benchmark lets compete, each in a process of its own, so that memory is each one's own and as it comes:
+"""The contenders of the benchmark, each in a process of its own, so that memory is each one's own and as it comes:
 denoising-diffusion-pytorch, ddpm_hf, and stock diffusers."""
 
 import contextlib
@@ -308,7 +308,7 @@ def exact_products() -> Iterator[None]:
 
 
 def outputs(tasks: list[Task]) -> list[torch.Tensor]:
-    """What the calls give, in this process."""
+    """Return the outputs of the calls, in this process."""
     with torch.no_grad(), exact_products():
         return [build_call(task)() for task in tasks]
 

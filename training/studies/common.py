@@ -1,4 +1,4 @@
-"""What the studies share: two small sets of real pictures, a distance to them, and jobs that run side by side.
+"""Shared parts of the studies: two small sets of real pictures, a distance to them, and jobs that run side by side.
 
 digits: scikit-learn's handwritten digits, 1,797 of 8 x 8, grey. crops: 6,000 of 32 x 32 from its two photographs.
 """

@@ -1,4 +1,4 @@
-"""Where the steps of a short chain lie: the error of DPM-Solver++ by schedule, spacing and number of calls.
+"""The place of a short chain's steps: the error of DPM-Solver++ by schedule, spacing and number of calls.
 
     python training/studies/spacing.py        # prints the table of docs/studies.md, in seconds
 
