@@ -138,7 +138,7 @@ class TrainConfig:
         None, "Threads of each process when training on CPU. Default: this machine's cores, shared by its processes "
         "(accelerate itself starts each with one)."
     )  # fmt: skip
-    seed: int = _option(0, "Of weights, data order, noise and samples.")
+    seed: int = _option(0, "Seed for initial weights, data order, noise and samples.")
     resume_from_checkpoint: str = _option(
         "latest", "'latest': the newest checkpoint, which must be undamaged; 'latest-valid': the newest undamaged one."
     )
@@ -181,7 +181,7 @@ class TrainConfig:
     ddpm_num_steps: int = _option(1000, "Training timesteps T.")
     ddpm_beta_schedule: str = _option("sigmoid", "'sigmoid', 'cosine' or 'linear'.")
     prediction_type: str = _option(
-        "v_prediction", "What the model predicts: 'epsilon', 'sample' (x0) or 'v_prediction'."
+        "v_prediction", "Prediction target of the model: 'epsilon', 'sample' (x0) or 'v_prediction'."
     )
     loss_weighting: str | None = _option(
         None, "'uniform': 1 at every timestep; 'snr': by the target, as denoising-diffusion-pytorch, and by "
@@ -192,8 +192,14 @@ class TrainConfig:
     timestep_sampling: str = _option(
         "uniform", "Timesteps of training: 'uniform', or 'logit_normal', more often in the middle of the schedule."
     )
-    logit_mean: float = _option(0.0, "Of logit_normal: above 0 towards noise.", scope.LOGIT_NORMAL)
-    logit_std: float = _option(1.0, "Of logit_normal: the smaller, the closer to the middle.", scope.LOGIT_NORMAL)
+    logit_mean: float = _option(
+        0.0, "Mean of the logit-normal distribution; positive values favour noisier timesteps.", scope.LOGIT_NORMAL
+    )
+    logit_std: float = _option(
+        1.0,
+        "Standard deviation of the logit-normal distribution; small values favour the middle of the schedule.",
+        scope.LOGIT_NORMAL,
+    )
     immiscible: bool = _option(False, "Re-assign noise to the nearest data within train_batch_size samples.")
     rescale_betas_zero_snr: bool = _option(
         False,
@@ -268,7 +274,7 @@ class TrainConfig:
     )  # fmt: skip
     feature_resolution: int = _option(299, "S of a TorchScript feature network, in pixels.", scope.TORCHSCRIPT)
     eval_cache_dir: str | None = _option(
-        None, "Where statistics of real images are kept. Default: ddpm_hf/ in the Hugging Face cache.", scope.FEATURES
+        None, "Folder for the statistics of real images. Default: ddpm_hf/ in the Hugging Face cache.", scope.FEATURES
     )
     metric_for_best: str | None = _option(
         None,

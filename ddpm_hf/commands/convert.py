@@ -26,7 +26,9 @@ def main(arguments: list) -> int:
     parser.add_argument("--seq_length", type=int, help="Length of sequences. Default: 128.")
     parser.add_argument("--attn_heads", type=int, nargs="+", help="One number or one per stage. Default: 4.")
     parser.add_argument("--norm_groups", type=int, default=8, help="Groups of the 2023 form's norms. Default: 8.")
-    parser.add_argument("--theta", type=float, default=10000.0, help="Of the time embedding. Default: 10000.")
+    parser.add_argument(
+        "--theta", type=float, default=10000.0, help="Longest period of the time embedding, over 2 pi. Default: 10000."
+    )
     parser.add_argument(
         "--self_condition", action="store_true", default=None, help="For a model with learned variance too."
     )

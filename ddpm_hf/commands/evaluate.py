@@ -60,7 +60,7 @@ class EvaluateConfig:
     feature_network: str = _option("inception", "'inception', a TorchScript file, or 'pixels'.")
     feature_resolution: int = _option(299, "Pixels of a TorchScript feature network's input.")
     batch_size: int = _option(64, "Samples generated at once, per process.")
-    seed: int = _option(0, "Of samples; and of what is held out, where the pipeline does not say it.")
+    seed: int = _option(0, "Seed of the samples, and of what is held out if the pipeline does not say it.")
     holdout: int | None = _option(
         None, "Items held out in training. Default: those that the pipeline's training.json names, where --data is the "
         "data of its run. 0: the data as given."
@@ -79,9 +79,9 @@ class EvaluateConfig:
         metadata={"help": "'true' if training mirrored pictures: a mirrored copy is one (memorization). Default: "
                           "as training.json in the pipeline's folder says, else no."},
     )  # fmt: skip
-    eval_cache_dir: str | None = _option(None, "Where statistics of real images are kept.")
+    eval_cache_dir: str | None = _option(None, "Folder for the statistics of real images.")
     output_dir: str | None = _option(
-        None, "Where results go. Default: the pipeline's folder; evaluation/ for a Hub name."
+        None, "Folder for the results. Default: the pipeline's folder; evaluation/ for a Hub name."
     )
 
 

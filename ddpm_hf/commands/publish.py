@@ -26,7 +26,7 @@ def main(arguments: list) -> int:
     parser.add_argument("--hub_upload_state", action="store_true",
                         help="The newest checkpoint of its run too, in training_state/.")  # fmt: skip
     parser.add_argument("--space", help="Make this Space, 'user/name' or 'name', with a page to try the pipeline too.")
-    parser.add_argument("--message", default="Upload pipeline", help="Of the commit. Default: %(default)s.")
+    parser.add_argument("--message", default="Upload pipeline", help="Message of the commit. Default: %(default)s.")
     given = parser.parse_args(arguments)
     target = Target(given.hub_model_id, given.hub_revision, given.create_pr, given.hub_private_repo, given.hub_license)
     try:
