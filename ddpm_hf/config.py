@@ -404,6 +404,7 @@ class TrainConfig:
                      "ema_update_every", "logging_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size",
                      "checkpointing_steps", "norm_groups", "feature_resolution", "shuffle_buffer"):  # fmt: skip
             rule(getattr(self, name) >= 1, name, "a whole number of at least 1")
+        rule(self.num_cpu_threads is None or self.num_cpu_threads <= 1024, "num_cpu_threads", "at most 1024")
         for name in ("init_dim", "sequence_length", "stride", "num_cpu_threads"):
             value = getattr(self, name)
             rule(value is None or value >= 1, name, "a whole number of at least 1")

@@ -169,13 +169,14 @@ def _state_of(source, weights: str) -> tuple[dict[str, Tensor], set[str] | None]
         raise ValueError(f"weights must be 'ema' or 'model', got {weights!r}")
     if not isinstance(source, Mapping):
         source = _load(Path(source))
-    if not all(key in source for key in FILE_KEYS):
+    if not isinstance(source.get("model"), Mapping) and not all(key in source for key in FILE_KEYS):
         return _tensors(source, "state dict"), None
     state = _tensors(source["model"], "model")
     trained = _trained_names(source.get("opt"), state)
     if weights == "ema":
         prefix = "ema_model."
-        content = source["ema"] if isinstance(source["ema"], Mapping) else {}
+        content = source.get("ema")
+        content = content if isinstance(content, Mapping) else {}
         ema = {name.removeprefix(prefix): v for name, v in content.items() if str(name).startswith(prefix)}
         if not ema:
             raise ValueError("the checkpoint has no EMA weights (no tensor ema_model.*): use weights='model'")

@@ -344,7 +344,10 @@ class _SamplingPipeline(DiffusionPipeline):
         this file knows no model.
         """
         parts = {name: part for name, part in pipeline.components.items() if name in ("unet", "scheduler")}
-        return super().from_pipe(pipeline, **{**parts, **kwargs})
+        made = super().from_pipe(pipeline, **{**parts, **kwargs})
+        if kwargs.get("scheduler") is not None:
+            made.scheduler = kwargs["scheduler"]  # the settings came with that of the other pipeline
+        return made
 
     # -- samplers ------------------------------------------------------------------------------
 
@@ -428,11 +431,13 @@ class _SamplingPipeline(DiffusionPipeline):
         _check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
         config = self.scheduler.config
         scheduler = DPMSolverMultistepScheduler.from_config(config, **FAST)
+        # the way back finds here what is changed
+        own = {"timestep_spacing": config.get("timestep_spacing", "trailing"), **config.get("_gaussian", {})}
+        scheduler.register_to_config(_gaussian=own)
         if config.get("variance_type") in LEARNED:
             # of a learned variance stock solvers keep the first three channels, whatever the data has: `_denoise` drops
-            # that half, and the way back finds the setting here
-            own = {**config.get("_gaussian", {}), "variance_type": config.variance_type}
-            scheduler.register_to_config(variance_type=None, _gaussian=own)
+            # that half
+            scheduler.register_to_config(variance_type=None, _gaussian={**own, "variance_type": config.variance_type})
         self.scheduler = scheduler
         self.register_to_config(
             steps_before_fast=self.config.num_inference_steps,

@@ -435,7 +435,10 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         carried = "_gaussian" in config
         if config.get("variance_type", "") is None:  # the fast sampler's; the model's is in `_gaussian`
             config.pop("variance_type")
-        config = {**config.pop("_gaussian", {}), **config}
+        own = config.pop("_gaussian", {})
+        config = {**own, **config}
+        if "timestep_spacing" in own:  # which the fast sampler changed
+            config["timestep_spacing"] = own["timestep_spacing"]
         if carried and config.get("trained_betas") is None and config.get("beta_schedule") != "trained":
             config["trained_betas"] = _stock_betas(config)  # a stock scheduler's options were changed meanwhile
         changed = {name for name in kwargs if name in SCHEDULE_OPTIONS and kwargs[name] != config.get(name, _MISSING)}

@@ -172,6 +172,10 @@ def test_parts_of_another_form_are_refused(part, content, message):
     assert read_checkpoint(checkpoint).ndim == 2
     with pytest.raises(ValueError, match=message):
         read_checkpoint({**checkpoint, part: content})
+    del checkpoint["ema"]
+    assert read_checkpoint(checkpoint, weights="model").ndim == 2
+    with pytest.raises(ValueError, match="use weights='model'"):
+        read_checkpoint(checkpoint)
 
 
 def test_other_schedules_keep_their_betas():

@@ -421,3 +421,31 @@ def test_bad_parts():
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="EulerDiscreteScheduler has no eta"):
         pipe(1, eta=0.5)
+
+
+@pytest.mark.parametrize("kind", [diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler])
+def test_a_scheduler_given_at_loading_ends_the_fast_sampler(tmp_path, kind):
+    model = UNet2D(sample_size=8, in_channels=1, dim=8, dim_mults=(1, 2))
+    pipe = DDPMPipeline(model, GaussianScheduler(50), num_inference_steps=20).use_fast_sampler(5)
+    pipe.save_pretrained(tmp_path)
+    other = kind.from_config(pipe.scheduler.config)
+    for made in (
+        DDPMPipeline.from_pretrained(tmp_path, scheduler=other),
+        DDPMPipeline.from_pipe(pipe, scheduler=other),
+    ):
+        assert not made.is_spaced_by_log_snr() and made.config.num_inference_steps == 20
+    kept = DDPMPipeline.from_pretrained(tmp_path)
+    assert kept.is_spaced_by_log_snr() and kept.config.num_inference_steps == 5
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_the_way_back_from_the_fast_sampler_keeps_the_spacing(spacing, tmp_path):
+    model = UNet2D(sample_size=8, in_channels=1, dim=8, dim_mults=(1, 2))
+    pipe = DDPMPipeline(model, GaussianScheduler(50, timestep_spacing=spacing))
+    pipe.use_fast_sampler(5).use_fast_sampler(6).save_pretrained(tmp_path)
+    for fast in (pipe, DDPMPipeline.from_pretrained(tmp_path)):
+        own = GaussianScheduler.from_config(fast.scheduler.config)
+        assert own.config.timestep_spacing == spacing
+        assert (
+            GaussianScheduler.from_config(own.config, timestep_spacing="leading").config.timestep_spacing == "leading"
+        )

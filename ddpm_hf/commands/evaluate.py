@@ -26,9 +26,10 @@ from ddpm_hf import GaussianScheduler, TrainConfig
 from ddpm_hf.arguments import SuggestingParser
 from ddpm_hf.config import BUNDLED
 from ddpm_hf.data.images import BadImageError
-from ddpm_hf.data.loading import hold_out, load_item, split_record
+from ddpm_hf.data.loading import fingerprint, hold_out, load_item, split_record, underlying
 from ddpm_hf.data.opening import build_dataset
-from ddpm_hf.data.sequences import SequenceDataset
+from ddpm_hf.data.sequences import FILE_ENDINGS, SequenceDataset
+from ddpm_hf.data.tables import table_folder
 from ddpm_hf.evaluation.evaluator import HELD_OUT, EvalSettings, Evaluator
 from ddpm_hf.hub.card import write_card
 from ddpm_hf.hub.publish import load_pipeline
@@ -114,6 +115,7 @@ def load(config: EvaluateConfig):
 def real_data(config: EvaluateConfig, pipeline):
     """The data, shaped as what the pipeline generates."""
     path, size = Path(config.data), pipeline._size()
+    check_kind(config.data, is_image=len(size) == 2)
     if config.data in BUNDLED or not path.exists() or (path.is_dir() and len(size) == 1):
         source = {"dataset_name": config.data}
     else:
@@ -134,6 +136,22 @@ def real_data(config: EvaluateConfig, pipeline):
     return dataset, shape
 
 
+def check_kind(data: str, is_image: bool) -> None:
+    """Check that the data is there, where it is meant as a path, and of the kind that the pipeline generates.
+
+    Raises:
+        ValueError: it is not.
+    """
+    path = Path(data)
+    meant = path.suffix.lower() in FILE_ENDINGS or data.startswith((".", "/", "~")) or data.endswith("/")
+    if meant and not path.exists():
+        raise ValueError(f"--data {data}: there is no such file or folder")
+    if is_image and path.is_file():
+        raise ValueError(f"the pipeline generates images, --data {data} is a file of sequences")
+    if not is_image and path.is_dir() and not table_folder(data):
+        raise ValueError(f"the pipeline generates sequences, --data {data} is a folder of images")
+
+
 def record_of(config: EvaluateConfig) -> dict:
     """The pipeline's training.json, where there is one with options and data; else {}."""
     folder = Path(config.pipeline)
@@ -148,7 +166,10 @@ def record_of(config: EvaluateConfig) -> dict:
 def run_of(config: EvaluateConfig) -> dict:
     """Read the training.json of the pipeline if --data is the data that it was trained on; else return {}."""
     facts = record_of(config)
-    if not facts or facts["data"].get("name") != without_folders(config.data):
+    name = facts.get("data", {}).get("name")
+    same = name == without_folders(str(Path(config.data)))
+    # the record leaves folders of the machine out, and its content is compared later
+    if not same and not (name and Path(config.data).exists() and Path(name).name == Path(config.data).resolve().name):
         return {}
     given = {"dataset_config_name": config.dataset_config_name, "dataset_split": config.dataset_split}
     # what does not apply to the data is not recorded
@@ -171,7 +192,13 @@ def split(config: EvaluateConfig, run: dict, dataset) -> tuple:
         )
     count = (count if run else 0) if asked is None else asked
     if not count:
-        return dataset, dataset if set(HELD_OUT) & set(config.metrics or ()) else None
+        wanted = sorted(set(HELD_OUT) & set(config.metrics or ()))
+        if run and wanted and asked is None:
+            raise ValueError(
+                f"{', '.join(wanted)} needs items that training does not see, and the pipeline's run held none of "
+                f"{config.data} out: --holdout 0 takes the data as given, seen or not"
+            )
+        return dataset, dataset if wanted else None
     rest, held_out = hold_out(dataset, count, seed)
     recorded = run.get("data", {}).get("held_out")
     if recorded is not None and recorded != split_record(held_out):
@@ -184,7 +211,24 @@ def split(config: EvaluateConfig, run: dict, dataset) -> tuple:
             f"the pipeline was trained by ddpm_hf 0.2.0 or earlier, which held out {count} single windows and trained "
             "on others that overlap them; --holdout 0 takes the data as given"
         )
+    check_content(config, run, rest)
     return rest, held_out
+
+
+def check_content(config: EvaluateConfig, run: dict, dataset) -> None:
+    """Check that data of the name of the run's data is that data, by a digest of some of its items.
+
+    Other items would have been held out of other data.
+
+    Raises:
+        ValueError: it is other data, and is not to be taken as given.
+    """
+    recorded = run.get("data", {}).get("content")
+    if recorded is not None and recorded != fingerprint(underlying(dataset), ())["digest"]:
+        raise ValueError(
+            f"{config.data} has the name of the data that the pipeline was trained on, but other content (or is cut "
+            "otherwise): --holdout 0 takes the data as given"
+        )
 
 
 def first_shape(dataset, on_bad_image: str) -> tuple:
@@ -240,8 +284,11 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         keep_freed_memory()
     pipeline, own = load(config)
     run = run_of(config)
-    if run and config.stride is None:
-        config = replace(config, stride=run["options"].get("stride"))
+    if run:  # read the data as the run did, where nothing else is asked for
+        for name, default in (("stride", None), ("sequence_columns", None), ("on_bad_image", "stop")):
+            if getattr(config, name) == default and run["options"].get(name) is not None:
+                config = replace(config, **{name: run["options"][name]})
+    accelerator.print(f"{config.data} is {'' if run else 'not '}taken as the data that the pipeline was trained on")
     dataset, shape = real_data(config, pipeline)
     check_scope(config, is_image=len(shape) == 3)
     dataset, held_out = split(config, run, dataset)

@@ -92,7 +92,7 @@ def duration(seconds: float) -> str:
 def data_facts(config: TrainConfig, dataset, items: int | None, shape: tuple) -> dict:
     """The name, number and shape of the data; `hub_id` where it is of the Hub."""
     given = config.dataset_name or config.train_data_dir or config.train_data_file
-    name = without_folders(given) if given else f"a data set given from Python ({type(dataset).__name__})"
+    name = without_folders(str(Path(given))) if given else f"a data set given from Python ({type(dataset).__name__})"
     on_hub = config.dataset_name and config.dataset_name not in BUNDLED and not Path(config.dataset_name).exists()
     return {"name": name, "hub_id": name if on_hub else None, "items": items, "shape": list(shape)}
 

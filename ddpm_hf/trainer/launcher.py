@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import psutil
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 # Set by accelerate's launcher and by torch's, which accelerate uses for several processes.
@@ -82,6 +83,25 @@ def asked_processes() -> int:
     except (Exception, SystemExit):  # of another version of accelerate: its own launcher has taken it
         return 1
     return options.num_processes or 1
+
+
+def start(**options) -> Accelerator:
+    """Return an accelerator of these options, checked by `check_started`.
+
+    Raises:
+        ValueError: also where accelerate's configuration asks for a package that is not installed.
+    """
+    try:
+        accelerator = Accelerator(**options)
+    except ImportError as error:
+        asked = [kind for name, (kind, _) in KINDS.items() if os.environ.get(name, "").lower() == "true"]
+        named = f" for {asked[0]}" if asked else ""
+        raise ValueError(
+            f"accelerate is configured{named}, which cannot train here: {str(error).rstrip('.')}; or write "
+            "distributed_type: MULTI_GPU (or 'NO' with num_processes: 1) in accelerate's configuration file"
+        ) from error
+    check_started(accelerator)
+    return accelerator
 
 
 def check_started(accelerator) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -37,8 +36,8 @@ from ddpm_hf.reading import is_whole, read_json, read_mapping
 from ddpm_hf.run import checkpoint
 from ddpm_hf.run.record import RunRecord, data_facts, spare
 from ddpm_hf.scheduler import GaussianScheduler
+from ddpm_hf.trainer import launcher
 from ddpm_hf.trainer.ema import WeightAverage
-from ddpm_hf.trainer.launcher import check_started, parent_launcher, start_warning
 from ddpm_hf.trainer.memory import keep_freed_memory, return_freed_memory
 from ddpm_hf.trainer.optimizer import clip_grad_norm, make_optimizer, make_schedule, warmup_warning
 from ddpm_hf.trainer.signals import StopRequest
@@ -92,6 +91,8 @@ class Trainer:
         # for the card, which does not say an option that had no effect
         self.options = config.applied(self.feed.kind, model is not None)
         facts = {**data_facts(config, dataset, self.feed.items, self.shape), "held_out": self.feed.split}
+        if self.feed.items is not None:  # an evaluation knows the data by it
+            facts["content"] = self.feed.fingerprint()["digest"]
         self.record = RunRecord(config, facts, command, self.options)
         torch.manual_seed(derive_seed(config.seed, Stream.WEIGHTS))
         self.scheduler = GaussianScheduler(
@@ -173,6 +174,11 @@ class Trainer:
                     f"output_dir {self.folder} holds a run with other options; choose another output_dir, or the same "
                     f"options to resume it. They differ in:\n  {listed}"
                 )
+        elif (self.folder / "checkpoints").is_dir():
+            raise ValueError(
+                f"output_dir {self.folder} holds checkpoints but no config.yaml, by which a run is known: put it back, "
+                "or choose another output_dir"
+            )
         elif self.folder.exists() and (
             not self.folder.is_dir()
             # what a first start that was killed has left is no one's
@@ -213,8 +219,7 @@ class Trainer:
         c = self.config
         if c.dry_run:
             self._global_batch(1)
-            self.accelerator = Accelerator(mixed_precision=c.mixed_precision)
-            check_started(self.accelerator)
+            self.accelerator = launcher.start(mixed_precision=c.mixed_precision)
             self._make_evaluator()
             if c.push_to_hub:
                 check_token(target_of(c))
@@ -261,7 +266,7 @@ class Trainer:
         if self.evaluator is not None:
             self.evaluator.prepare()
         acc.print(self.describe() if self.step == 0 else f"resuming {self.folder} after step {self.step}")
-        if (message := start_warning()) is not None:
+        if (message := launcher.start_warning()) is not None:
             acc.print(f"warning: {message}")
         self.record.start(self._seconds_before)
         place = {"process": acc.process_index, "processes": acc.num_processes}
@@ -271,7 +276,7 @@ class Trainer:
         bar = tqdm(
             initial=self.step, total=c.max_train_steps, disable=not acc.is_main_process, desc="training", unit="step"
         )
-        with bar, StopRequest(parent_launcher()) as stop:
+        with bar, StopRequest(launcher.parent_launcher()) as stop:
             while self.step < c.max_train_steps:
                 loss, grad_norm = self._train_step(batches)
                 self.step += 1
@@ -293,7 +298,7 @@ class Trainer:
     def _start(self) -> None:
         """Accelerate, and the threads and memory of this process."""
         c = self.config
-        self.accelerator = Accelerator(
+        self.accelerator = launcher.start(
             mixed_precision=c.mixed_precision,
             # the number of batches is not the loader's to say: its stream has no end
             gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -312,7 +317,6 @@ class Trainer:
             return_freed_memory() if c.gradient_checkpointing else keep_freed_memory()
         if c.optimizer == "muon" and acc.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError("optimizer must be adamw under DeepSpeed, which flattens the matrices, got 'muon'")
-        check_started(acc)
 
     def _make_evaluator(self) -> Evaluator | None:
         c = self.config
@@ -661,7 +665,8 @@ class Trainer:
             # the first checkpoint comes before pipeline/ and before later metrics
             done = max((record["step"] for record in self.metrics.read()), default=0)
             every = read_mapping(self.folder / "config.yaml").get("checkpointing_steps")
-            if (self.folder / "pipeline").exists() or (is_whole(every) and done > every):
+            saved = any((self.folder / name).exists() for name in ("pipeline", "best"))
+            if saved or (is_whole(every) and done > every):
                 raise ValueError(
                     f"{self.folder} holds a trained run ({done:,} steps in metrics.jsonl) but no checkpoint in "
                     f"checkpoints/, so it cannot go on.{checkpoint.WAYS_OUT}"

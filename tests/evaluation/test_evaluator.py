@@ -655,3 +655,36 @@ def test_three_processes_measure_what_one_does(tmp_path, monkeypatch):
     one, three = ({record["metric"]: record["value"] for record in each} for each in records)
     assert one.keys() == three.keys() and len(one) == 4 + 12
     np.testing.assert_allclose(list(one.values()), list(three.values()), rtol=1e-4)
+
+
+def test_the_program_knows_the_data_of_the_run(tmp_path, monkeypatch):
+    """By name in any spelling, and by content; what the run said of reading it is taken over."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    np.save("waves.npy", rng.normal(size=(12, 1, 16)))
+    train(config("run", dataset_name=None, train_data_file="waves.npy", max_train_steps=1, holdout=4))
+    measure = ["--pipeline=run/pipeline", "--num_samples=4", "--metrics", "frechet", "held_out_loss"]
+
+    def done(*arguments):
+        (options,) = evaluate_script.Parser(evaluate_script.EvaluateConfig).parse_args_into_dataclasses(
+            [*measure, "--num_inference_steps=2", *arguments]
+        )
+        return {record["metric"]: record for record in evaluate_script.evaluate(options)}
+
+    for spelling in ("waves.npy", "./waves.npy", str(tmp_path / "waves.npy"), "run/../waves.npy"):
+        assert done(f"--data={spelling}")["held_out_loss"]["num_held_out"] == 4
+    train(config("all", dataset_name=None, train_data_file="waves.npy", max_train_steps=1))
+    measure[0] = "--pipeline=all/pipeline"
+    with pytest.raises(ValueError, match="held_out_loss needs items that training does not see"):
+        done("--data=waves.npy")
+    assert done("--data=waves.npy", "--holdout=0")["held_out_loss"]["num_held_out"] == 12
+    measure[0] = "--pipeline=run/pipeline"
+    np.save("waves.npy", rng.normal(size=(12, 1, 16)))
+    with pytest.raises(ValueError, match="other content"):
+        done("--data=waves.npy")
+    measure[2:] = ["--num_samples=4", "--metrics", "frechet"]
+    assert "frechet" in done("--data=waves.npy", "--holdout=0")
+    (tmp_path / "photos").mkdir()
+    for data, message in (("nope.npy", "no such file"), ("./nope", "no such file"), ("photos", "folder of images")):
+        with pytest.raises(ValueError, match=message):
+            done(f"--data={data}")

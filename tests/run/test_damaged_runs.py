@@ -304,3 +304,10 @@ def test_each_value_of_a_saved_index_of_another_form(run):
                     call()
                 except ValueError as error:
                     assert str(folder) in str(error)
+
+
+def test_a_run_without_its_options_is_told(tmp_path):
+    train(config(tmp_path / "run", **OPTIONS))
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(ValueError, match="checkpoints but no config.yaml.*put it back"):
+        train(config(tmp_path / "run", **OPTIONS))

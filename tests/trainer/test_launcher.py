@@ -113,3 +113,16 @@ def test_a_configuration_of_several_cpu_processes(tmp_path):
     assert done.returncode == 1 and not (tmp_path / "runs" / "run" / "metrics.jsonl").exists()
     assert "error: accelerate's launcher was asked for 2 processes and has started 1" in done.stderr
     assert "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2" in done.stderr
+
+
+@pytest.mark.parametrize(("variable", "kind"), [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")])
+def test_a_kind_whose_package_is_missing(variable, kind, monkeypatch):
+    def missing(**options):
+        raise ImportError(f"{kind} is not installed.")
+
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    monkeypatch.setattr(launcher, "Accelerator", missing)
+    with pytest.raises(
+        ValueError, match=f"configured for {kind}, which cannot train here: {kind} is not installed; or"
+    ):
+        launcher.start()
