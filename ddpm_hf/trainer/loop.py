@@ -665,8 +665,7 @@ class Trainer:
             # the first checkpoint comes before pipeline/ and before later metrics
             done = max((record["step"] for record in self.metrics.read()), default=0)
             every = read_mapping(self.folder / "config.yaml").get("checkpointing_steps")
-            saved = any((self.folder / name).exists() for name in ("pipeline", "best"))
-            if saved or (is_whole(every) and done > every):
+            if (self.folder / "pipeline").exists() or (is_whole(every) and done > every):
                 raise ValueError(
                     f"{self.folder} holds a trained run ({done:,} steps in metrics.jsonl) but no checkpoint in "
                     f"checkpoints/, so it cannot go on.{checkpoint.WAYS_OUT}"

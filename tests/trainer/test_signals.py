@@ -98,10 +98,10 @@ def test_the_end_of_the_launcher_is_a_request(tmp_path, monkeypatch):
     """The parent is another than the launcher was; without a launcher it may be any."""
     options = {"max_train_steps": 3, "checkpointing_steps": 3}
     train(config(tmp_path / "whole", **options))
-    monkeypatch.setattr("ddpm_hf.trainer.loop.parent_launcher", lambda: os.getpid())
+    monkeypatch.setattr("ddpm_hf.trainer.launcher.parent_launcher", lambda: os.getpid())
     with pytest.raises(TrainingError, match="stopped by the end of its launcher after step 1; its checkpoint is saved"):
         train(config(tmp_path / "parts", **options))
-    monkeypatch.setattr("ddpm_hf.trainer.loop.parent_launcher", os.getppid)
+    monkeypatch.setattr("ddpm_hf.trainer.launcher.parent_launcher", os.getppid)
     train(config(tmp_path / "parts", **options))
     assert state(tmp_path / "whole") == state(tmp_path / "parts")
     assert not StopRequest(None).asked()
@@ -230,7 +230,7 @@ def test_how_containers_are_ended(launcher, status, saves, tmp_path):
 
 # Kills itself, the hard way, at the place named by its first argument.
 KILLED = """
-import os, signal, sys, json
+import accelerate, os, signal, sys, json
 from ddpm_hf import TrainConfig, train
 from ddpm_hf.run import checkpoint
 from ddpm_hf.trainer import loop as trainer
@@ -262,7 +262,7 @@ elif place == "in the middle of an accumulated step":
 elif place == "between best and checkpoint":
     trainer.Trainer._evaluate = after(trainer.Trainer._evaluate, 1)
 elif place == "while a checkpoint is written":
-    trainer.Accelerator.save_state = after(trainer.Accelerator.save_state, 1)
+    accelerate.Accelerator.save_state = after(accelerate.Accelerator.save_state, 1)
 elif place == "before a checkpoint has its name":
     checkpoint.finish = die
 elif place == "between checkpoint and rotation":
