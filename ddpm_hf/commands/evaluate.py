@@ -112,8 +112,8 @@ def load(config: EvaluateConfig):
     return pipeline, own
 
 
-def real_data(config: EvaluateConfig, pipeline):
-    """The data, shaped as what the pipeline generates."""
+def real_data(config: EvaluateConfig, run: dict, pipeline):
+    """The data, shaped as what the pipeline generates, and scaled as its run scaled it."""
     path, size = Path(config.data), pipeline._size()
     check_kind(config.data, is_image=len(size) == 2)
     if config.data in BUNDLED or not path.exists() or (path.is_dir() and len(size) == 1):
@@ -129,6 +129,8 @@ def real_data(config: EvaluateConfig, pipeline):
         options |= {"resolution": list(size), "image_channels": pipeline.unet.config.in_channels}
     else:
         options |= {"sequence_length": size[0]}
+        if norm := run.get("options", {}).get("sequence_norm"):
+            options["sequence_norm"] = norm
     dataset = build_dataset(TrainConfig(**source, **options, cache_gb=0))
     shape, expected = first_shape(dataset, config.on_bad_image), (pipeline.unet.config.in_channels, *size)
     if shape != expected:
@@ -163,9 +165,8 @@ def record_of(config: EvaluateConfig) -> dict:
         return {}
 
 
-def run_of(config: EvaluateConfig) -> dict:
-    """Read the training.json of the pipeline if --data is the data that it was trained on; else return {}."""
-    facts = record_of(config)
+def run_of(config: EvaluateConfig, facts: dict) -> dict:
+    """Return the pipeline's record, `facts`, if --data is the data that it was trained on; else {}."""
     name = facts.get("data", {}).get("name")
     same = name == without_folders(str(Path(config.data)))
     # the record leaves folders of the machine out, and its content is compared later
@@ -246,9 +247,9 @@ def first_shape(dataset, on_bad_image: str) -> tuple:
     raise ValueError("none of the pictures can be read")
 
 
-def trained_mirrored(config: EvaluateConfig) -> bool:
-    """Return True if training mirrored pictures, by the option or by what the run has recorded."""
-    options = record_of(config).get("options", {})
+def trained_mirrored(config: EvaluateConfig, facts: dict) -> bool:
+    """Return True if training mirrored pictures, by the option or by the pipeline's record, `facts`."""
+    options = facts.get("options", {})
     return options.get("random_flip") is True if config.random_flip is None else config.random_flip
 
 
@@ -283,13 +284,15 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     pipeline, own = load(config)
-    run = run_of(config)
+    facts = record_of(config)
+    run = run_of(config, facts)
     if run:  # read the data as the run did, where nothing else is asked for
-        for name, default in (("stride", None), ("sequence_columns", None), ("on_bad_image", "stop")):
+        names = {"stride": None, "sequence_columns": None, "image_column": None, "on_bad_image": "stop"}
+        for name, default in names.items():
             if getattr(config, name) == default and run["options"].get(name) is not None:
                 config = replace(config, **{name: run["options"][name]})
     accelerator.print(f"{config.data} is {'' if run else 'not '}taken as the data that the pipeline was trained on")
-    dataset, shape = real_data(config, pipeline)
+    dataset, shape = real_data(config, run, pipeline)
     check_scope(config, is_image=len(shape) == 3)
     dataset, held_out = split(config, run, dataset)
     if held_out is not None and not isinstance(own, GaussianScheduler):
@@ -302,7 +305,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         feature_network=config.feature_network, feature_resolution=config.feature_resolution,
         batch_size=config.batch_size, seed=config.seed, cache_dir=config.eval_cache_dir,
         workers=config.dataloader_num_workers, on_bad_image=config.on_bad_image,
-        random_flip=trained_mirrored(config),
+        random_flip=trained_mirrored(config, facts),
     )  # fmt: skip
     evaluator = Evaluator(accelerator, dataset, shape, settings, held_out)
     pipeline.to(accelerator.device)

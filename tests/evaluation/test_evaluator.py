@@ -657,12 +657,14 @@ def test_three_processes_measure_what_one_does(tmp_path, monkeypatch):
     np.testing.assert_allclose(list(one.values()), list(three.values()), rtol=1e-4)
 
 
-def test_the_program_knows_the_data_of_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("norm", ["minmax", "meanstd"])
+def test_the_program_knows_the_data_of_the_run(norm, tmp_path, monkeypatch):
     """By name in any spelling, and by content; what the run said of reading it is taken over."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     np.save("waves.npy", rng.normal(size=(12, 1, 16)))
-    train(config("run", dataset_name=None, train_data_file="waves.npy", max_train_steps=1, holdout=4))
+    options = {"dataset_name": None, "train_data_file": "waves.npy", "max_train_steps": 1, "sequence_norm": norm}
+    train(config("run", holdout=4, **options))
     measure = ["--pipeline=run/pipeline", "--num_samples=4", "--metrics", "frechet", "held_out_loss"]
 
     def done(*arguments):
@@ -673,7 +675,7 @@ def test_the_program_knows_the_data_of_the_run(tmp_path, monkeypatch):
 
     for spelling in ("waves.npy", "./waves.npy", str(tmp_path / "waves.npy"), "run/../waves.npy"):
         assert done(f"--data={spelling}")["held_out_loss"]["num_held_out"] == 4
-    train(config("all", dataset_name=None, train_data_file="waves.npy", max_train_steps=1))
+    train(config("all", **options))
     measure[0] = "--pipeline=all/pipeline"
     with pytest.raises(ValueError, match="held_out_loss needs items that training does not see"):
         done("--data=waves.npy")

@@ -134,7 +134,7 @@ def build_step(task: Task) -> Callable[[], None]:
 
 
 def _peer_step(diffusion, images: torch.Tensor, task: Task) -> Callable[[], None]:
-    """As its `Trainer.train`, without its data."""
+    """Return a training step as the peer's `Trainer.train` makes it, without its data."""
     from ema_pytorch import EMA
 
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
@@ -246,7 +246,7 @@ class Contender:
         return answer
 
     def seconds(self) -> float:
-        """Of one run."""
+        """Return the seconds of one run."""
         return self._ask("seconds")
 
     def peak(self) -> int:
