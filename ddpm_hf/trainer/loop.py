@@ -28,7 +28,7 @@ from ddpm_hf.evaluation.evaluator import EvalSettings, Evaluator
 from ddpm_hf.hub.card import write_card
 from ddpm_hf.hub.contents import carry_over
 from ddpm_hf.hub.publish import check_token, make_publisher, target_of
-from ddpm_hf.losses import diffusion_loss, first_step_warning, training_draws
+from ddpm_hf.losses import first_step_warning
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.plots import save_image_grid, save_sequence_plot
 from ddpm_hf.randomness import Stream, derive_seed, generator_seeds
@@ -39,8 +39,9 @@ from ddpm_hf.scheduler import GaussianScheduler
 from ddpm_hf.trainer import launcher
 from ddpm_hf.trainer.ema import WeightAverage
 from ddpm_hf.trainer.memory import keep_freed_memory, return_freed_memory
-from ddpm_hf.trainer.optimizer import clip_grad_norm, make_optimizer, make_schedule, warmup_warning
+from ddpm_hf.trainer.optimizer import make_optimizer, make_schedule, warmup_warning
 from ddpm_hf.trainer.signals import StopRequest
+from ddpm_hf.trainer.step import SampleNumbers, TrainingStep
 from ddpm_hf.trainer.trackers import check_installed, log_picture, start_trackers
 from ddpm_hf.unet import UNet1D, UNet2D
 
@@ -278,9 +279,9 @@ class Trainer:
         )
         with bar, StopRequest(launcher.parent_launcher()) as stop:
             while self.step < c.max_train_steps:
-                loss, grad_norm = self._train_step(batches)
+                values = self._train_step(batches)
                 self.step += 1
-                self._pending.append(torch.stack((loss, grad_norm)))
+                self._pending.append(values)
                 bar.update(1)
                 stopping = self._any_process(stop.asked())
                 self._after_step(bar, global_batch, save_now=stopping)
@@ -353,6 +354,7 @@ class Trainer:
         acc.register_for_checkpointing(self.lr_scheduler)
         self.model, self.optimizer = acc.prepare(self.model, optimizer)
         self.average.start(self.model)
+        self.training_step = TrainingStep(self.model, self.scheduler, self.optimizer, self.average, c, acc)
         self.step = 0
         self.skipped = 0
         self._skipped_names = set()
@@ -381,42 +383,21 @@ class Trainer:
             raise TrainingError(f"step {self.step + 1}: {batch.error}")
         return batch.to(self.accelerator.device)
 
-    def _train_step(self, batches) -> tuple:
-        """One optimizer step -> (mean loss of this process, gradient norm), not synchronised with the host."""
+    def _train_step(self, batches) -> torch.Tensor:
+        """Run one optimizer step; return (2,): the mean loss of this process and the gradient norm, on the device."""
         c, acc = self.config, self.accelerator
         self.model.train()
         torch.manual_seed(derive_seed(c.seed, Stream.DROPOUT, self.step, acc.process_index))
-        total = torch.zeros((), device=acc.device)
-        # one for the whole batch, so that half of the steps cost less
+        parts = [self._next_batch(batches) for _ in range(c.gradient_accumulation_steps)]
+        start = self.step * self._global_batch(acc.num_processes)
+        places = [part * acc.num_processes + acc.process_index for part in range(len(parts))]
+        numbers = SampleNumbers(self.step, [start + place * c.train_batch_size for place in places])
+        # one coin for the whole batch, so that half of the steps cost less
         coin = derive_seed(c.seed, Stream.SELF_CONDITION, self.step) % 2
-        for part in range(c.gradient_accumulation_steps):
-            x0 = self._next_batch(batches)
-            first = (part * acc.num_processes + acc.process_index) * c.train_batch_size
-            first += self.step * self._global_batch(acc.num_processes)  # the number of the sample in the run
-            seeds = generator_seeds(c.seed, Stream.NOISE, range(first, first + len(x0)))
-            timesteps, noise = training_draws(
-                self.scheduler, x0, seeds, c.noise_offset, c.timestep_sampling, c.logit_mean, c.logit_std
-            )
-            with acc.accumulate(self.model):
-                with acc.autocast():
-                    losses = diffusion_loss(
-                        self.model, self.scheduler, x0, timesteps, noise, min_snr_gamma=c.min_snr_gamma or None,
-                        weighting=c.loss_weighting, immiscible=c.immiscible,
-                        self_condition=c.self_condition and coin == 0,
-                    ).loss  # fmt: skip
-                loss = losses.mean()
-                acc.backward(loss)
-                total += loss.detach() / c.gradient_accumulation_steps
-                if acc.sync_gradients:
-                    grad_norm = clip_grad_norm(acc, self.model.parameters(), c.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+        values = self.training_step(parts, numbers, c.self_condition and coin == 0)
         self._lr = self.lr_scheduler.get_last_lr()[0]  # of this step
         self.lr_scheduler.step()
-        self.average.update(self.step)
-        if hasattr(grad_norm, "full_tensor"):  # of weights that are spread over processes
-            grad_norm = grad_norm.full_tensor()
-        return total, torch.as_tensor(grad_norm, device=acc.device).detach().float()
+        return values
 
     def _any_process(self, flag: bool) -> bool:
         """Return True if `flag` is set on any process; all get the same answer, so that all save together."""
