@@ -1,7 +1,8 @@
-"""Checkpoints of denoising-diffusion-pytorch -> pipelines.
+"""Conversion of denoising-diffusion-pytorch's checkpoints into pipelines.
 
-Its `model-*.pt` files carry weights and buffers but no configuration, so all of it is read off names, shapes and
-values: both forms of the U-Net (group norm, 2023; RMS norm and memory key-values, today), in 2D and in 1D.
+Its `model-*.pt` files hold weights and buffers but no configuration. The configuration is inferred from the names,
+shapes and values of the tensors, for both forms of its U-Net (that of 2023 with group norm, today's with RMS norm and
+memory key-values), in 2D and in 1D.
 """
 
 import re
@@ -24,7 +25,7 @@ HOW = {True: "given", False: "not in the file: its default"}
 
 @dataclass
 class Findings:
-    """The content of a checkpoint: options of the three parts, weights by our names, and a line for each inference."""
+    """The content of a checkpoint: options of the three parts, weights by our names, a line for each inference."""
 
     ndim: int
     unet: dict
@@ -40,26 +41,32 @@ class Findings:
 def from_denoising_diffusion_pytorch(
     source: str | Path | Mapping[str, Any], **overrides: Any
 ) -> DDPMPipeline | DDPMPipeline1D:
-    """A pipeline of `UNet2D` or `UNet1D` and `GaussianScheduler` that samples as the original.
+    """Convert a checkpoint into a pipeline of our U-Net and `GaussianScheduler` that samples as the original.
 
     Args:
-        source: a `model-*.pt` file, its contents, or the state dict of a `GaussianDiffusion` / `GaussianDiffusion1D`.
-        **overrides: what the file cannot tell, see `read_checkpoint`.
+        source: a `model-*.pt` file, its contents, or the state dict of a `GaussianDiffusion` or `GaussianDiffusion1D`,
+            with its tensors on any device.
+        **overrides: the options that the file cannot tell; see `read_checkpoint`.
+
+    Returns:
+        The pipeline, on the CPU, its weights copied.
 
     Raises:
-        ValueError: the file cannot be read safely, or is of another model; the first tensors at fault are named.
+        ValueError: if the file cannot be read safely, or holds another model; the message names the first tensors at
+            fault.
     """
     return build(read_checkpoint(source, **overrides))
 
 
 def build(findings: Findings) -> DDPMPipeline | DDPMPipeline1D:
-    """The pipeline of `read_checkpoint`'s findings."""
+    """Build the pipeline that `read_checkpoint` has found."""
     unet_class, pipeline_class = {1: (UNet1D, DDPMPipeline1D), 2: (UNet2D, DDPMPipeline)}[findings.ndim]
     unet = unet_class(**findings.unet)
     unet.load_state_dict(findings.weights)
     return pipeline_class(unet.eval(), GaussianScheduler(**findings.scheduler), **findings.pipeline)
 
 
+# This function is longer than 60 lines because it documents every option that a checkpoint cannot tell.
 def read_checkpoint(
     source: str | Path | Mapping[str, Any],
     *,
@@ -75,31 +82,28 @@ def read_checkpoint(
     ddim_sampling_eta: float = 0.0,
     auto_normalize: bool = True,
 ) -> Findings:
-    """Read a checkpoint and infer its configuration; keyword arguments are for what shapes cannot tell.
+    """Read a checkpoint and infer its configuration. The keyword arguments are options that shapes cannot tell.
 
     Args:
-        weights: "ema" or "model", of a checkpoint file.
-        image_size, seq_length: what to sample by default; None: 128.
-        attn_heads: heads of each attention, one number (in 1D: of the one in the middle) or one per stage; read off
-            memory key-values where there are any, else 4.
-        norm_groups: of the 2023 form.
-        theta: of the sinusoidal time embedding.
+        source: as for `from_denoising_diffusion_pytorch`.
+        weights: the weights to take from a checkpoint file, "ema" or "model".
+        image_size, seq_length: the size of a sample by default; None means 128.
+        attn_heads: the number of heads, one for all (in 1D for the attention in the middle) or one per stage. Memory
+            key-values tell it; without them it defaults to 4.
+        norm_groups: the number of groups of the group norm in the form of 2023.
+        theta: the longest period of the sinusoidal time embedding.
         self_condition, learned_variance: needed only for a model that has both.
-        sampling_timesteps: default number of sampling steps (DDIM where fewer than T); None: T.
-        ddim_sampling_eta: DDIM's noise.
-        auto_normalize: whether the data was given in [0, 1] (1D: the samples then come in [0, 1] too).
+        sampling_timesteps: the default number of sampling steps (DDIM if it is below T); None means all T.
+        ddim_sampling_eta: the share of noise in DDIM's steps.
+        auto_normalize: True if the data was given in [0, 1]; in 1D the samples then come in [0, 1] too.
+
+    Raises:
+        ValueError: as `from_denoising_diffusion_pytorch`.
     """
     state, trained = _state_of(source, weights)
-    lines: list[str] = []
     unet_state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     buffers = {name: value for name, value in state.items() if not name.startswith("model.")}
-    for name in ("init_conv.weight", "time_mlp.1.weight", "final_conv.weight", "downs.0.0.block1.proj.weight"):
-        if name not in unet_state:
-            raise ValueError(f"not a checkpoint of its Unet or Unet1D: there is no tensor model.{name}")
-    for name in ("betas", "alphas_cumprod", "loss_weight"):
-        if name not in buffers:
-            raise ValueError(f"not a checkpoint of GaussianDiffusion or GaussianDiffusion1D: there is no tensor {name}")
-
+    _check_names(unet_state, buffers)
     ndim = unet_state["init_conv.weight"].ndim - 2
     if ndim not in (1, 2):
         raise ValueError(f"model.init_conv.weight must be of a 1D or 2D convolution, got {ndim} dimensions")
@@ -108,12 +112,7 @@ def read_checkpoint(
     options.update(norm_groups=norm_groups, theta=theta, sample_size=DEFAULT_SIZE if size is None else size)
     our_weights = _convert_weights(unet_state, options, ndim)
 
-    betas, loss_weight = buffers["betas"], buffers["loss_weight"]
-    if betas.ndim != 1 or len(betas) == 0 or loss_weight.shape != betas.shape:
-        raise ValueError(
-            "betas and loss_weight must have one number for each timestep, got the shapes "
-            f"{tuple(betas.shape)} and {tuple(loss_weight.shape)}"
-        )
+    betas, loss_weight = _per_timestep(buffers)
     if sampling_timesteps is not None and not 1 <= sampling_timesteps <= len(betas):
         raise ValueError(f"sampling_timesteps must be from 1 to {len(betas)}, got {sampling_timesteps}")
     if (seq_length if ndim == 2 else image_size) is not None:
@@ -122,41 +121,32 @@ def read_checkpoint(
     broken = [name for name, value in unet_state.items() if not torch.isfinite(value).all()]
     if broken:
         raise ValueError(f"the weights must be finite; NaN or infinity in: {', '.join(broken[:3])}")
-    schedule, betas = _schedule(betas)
-    target, gamma = _objective(betas, loss_weight)
-    scheduler = {
-        "num_train_timesteps": len(betas),
-        "prediction_type": target,
-        "eta": ddim_sampling_eta,
-        "variance_type": "learned_range" if options["learned_variance"] else "fixed_small",
-        # its 1D DDIM keeps the predicted noise where x0 was clipped
-        "use_clipped_model_output": not (ndim == 1 and target == "epsilon"),
-        **({"trained_betas": betas.tolist()} if schedule is None else {"beta_schedule": schedule}),
-    }
+
+    scheduler, objective_lines = _scheduler_options(betas, loss_weight, options, ndim, ddim_sampling_eta)
     pipeline: dict[str, Any] = {"num_inference_steps": sampling_timesteps}
     if ndim == 1 and auto_normalize:
         pipeline.update(data_shift=[0.5] * options["in_channels"], data_scale=[0.5] * options["in_channels"])
+    lines = [
+        *_unet_lines(options, ndim, heads_given=attn_heads is not None, size_given=bool(size)),
+        *objective_lines,
+        f"sampling_timesteps: {sampling_timesteps or len(betas)} ({HOW[sampling_timesteps is not None]})",
+        f"ddim_sampling_eta: {ddim_sampling_eta} ({HOW[ddim_sampling_eta != 0]})",
+        f"auto_normalize: {auto_normalize} ({HOW[not auto_normalize]})",
+    ]
+    return Findings(ndim, options, scheduler, pipeline, our_weights, lines)
 
-    lines.append(
-        f"form: {'Unet' if ndim == 2 else 'Unet1D'}, {options['norm']} norm, num_mem_kv {options['num_mem_kv']}"
-    )
-    for name, value in options.items():
-        if name not in ("norm", "num_mem_kv", "norm_groups", "theta", "sample_size", "attn_heads"):
-            lines.append(f"{name}: {value}")
-    known_heads = options["num_mem_kv"] > 0
-    heads_source = "memory key-values" if known_heads else HOW[attn_heads is not None]
+
+def _unet_lines(options: dict, ndim: int, heads_given: bool, size_given: bool) -> list[str]:
+    """Return a line for each option of the U-Net, with where its value comes from."""
+    lines = [f"form: {'Unet' if ndim == 2 else 'Unet1D'}, {options['norm']} norm, num_mem_kv {options['num_mem_kv']}"]
+    said_otherwise = ("norm", "num_mem_kv", "norm_groups", "theta", "sample_size", "attn_heads")
+    lines += [f"{name}: {value}" for name, value in options.items() if name not in said_otherwise]
+    heads_source = "memory key-values" if options["num_mem_kv"] > 0 else HOW[heads_given]
     lines.append(f"attn_heads: {options['attn_heads']} ({heads_source})")
     if options["norm"] == "group":
-        lines.append(f"norm_groups: {norm_groups} ({HOW[norm_groups != 8]})")
-    lines.append(
-        f"sample_size: {options['sample_size']} ({HOW[True] if size else 'not in the file: that of its README'})"
-    )
-    lines.append(f"timesteps: {len(betas)}, schedule: {schedule or 'none of the named ones: the betas are kept'}")
-    lines.append(f"objective: {target}, min-SNR: {'off' if gamma is None else f'gamma {gamma:.6g}'}")
-    lines.append(f"sampling_timesteps: {sampling_timesteps or len(betas)} ({HOW[sampling_timesteps is not None]})")
-    lines.append(f"ddim_sampling_eta: {ddim_sampling_eta} ({HOW[ddim_sampling_eta != 0]})")
-    lines.append(f"auto_normalize: {auto_normalize} ({HOW[not auto_normalize]})")
-    return Findings(ndim, options, scheduler, pipeline, our_weights, lines)
+        lines.append(f"norm_groups: {options['norm_groups']} ({HOW[options['norm_groups'] != 8]})")
+    size_source = HOW[True] if size_given else "not in the file: that of its README"
+    return [*lines, f"sample_size: {options['sample_size']} ({size_source})"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -164,7 +154,7 @@ def read_checkpoint(
 
 
 def _state_of(source, weights: str) -> tuple[dict[str, Tensor], set[str] | None]:
-    """The diffusion's state dict ("model.init_conv.weight", ..., "betas", ...), and what the optimizer has trained."""
+    """Return the diffusion's state dict ("model.init_conv.weight", "betas", ...), and the names that were trained."""
     if weights not in ("ema", "model"):
         raise ValueError(f"weights must be 'ema' or 'model', got {weights!r}")
     if not isinstance(source, Mapping):
@@ -182,6 +172,35 @@ def _state_of(source, weights: str) -> tuple[dict[str, Tensor], set[str] | None]
             raise ValueError("the checkpoint has no EMA weights (no tensor ema_model.*): use weights='model'")
         state = _tensors(ema, "ema")
     return state, trained
+
+
+def _check_names(unet_state: dict, buffers: dict) -> None:
+    """Check that the tensors are there without which nothing can be inferred.
+
+    Raises:
+        ValueError: the first one that is missing.
+    """
+    for name in ("init_conv.weight", "time_mlp.1.weight", "final_conv.weight", "downs.0.0.block1.proj.weight"):
+        if name not in unet_state:
+            raise ValueError(f"not a checkpoint of its Unet or Unet1D: there is no tensor model.{name}")
+    for name in ("betas", "alphas_cumprod", "loss_weight"):
+        if name not in buffers:
+            raise ValueError(f"not a checkpoint of GaussianDiffusion or GaussianDiffusion1D: there is no tensor {name}")
+
+
+def _per_timestep(buffers: dict) -> tuple[Tensor, Tensor]:
+    """Return betas and loss_weight, `(T,)` each.
+
+    Raises:
+        ValueError: if their shapes are others.
+    """
+    betas, loss_weight = buffers["betas"], buffers["loss_weight"]
+    if betas.ndim != 1 or len(betas) == 0 or loss_weight.shape != betas.shape:
+        raise ValueError(
+            "betas and loss_weight must have one number for each timestep, got the shapes "
+            f"{tuple(betas.shape)} and {tuple(loss_weight.shape)}"
+        )
+    return betas, loss_weight
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -214,12 +233,12 @@ def _tensors(state, part: str) -> dict[str, Tensor]:
         if value.is_meta or value.layout != torch.strided or not value.is_floating_point():
             kind = "meta" if value.is_meta else f"{value.dtype}, {value.layout}"
             raise ValueError(f"the checkpoint's tensors must be dense and of floating point, {name} is {kind}")
-    # saved from a distributed run
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    # "module." comes from a distributed run; schedules are compared on the CPU, and tensors may come from any device
+    return {name.removeprefix("module."): value.detach().cpu() for name, value in state.items()}
 
 
 def _trained_names(opt, state) -> set[str] | None:
-    """The U-Net's parameters that the optimizer has a state for, or None where it says nothing."""
+    """Return the U-Net's parameters that the optimizer has a state for, or None if the file does not tell."""
     names = [name.removeprefix("model.") for name in state if name.startswith("model.")]
     try:
         order, done = opt["param_groups"][0]["params"], opt["state"]
@@ -235,6 +254,7 @@ def _trained_names(opt, state) -> set[str] | None:
 
 
 def _unet_options(state, ndim: int, attn_heads, self_condition, learned_variance, trained) -> dict:
+    """Infer the options of `UNet2D` or `UNet1D` from names and shapes."""
     stages = 1 + max(int(match.group(1)) for name in state if (match := re.match(r"downs\.(\d+)\.", name)))
     dim = _shape(state, 2, "time_mlp.1.weight")[0] // 4
     outputs = [_shape(state, ndim + 2, f"downs.{i}.3.weight", f"downs.{i}.3.1.weight")[0] for i in range(stages)]
@@ -248,30 +268,13 @@ def _unet_options(state, ndim: int, attn_heads, self_condition, learned_variance
     channels = channels_in // 2 if self_condition else channels_in
     if learned_variance is None:
         learned_variance = channels_out == 2 * channels
-    plain = channels * (2 if learned_variance else 1)
+    inferred = channels * (2 if learned_variance else 1)
 
-    full, heads, dim_heads, memories = [], [], [], []
-    for prefix in [f"downs.{i}.2" for i in range(stages)] + ["mid_attn"]:
-        inner = prefix if f"{prefix}.to_qkv.weight" in state else f"{prefix}.fn.fn"  # 1D: Residual(PreNorm(...))
-        hidden = _shape(state, ndim + 2, f"{inner}.to_qkv.weight")[0] // 3
-        is_full, memory = f"{inner}.to_out.weight" in state, state.get(f"{inner}.mem_kv")
-        number = len(heads)
-        if memory is not None:
-            if memory.ndim != 4:
-                raise ValueError(f"model.{inner}.mem_kv must have 4 dimensions, got the shape {tuple(memory.shape)}")
-            head_count, memories = memory.shape[1], [*memories, memory.shape[2 if is_full else 3]]
-        elif isinstance(attn_heads, (list, tuple)):
-            head_count = attn_heads[min(number, len(attn_heads) - 1)]
-        elif ndim == 1 and prefix != "mid_attn":
-            head_count = 4  # its Unet1D gives the option to the attention in the middle alone
-        else:
-            head_count = attn_heads or 4
-        if head_count < 1 or hidden % head_count:
-            raise ValueError(f"attn_heads must divide {hidden}, the width of model.{prefix}; got {head_count}")
-        full.append(is_full)
-        heads.append(head_count)
-        dim_heads.append(hidden // head_count)
-    if not full[-1] or len(set(memories)) > 1:
+    places = [f"downs.{i}.2" for i in range(stages)] + ["mid_attn"]
+    attentions = [_attention(state, ndim, number, place, attn_heads) for number, place in enumerate(places)]
+    *outer, middle = attentions
+    memories = {attention.memories for attention in attentions if attention.memories is not None}
+    if not middle.full or len(memories) > 1:
         raise ValueError("the attention in the middle must be full, and all must have as many memory key-values")
 
     kind, fourier_dim = "sinusoidal", 16
@@ -282,22 +285,52 @@ def _unet_options(state, ndim: int, attn_heads, self_condition, learned_variance
     init_dim = state["init_conv.weight"].shape[0]
     return {
         "in_channels": channels,
-        "out_channels": None if channels_out == plain else channels_out,
+        "out_channels": None if channels_out == inferred else channels_out,
         "dim": dim,
         "init_dim": None if init_dim == dim else init_dim,
         "dim_mults": [width // dim for width in outputs],
         "self_condition": bool(self_condition),
         "learned_variance": bool(learned_variance),
         "norm": "rms" if "downs.0.0.block1.norm.g" in state else "group",
-        "attn_heads": heads[:-1],
-        "attn_dim_head": dim_heads[:-1],
-        "mid_attn_heads": heads[-1],
-        "mid_attn_dim_head": dim_heads[-1],
-        "full_attn": full[:-1],
-        "num_mem_kv": memories[0] if memories else 0,
+        "attn_heads": [attention.heads for attention in outer],
+        "attn_dim_head": [attention.dim_head for attention in outer],
+        "mid_attn_heads": middle.heads,
+        "mid_attn_dim_head": middle.dim_head,
+        "full_attn": [attention.full for attention in outer],
+        "num_mem_kv": max(memories, default=0),
         "time_embedding": kind,
         "fourier_dim": fourier_dim,
     }
+
+
+@dataclass
+class _Attention:
+    """The form of one attention; `memories` is its number of memory key-values, None where it has no such tensor."""
+
+    full: bool
+    heads: int
+    dim_head: int
+    memories: int | None
+
+
+def _attention(state, ndim: int, number: int, place: str, attn_heads) -> _Attention:
+    """Infer the form of the `number`-th attention, which has the name `place`; heads that no tensor tells are given."""
+    inner = place if f"{place}.to_qkv.weight" in state else f"{place}.fn.fn"  # in 1D: Residual(PreNorm(...))
+    hidden = _shape(state, ndim + 2, f"{inner}.to_qkv.weight")[0] // 3
+    full, memory, memories = f"{inner}.to_out.weight" in state, state.get(f"{inner}.mem_kv"), None
+    if memory is not None:
+        if memory.ndim != 4:
+            raise ValueError(f"model.{inner}.mem_kv must have 4 dimensions, got the shape {tuple(memory.shape)}")
+        heads, memories = memory.shape[1], memory.shape[2 if full else 3]
+    elif isinstance(attn_heads, (list, tuple)):
+        heads = attn_heads[min(number, len(attn_heads) - 1)]
+    elif ndim == 1 and place != "mid_attn":
+        heads = 4  # its Unet1D gives the option to the attention in the middle alone
+    else:
+        heads = attn_heads or 4
+    if heads < 1 or hidden % heads:
+        raise ValueError(f"attn_heads must divide {hidden}, the width of model.{place}; got {heads}")
+    return _Attention(full, heads, hidden // heads, memories)
 
 
 def _shape(state, ndim: int, *names: str) -> torch.Size:
@@ -310,53 +343,70 @@ def _shape(state, ndim: int, *names: str) -> torch.Size:
     return state[name].shape
 
 
-BLOCK = {
-    "time_proj": "mlp.1", "skip": "res_conv",
-    "block1.conv": "block1.proj", "block1.norm": "block1.norm",
-    "block2.conv": "block2.proj", "block2.norm": "block2.norm",
-}  # fmt: skip
-STAGE_PARTS = {"block1": "0", "block2": "1", "attention": "2", "resize": "3"}
-OUTER = {"conv_in": "init_conv", "time_embed.linear_1": "time_mlp.1", "time_embed.linear_2": "time_mlp.3",
-         "out_stage.conv": "final_conv"}  # fmt: skip
+# Our names -> theirs, as substitutions that are made one after another. `original_name` replaces the words in capitals,
+# which depend on the options of the model.
+PATTERNS = (
+    (r"^conv_in\b", "init_conv"),
+    (r"^time_embed\.frequencies", "time_mlp.0.weights"),
+    (r"^time_embed\.linear_1", "time_mlp.1"),
+    (r"^time_embed\.linear_2", "time_mlp.3"),
+    (r"^out_stage\.block", "final_res_block"),
+    (r"^out_stage\.conv", "final_conv"),
+    # the parts of a stage are numbered, except in the middle
+    (r"^mid_stage\.attention", "mid_attn"),
+    (r"^mid_stage\.", "mid_"),
+    (r"^(down|up)_stages\.(\d+)\.block1", r"\1s.\2.0"),
+    (r"^(down|up)_stages\.(\d+)\.block2", r"\1s.\2.1"),
+    (r"^(down|up)_stages\.(\d+)\.attention", r"\1s.\2.2"),
+    (r"^(down|up)_stages\.(\d+)\.resize(\.conv)?", r"\1s.\2.3"),
+    # where resampling is a layer of its own, the convolution is the second one
+    (r"^(NESTED)\.3", r"\1.3.1"),
+    # residual blocks
+    (r"\.time_proj\.", ".mlp.1."),
+    (r"\.skip\.", ".res_conv."),
+    (r"\.(block\d)\.conv\.", r".\1.proj."),
+    (r"\.(block\d)\.norm\.weight", r".\1.norm.GAIN"),
+    # attentions; in 1D each is Residual(PreNorm(attention))
+    (r"\.norm_out\.weight", ".to_out.1.g"),
+    (r"^(LINEAR)\.to_out\.(weight|bias)", r"\1.to_out.0.\2"),
+    (r"^(\w+\.\d+\.2|mid_attn)\.norm\.weight", r"\1.OUTERnorm.g"),
+    (r"^(\w+\.\d+\.2|mid_attn)\.(mem_kv|to_)", r"\1.INNER\2"),
+)
 
 
 def original_name(name: str, ndim: int, norm: str, full_attn: list, stages: int) -> str:
-    """The name, in its state dict below "model.", of our parameter `name`."""
-    module, kind = name.rsplit(".", 1)
-    if module in OUTER:
-        return f"{OUTER[module]}.{kind}"
-    if name == "time_embed.frequencies":
-        return "time_mlp.0.weights"
-    stage, part, rest = 0, "", ""
-    if match := re.fullmatch(r"(down|up)_stages\.(\d+)\.(block1|block2|attention|resize)(?:\.(.+))?", module):
-        side, stage, part, rest = match.group(1), int(match.group(2)), match.group(3), match.group(4) or ""
-        prefix = f"{side}s.{stage}.{STAGE_PARTS[part]}"
-        full = full_attn[stage if side == "down" else stages - 1 - stage]
-        if part == "resize":
-            resizes = stage < stages - 1
-            nested = resizes and (side == "up" or ndim == 2)  # Sequential(resampling, convolution)
-            return f"{prefix}.1.{kind}" if nested else f"{prefix}.{kind}"
-    elif match := re.fullmatch(r"mid_stage\.(block1|block2|attention)(?:\.(.+))?", module):
-        part, rest, full = match.group(1), match.group(2) or "", True
-        prefix = {"block1": "mid_block1", "block2": "mid_block2", "attention": "mid_attn"}[part]
-    else:
-        rest, part, prefix = module.removeprefix("out_stage.block."), "block1", "final_res_block"
-    if part != "attention":
-        gain = "g" if norm == "rms" and rest.endswith("norm") else kind
-        return f"{prefix}.{BLOCK[rest]}.{gain}"
-    inner, outer = (f"{prefix}.fn.fn", f"{prefix}.fn") if ndim == 1 else (prefix, prefix)
-    if not rest:
-        return f"{inner}.mem_kv"
-    return {
-        "norm": f"{outer}.norm.g",
-        "to_qkv": f"{inner}.to_qkv.{kind}",
-        "to_out": f"{inner}.to_out.{kind}" if full else f"{inner}.to_out.0.{kind}",
-        "norm_out": f"{inner}.to_out.1.g",
-    }[rest]
+    """Return the original's name, below "model." in its state dict, of our parameter `name`.
+
+    Args:
+        name: a key of the state dict of `UNet2D` or `UNet1D`.
+        ndim: 2 for `UNet2D`, 1 for `UNet1D`.
+        norm: "rms" or "group".
+        full_attn: for each stage, True if its attention is full.
+        stages: the number of stages.
+    """
+    last = stages - 1
+    linear = [i for i in range(stages) if not full_attn[i]]
+    resized = [rf"ups\.{i}" for i in range(last)] + [rf"downs\.{i}" for i in range(last) if ndim == 2]
+    words = {
+        "NESTED": "|".join(resized) or "none",
+        "LINEAR": "|".join(rf"downs\.{i}\.2|ups\.{last - i}\.2" for i in linear) or "none",
+        "GAIN": "g" if norm == "rms" else "weight",
+        "OUTER": "fn." if ndim == 1 else "",
+        "INNER": "fn.fn." if ndim == 1 else "",
+    }
+    for pattern, replacement in PATTERNS:
+        for word, value in words.items():
+            pattern, replacement = pattern.replace(word, value), replacement.replace(word, value)
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _convert_weights(state, options: dict, ndim: int) -> dict[str, Tensor]:
-    """Weights by our names. Every tensor is taken exactly once, or the first at fault are named."""
+    """Return the weights by our names.
+
+    Raises:
+        ValueError: if a tensor is missing, left over, or misshapen; the message names the first ones.
+    """
     with torch.device("meta"):
         empty = (UNet2D if ndim == 2 else UNet1D)(**{**options, "sample_size": None})
     stages = len(options["dim_mults"])
@@ -373,7 +423,7 @@ def _convert_weights(state, options: dict, ndim: int) -> dict[str, Tensor]:
             continue
         # 1x1 convolutions are linear layers here, space-to-depth and 1x1 a 2x2 convolution, and gains are vectors:
         # the numbers are the same in the same order.
-        converted[name] = value.detach().reshape(parameter.shape).clone()
+        converted[name] = value.reshape(parameter.shape).clone()
     extra = [f"model.{name}" for name in state if name not in taken]
     for what, names in (("missing", missing), ("unknown", extra), ("of another shape than the rest asks for", misfit)):
         if names:
@@ -383,7 +433,7 @@ def _convert_weights(state, options: dict, ndim: int) -> dict[str, Tensor]:
 
 
 def _fits(theirs: torch.Size, ours: torch.Size) -> bool:
-    """Compare a shape of theirs with ours: dimensions of size 1 do not count, nor how a 2x2 convolution is written."""
+    """Return True if a shape of theirs is ours, but for dimensions of size 1 and the form of a 2x2 convolution."""
     significant = [[size for size in shape if size != 1] for shape in (theirs, ours)]
     space_to_depth = len(theirs) == 4 and ours == (theirs[0], theirs[1] // 4, 2, 2) and theirs[2:] == (1, 1)
     return significant[0] == significant[1] or space_to_depth
@@ -393,8 +443,28 @@ def _fits(theirs: torch.Size, ours: torch.Size) -> bool:
 # The diffusion
 
 
+def _scheduler_options(betas, loss_weight, unet_options: dict, ndim: int, eta: float) -> tuple[dict, list[str]]:
+    """Infer the options of `GaussianScheduler`, with a line for each inference."""
+    schedule, betas = _schedule(betas)
+    target, gamma = _objective(betas, loss_weight)
+    options = {
+        "num_train_timesteps": len(betas),
+        "prediction_type": target,
+        "eta": eta,
+        "variance_type": "learned_range" if unet_options["learned_variance"] else "fixed_small",
+        # its 1D DDIM keeps the predicted noise where x0 was clipped
+        "use_clipped_model_output": not (ndim == 1 and target == "epsilon"),
+        **({"trained_betas": betas.tolist()} if schedule is None else {"beta_schedule": schedule}),
+    }
+    lines = [
+        f"timesteps: {len(betas)}, schedule: {schedule or 'none of the named ones: the betas are kept'}",
+        f"objective: {target}, min-SNR: {'off' if gamma is None else f'gamma {gamma:.6g}'}",
+    ]
+    return options, lines
+
+
 def _peer_sigmoid(steps: int) -> Tensor:
-    """Its sigmoid schedule at the defaults, whose two end values are rounded to float32."""
+    """Return the betas (float64) of its default sigmoid schedule, whose two end values are rounded to float32."""
     ends = torch.tensor([-3.0, 3.0]).sigmoid().double()
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     abar = (ends[1] - (6 * t - 3).sigmoid()) / (ends[1] - ends[0])
@@ -403,12 +473,12 @@ def _peer_sigmoid(steps: int) -> Tensor:
 
 
 def _schedule(betas: Tensor) -> tuple[str | None, Tensor]:
-    """Return the named schedule that the betas are of, or None, and the betas in float64.
+    """Return the name of the schedule that has these betas, or None, and the betas in float64.
 
-    A named schedule gives its exact betas, so that a checkpoint in half precision loses nothing of it.
+    For a named schedule the exact betas are returned, so that a checkpoint in half precision loses nothing of it.
 
     Raises:
-        ValueError: the betas are not in (0, 1), or of half precision and of no named schedule.
+        ValueError: if the betas are not in (0, 1), or are in half precision and belong to no named schedule.
     """
     candidates = {"cosine": cosine_betas, "sigmoid": _peer_sigmoid}
     if len(betas) > 20:
@@ -435,7 +505,11 @@ def _schedule(betas: Tensor) -> tuple[str | None, Tensor]:
 
 
 def _objective(betas: Tensor, loss_weight: Tensor) -> tuple[str, float | None]:
-    """The target, and min-SNR's gamma, whose weights `loss_weight` are."""
+    """Return the prediction type, and min-SNR's gamma (None for no clipping), that give these loss weights.
+
+    Raises:
+        ValueError: if no known objective gives them.
+    """
     if not (torch.isfinite(betas).all() and (loss_weight >= 0).all() and (loss_weight > 0).any()):
         raise ValueError(
             "its loss_weight must be one number for each timestep, none negative or NaN, not all of them 0"

@@ -246,3 +246,32 @@ def test_missing_extra_and_misshapen_tensors_are_named():
             read_checkpoint(changed)
     with pytest.raises(ValueError, match="weights must be"):
         read_checkpoint(state, weights="best")
+
+
+class OnCard(torch.Tensor):
+    """A tensor that says it lies on a card, can be copied to the CPU, and refuses everything else."""
+
+    @staticmethod
+    def __new__(cls, values):
+        like = {"strides": values.stride(), "dtype": values.dtype, "device": "cuda"}
+        self = torch.Tensor._make_wrapper_subclass(cls, values.shape, **like)
+        self.values = values
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values)
+        if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") == torch.device("cpu"):
+            return args[0].values.clone()
+        raise RuntimeError(f"{function} of a tensor on the card")
+
+
+def test_tensors_of_any_device_are_taken():
+    diffusion = GaussianDiffusion(Unet(8, dim_mults=(1, 2)), image_size=8, timesteps=30)
+    state = diffusion.state_dict()
+    here = from_denoising_diffusion_pytorch(state)
+    there = from_denoising_diffusion_pytorch({name: OnCard(value) for name, value in state.items()})
+    assert there.device.type == "cpu" and there.scheduler.config == here.scheduler.config
+    for name, value in here.unet.state_dict().items():
+        assert torch.equal(there.unet.state_dict()[name], value), name
