@@ -1,4 +1,4 @@
-"""Command lines of the programs: an option that does not exist is answered with the nearest one that does."""
+"""Command lines of the programs: the message for an unknown option names the nearest one that exists."""
 
 import argparse
 import difflib
@@ -14,25 +14,20 @@ def unknown_option(name: str, known: Iterable[str]) -> str:
 
 
 class SuggestingParser(argparse.ArgumentParser):
-    """A parser that ends with status 2 and one line: what is wrong, and the nearest option where one is unknown.
+    """A parser that reports a mistake in one line, with the nearest option for an unknown one, and exits with status 2.
 
     Options must be written out: an abbreviation is an unknown option.
     """
 
     def __init__(self, *arguments, **options):
-        self.known_names: list[str] = []
         super().__init__(*arguments, **{**options, "allow_abbrev": False})
-
-    def add_argument(self, *names, **options):
-        action = super().add_argument(*names, **options)
-        self.known_names += action.option_strings
-        return action
 
     def parse_args(self, args=None, namespace=None):
         found, rest = self.parse_known_args(args, namespace)
         for argument in rest:
             if argument.startswith("-"):
-                self.error(unknown_option(argument.split("=")[0], self.known_names))
+                # the one place where argparse has the options of its argument groups too
+                self.error(unknown_option(argument.split("=")[0], self._option_string_actions))
         if rest:
             self.error(f"unexpected {' '.join(rest)}")
         return found

@@ -1,21 +1,27 @@
-"""Hooks of the documentation site: the page of options is generated from `TrainConfig`."""
+"""Hooks of the documentation site: the page of options is generated from the declarations of the options."""
 
 import dataclasses
 
-from ddpm_hf.config import TrainConfig
+from ddpm_hf.config import HEADINGS, kinds
+from ddpm_hf.rules import TYPE_RULES, declared, default_of, show
 
 
-def options_table() -> str:
-    """Return a Markdown table with one row for each option of training: name, default and help."""
-    rows = ["| option | default | meaning |", "|---|---|---|"]
-    for option in dataclasses.fields(TrainConfig):
-        default = option.default_factory() if option.default is dataclasses.MISSING else option.default
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        cell = "" if shown is None else f"`{shown}`"
-        rows.append(f"| `{option.name}` | {cell} | {option.metadata['help'].replace('|', '&#124;')} |")
-    return "\n".join(rows)
+def options_tables() -> str:
+    """Return Markdown with a heading, a sentence and a table of options for each class of options."""
+    lines = []
+    for heading in HEADINGS:
+        lines += [f"## {heading._argument_group_name}", "", heading.__doc__, ""]
+        lines += ["| option | default | values | meaning |", "|---|---|---|---|"]
+        for field in dataclasses.fields(heading):
+            default = default_of(field)
+            about, (kind, _) = declared(field), kinds()[field.name]
+            values = (about.rule or TYPE_RULES[kind]).text
+            shown = "" if default is None else f"`{show(default)}`"
+            lines.append(f"| `{field.name}` | {shown} | {values} | {about.meaning.replace('|', '&#124;')} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def on_page_markdown(markdown: str, **_) -> str:
-    """Put the table where a page asks for it."""
-    return markdown.replace("<!-- table of options -->", options_table())
+    """Put the tables where a page asks for them."""
+    return markdown.replace("<!-- tables of options -->", options_tables())

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from conftest import ROOT, load_program
 
-from ddpm_hf.config import TrainConfig, read_yaml
+from ddpm_hf.config import HEADINGS, TrainConfig, kinds, read_yaml
+from ddpm_hf.rules import declared
 
 train_script = load_program("train")
 
@@ -125,3 +126,23 @@ def test_differences():
     assert TrainConfig(ema_power=0.6).differences(plain) == ["use_ema: False -> True", "ema_power: 0.75 -> 0.6"]
     constant = yaml.safe_load(TrainConfig(lr_scheduler="constant").to_yaml())
     assert TrainConfig(lr_scheduler="constant", max_train_steps=5).differences(constant) == []
+
+
+def test_help_has_every_option_under_its_heading(capsys):
+    """Each class of options is one heading of --help, in the order of the fields of TrainConfig."""
+    with pytest.raises(SystemExit):
+        train_script.parse(["--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{heading._argument_group_name}:\n") for heading in HEADINGS]
+    assert places == sorted(places)
+    by_heading = [f.name for heading in HEADINGS for f in dataclasses.fields(heading)]
+    assert by_heading == [f.name for f in dataclasses.fields(TrainConfig)]
+    options = [text.index(f"\n  --{name} ") for name in by_heading]
+    assert options == sorted(options)
+
+
+def test_numbers_without_a_rule():
+    """The numbers that TrainConfig leaves to the model's constructor, or that may be anything; others have bounds."""
+    numbers = {name for name, (kind, _) in kinds().items() if kind in (int, float)}
+    free = {f.name for f in dataclasses.fields(TrainConfig) if f.name in numbers and declared(f).rule is None}
+    assert free == {"num_mem_kv", "fourier_dim", "logit_mean"}

@@ -10,10 +10,10 @@ from conftest import load_program
 from helpers import SMALL
 
 from ddpm_hf import TrainConfig, UNet2D, train
-from ddpm_hf.config import default_of
 from ddpm_hf.data import open_data
 from ddpm_hf.data.images import ImageDataset
 from ddpm_hf.data.sequences import SequenceDataset
+from ddpm_hf.rules import declared, default_of
 from ddpm_hf.scope import KINDS
 from ddpm_hf.trainer.loop import Trainer
 
@@ -96,7 +96,7 @@ NEW_MODEL = {
 
 def test_every_option_is_in_the_matrix():
     assert set(FIELDS) == ALWAYS | set(VALUES) and not ALWAYS & set(VALUES)
-    assert {name for name, f in FIELDS.items() if f.metadata["help"].scope} == set(VALUES)
+    assert {name for name, f in FIELDS.items() if declared(f).scope} == set(VALUES)
     assert set(HAS) == set(KINDS)
 
 
@@ -124,7 +124,7 @@ def test_options_against_kinds_of_data(kind):
         config = {**also, name: value}
         assert check(kind, **config) == refused, (name, kind)
         default = default_of(FIELDS[name])
-        if default is not None and default != FIELDS[name].metadata["help"].off:
+        if default is not None and default != declared(FIELDS[name]).off:
             config[name] = default
             assert check(kind, **config) == refused, (name, kind, default)
 
@@ -141,7 +141,7 @@ def test_options_that_another_takes_out(name):
     """Refused where they are given, at another value or at the default; left alone where they are not."""
     value, also = VALUES[name]
     for given in (value, default_of(FIELDS[name])):
-        if given is None or given == FIELDS[name].metadata["help"].off:
+        if given is None or given == declared(FIELDS[name]).off:
             continue
         with pytest.raises(ValueError, match=f"^{name} applies to .*; got .* with .*: leave it out"):
             TrainConfig(**{**AGAINST[name], name: given})

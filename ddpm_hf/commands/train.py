@@ -9,7 +9,7 @@ Options come from --config (YAML), then from the command line; --help lists them
 
 import os
 
-PARENT = os.getppid()  # before the long imports: a launcher that ends while they run is to be missed too
+PARENT = os.getppid()  # before the long imports, so that a launcher that ends while they run is noticed
 
 import argparse
 import dataclasses
@@ -21,30 +21,36 @@ from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from ddpm_hf.arguments import SuggestingParser
-from ddpm_hf.config import TrainConfig, default_of, read_yaml
+from ddpm_hf.config import HEADINGS, SOURCES, TrainConfig, read_yaml
+from ddpm_hf.rules import declared, default_of
 from ddpm_hf.trainer import launcher
 
 # Beside the package in a checkout, inside it where it is installed.
 PRESETS = [Path(__file__).parents[2] / "training" / "configs", Path(__file__).parents[1] / "configs"]
 DEMO = next(folder for folder in PRESETS if folder.is_dir()) / "digits.yaml"
-SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
 
 
 class Parser(SuggestingParser, HfArgumentParser):
-    """The options of a dataclass as arguments."""
+    """The options of dataclasses as arguments, with the one-line messages of `SuggestingParser`."""
 
 
 def parse(arguments: list) -> TrainConfig:
-    """Options of the command line over those of --config; without any data, the demo's.
+    """Put the options together: the defaults, then those of --config, then those of the command line.
+
+    Without --config and without a source of data, the file is that of the digits demo.
 
     Raises:
-        ValueError: an unknown option in the file, a value outside its range, or an option that does not apply.
+        ValueError: the file has an unknown option, a value breaks its rule, or an option does not apply.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=None)
     known, rest = first.parse_known_args(arguments)
-    parser = Parser(TrainConfig, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)  # fmt: skip
+    parser = Parser(
+        HEADINGS,  # one argument group each
+        usage="%(prog)s [--config file.yaml] [--option value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", default=None, help="YAML file of options; the command line overrides it.")
     names_data = any(argument.split("=")[0].lstrip("-").replace("-", "_") in SOURCES for argument in rest)
     in_file = read_yaml(known.config or DEMO) if known.config or not names_data else {}
@@ -54,24 +60,25 @@ def parse(arguments: list) -> TrainConfig:
     options = vars(parser.parse_args(arguments))
     del options["config"]
     typed = typed_options(rest)
-    for f in dataclasses.fields(TrainConfig):  # where the command line takes out what a file's option is a part of
-        applies = f.metadata["help"].scope
+    for f in dataclasses.fields(TrainConfig):  # the command line may turn off what an option in the file belongs to
+        applies = declared(f).scope
         part_of_typed = f.name in in_file and f.name not in typed and applies and applies.option in typed
         if part_of_typed and not applies.holds(SimpleNamespace(**options)):
             options[f.name] = default_of(f)
     config = TrainConfig(**options)
-    config.also_given(typed - set(in_file))  # one that takes back a file's value may be at its default
+    config.also_given(typed - set(in_file))  # an option that takes back the file's value may be at its default
     return config
 
 
 def typed_options(arguments: list) -> set[str]:
-    """The names of the options in a command line; --no_x is x."""
+    """Return the names of the options in a command line; --no_x counts as x."""
     names = {argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
     return {name if name in fields else name.removeprefix("no_") for name in names}
 
 
 def main(arguments: list) -> int:
+    """Train as the arguments say, and return the exit status: 2 after a mistake of the user or a failed run."""
     try:
         config = parse(arguments)
         from ddpm_hf.trainer.loop import (  # after the options are known to be good: it is slow to import

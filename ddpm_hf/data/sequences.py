@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ddpm_hf.config import SEQUENCE_NORMS
+from ddpm_hf.options import SEQUENCE_NORMS
 from ddpm_hf.randomness import Stream, derive_seed
 
 FILE_ENDINGS = (".npy", ".npz", ".csv", ".parquet")
