@@ -30,7 +30,8 @@ from ddpm_hf.data.loading import fingerprint, hold_out, load_item, split_record,
 from ddpm_hf.data.opening import build_dataset
 from ddpm_hf.data.sequences import FILE_ENDINGS, SequenceDataset
 from ddpm_hf.data.tables import table_folder
-from ddpm_hf.evaluation.evaluator import HELD_OUT, EvalSettings, Evaluator
+from ddpm_hf.evaluation.evaluator import Evaluator
+from ddpm_hf.evaluation.settings import HELD_OUT, EvalSettings
 from ddpm_hf.hub.card import write_card
 from ddpm_hf.hub.publish import load_pipeline
 from ddpm_hf.plots import save_steps_plot

@@ -1,0 +1,81 @@
+"""The loss on items that training does not see, over buckets of timesteps."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_hf.evaluation.settings import EvalSettings
+from ddpm_hf.evaluation.shares import Items, Shares
+from ddpm_hf.losses import diffusion_loss
+from ddpm_hf.randomness import Stream, derive_seed
+
+BUCKETS = 10  # of timesteps
+
+
+class HeldOutLoss:
+    """The mean squared error of a model's output on every held-out item, at one timestep of each bucket.
+
+    Timesteps and noise follow from (seed, item, bucket). The loss is plain in one metric, and weighted by the SNR as
+    `GaussianScheduler.loss_weights` says in the other.
+
+    Args:
+        held_out: the items, map-style.
+        settings: the settings of the evaluation.
+        shares: the exchange between processes.
+
+    Attributes:
+        count: the number of items; those that can be read, once they were.
+    """
+
+    def __init__(self, held_out, settings: EvalSettings, shares: Shares):
+        self.held_out, self.settings, self.shares = held_out, settings, shares
+        self.count = len(held_out)
+
+    @torch.no_grad()
+    def __call__(self, pipeline, scheduler, metrics: list[str], encode: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Measure a pipeline.
+
+        Args:
+            pipeline: the pipeline whose model is measured.
+            scheduler: the `GaussianScheduler` whose timesteps, target and weights are used.
+            metrics: the metrics that are asked for.
+            encode: a function from items of the dataset to the model's units.
+
+        Returns:
+            The values by name, with one value for each bucket of timesteps: `held_out_loss_t0-99` and so on.
+        """
+        steps = scheduler.config.num_train_timesteps
+        edges = np.linspace(0, steps, min(BUCKETS, steps) + 1).astype(int)
+        items = Items(self.held_out, self.settings.on_bad_image, self.settings.batch_size, self.settings.workers)
+
+        def losses(numbers: range) -> Iterator[Tensor]:
+            for batch in items.read(numbers):
+                x0 = encode(batch.x0).to(pipeline.device, torch.float32)
+                columns = []
+                for bucket, (low, high) in enumerate(zip(edges[:-1], edges[1:])):
+                    t, noise = self._draws(batch.numbers, bucket, low, high, x0)
+                    plain = diffusion_loss(pipeline.unet, scheduler, x0, t, noise, weighting="uniform").loss.double()
+                    columns.append(torch.stack((plain, plain * scheduler.loss_weights(t).to(plain))).cpu())
+                yield torch.stack(columns, dim=2).movedim(1, 0)  # (B, 2, buckets)
+
+        (found,) = self.shares.collect(losses(self.shares.of(len(self.held_out))), lambda x: x)
+        self.count = len(found)
+        plain, weighted = found.mean(dim=0)
+        values = {}
+        if "held_out_loss" in metrics:
+            values["held_out_loss"] = plain.mean().item()
+            names = [f"held_out_loss_t{low}-{high - 1}" for low, high in zip(edges[:-1], edges[1:])]
+            values.update(zip(names, plain.tolist()))
+        if "held_out_weighted_loss" in metrics:
+            values["held_out_weighted_loss"] = weighted.mean().item()
+        return values
+
+    def _draws(self, numbers: list[int], bucket: int, low: int, high: int, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw timesteps (B,) in [low, high) and noise shaped as x0 for the items with these numbers."""
+        seeds = [derive_seed(self.settings.seed, Stream.EVALUATION, 1, number, bucket) for number in numbers]
+        draws = [np.random.default_rng(seed) for seed in seeds]
+        t = torch.tensor([int(draw.integers(low, high)) for draw in draws], device=x0.device)
+        noise = np.stack([draw.standard_normal(x0.shape[1:], dtype=np.float32) for draw in draws])
+        return t, torch.from_numpy(noise).to(x0.device)

@@ -1,0 +1,134 @@
+"""FID and KID: features of real pictures, kept on disk, against features of samples."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_hf.data.loading import Part, underlying
+from ddpm_hf.evaluation import feature_cache
+from ddpm_hf.evaluation.features import FeatureNetwork
+from ddpm_hf.evaluation.metrics import Gaussian, frechet_distance
+from ddpm_hf.evaluation.settings import EvalSettings
+from ddpm_hf.evaluation.shares import Shares
+
+KID_FEATURES = 10_000  # real features kept for KID, which compares subsets of 1,000
+
+
+class PictureDistances:
+    """FID and KID against one set of pictures.
+
+    Args:
+        real: the pictures to compare with.
+        shape: the shape (C, H, W) of one picture.
+        settings: the settings of the evaluation.
+        shares: the exchange between processes.
+
+    Attributes:
+        bad: after `load` found kept statistics, messages of the pictures that were left out of them.
+
+    Raises:
+        ValueError: if the pictures have other than 1, 3 or 4 channels, or the network cannot be had.
+    """
+
+    def __init__(self, real: Part, shape: tuple, settings: EvalSettings, shares: Shares):
+        if shape[0] not in (1, 3, 4):
+            raise ValueError(f"FID and KID need images of 1, 3 or 4 channels, the data has {shape[0]}")
+        self.real, self.shape, self.settings, self.shares = real, shape, settings, shares
+        self.accelerator = shares.accelerator
+        with self.accelerator.local_main_process_first():  # it may be downloaded once
+            self.network = FeatureNetwork(
+                settings.feature_network, settings.feature_resolution, self.accelerator.device
+            )
+
+    # -- real pictures -------------------------------------------------------------------------
+
+    def load(self) -> bool:
+        """Take the statistics from the cache, and return True if they are there; otherwise `fit` must follow."""
+        self.file = self.cache_file()
+        # each node of a cluster may have its own cache: all must have it, or none uses it
+        self.accelerator.wait_for_everyone()
+        stored = None if self.file is None else feature_cache.load(self.file, self.accelerator.print)
+        if all(self.shares.gather_objects([stored is not None])):
+            self.gaussian, self.features = Gaussian(stored["mean"], stored["root"]), stored["features"]
+            self.bad = stored["bad"].tolist()
+            return True
+        self.accelerator.print(
+            f"features of {len(self.real):,} real pictures by {self.settings.feature_network}: computed once"
+            + (f", kept in {self.file}" if self.file else "")
+        )
+        return False
+
+    def of_real(self, x0: Tensor) -> Tensor:
+        """Return the features (B, D) of real pictures (B, C, H, W) in [-1, 1]."""
+        return self.network(eight_bit(x0))
+
+    def fit(self, features: Tensor, bad: list[str]) -> None:
+        """Keep the statistics of the features (N, D) of all real pictures, in memory and in the cache.
+
+        Args:
+            features: the features of all processes, in the order of the pictures.
+            bad: messages of the pictures that could not be read.
+        """
+        array = features.numpy()
+        self.gaussian = Gaussian.fit(array)
+        chosen = np.random.default_rng(0).permutation(len(array))[:KID_FEATURES]
+        self.features = array[np.sort(chosen)]
+        if self.file is not None and self.accelerator.is_local_main_process:
+            arrays = dict(zip(("mean", "root"), self.gaussian), features=self.features, bad=np.array(bad, str))
+            feature_cache.save(self.file, arrays, print)
+        self.accelerator.wait_for_everyone()
+
+    def cache_file(self) -> Path | None:
+        """Return the file of the cache, named by everything that the statistics depend on.
+
+        It is None for data whose content cannot be digested.
+        """
+        digests = feature_cache.content_digests(self.real, self.shares.of(len(self.real)))
+        if not all(self.shares.gather_objects([digests is not None])):
+            return None
+        digests = self.shares.gather(digests)
+        if self.settings.cache_dir is not None:
+            folder = Path(self.settings.cache_dir)
+        else:
+            from huggingface_hub.constants import HF_HOME
+
+            folder = Path(HF_HOME) / "ddpm_hf"
+        more = (self.network.digest, self.settings.on_bad_image)
+        return folder / feature_cache.file_name(underlying(self.real), self.shape, digests, *more)
+
+    # -- samples -------------------------------------------------------------------------------
+
+    def of_samples(self, images: np.ndarray) -> Tensor:
+        """Return the features (B, D) of samples (B, H, W, C) in [0, 1], rounded to 8 bits as saved pictures are."""
+        return self.network((images * 255).round().astype(np.uint8))
+
+    def values(self, features: Tensor, metrics: list[str]) -> dict[str, float]:
+        """Return the values of "fid" and "kid", those that `metrics` names, for the samples' features (n, D)."""
+        from cleanfid.fid import kernel_distance
+
+        values = {}
+        if "fid" in metrics:
+            values["fid"] = frechet_distance(self.gaussian, features.numpy())
+        if "kid" in metrics:
+            with numpy_seed(self.settings.seed):
+                values["kid"] = kernel_distance(self.features.astype(np.float64), features.double().numpy())
+        return values
+
+
+def eight_bit(x: Tensor) -> np.ndarray:
+    """Turn pictures (B, C, H, W) in [-1, 1] into 8 bits (B, H, W, C)."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+
+@contextlib.contextmanager
+def numpy_seed(seed: int):
+    """Seed NumPy's global generator, from which clean-fid draws, and put its state back afterwards."""
+    state = np.random.get_state()
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)

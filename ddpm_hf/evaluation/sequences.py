@@ -1,0 +1,74 @@
+"""Distances between generated and real sequences, in units of the real data: each channel is standardized by it."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_hf.evaluation.metrics import (
+    Gaussian,
+    autocorrelation_error,
+    frechet_distance,
+    log_power_spectrum,
+    sliced_wasserstein,
+)
+
+
+class SequenceDistances:
+    """Distances to one set of sequences.
+
+    Args:
+        natural: the real sequences (N, C, length) in the data's own units, float64.
+        metrics: the metrics that will be asked for.
+        seed: the seed of the projections of the sliced Wasserstein distance.
+
+    Attributes:
+        reference: the real sequences (N, C * length), each channel with mean 0 and deviation 1.
+    """
+
+    def __init__(self, natural: Tensor, metrics: list[str], seed: int):
+        self.shape, self.metrics, self.seed = tuple(natural.shape[1:]), metrics, seed
+        self.mean = natural.mean(dim=(0, 2), keepdim=True)
+        spread = natural.std(dim=(0, 2), keepdim=True)
+        self.spread = torch.where(spread > 0, spread, 1.0)
+        self.reference = self.standardized(natural)
+        values = self.reference.numpy()
+        if "frechet" in metrics:
+            self.gaussian = Gaussian.fit(values)
+        if "spectral_frechet" in metrics:
+            self.spectrum = Gaussian.fit(log_power_spectrum(values.reshape(-1, *self.shape)))
+
+    def standardized(self, natural: Tensor) -> Tensor:
+        """Return sequences (n, C, length) in the data's own units as rows (n, C * length) in units of the real data."""
+        return ((natural - self.mean) / self.spread).flatten(1)
+
+    def values(self, samples: Tensor) -> dict[str, float]:
+        """Return the distances of samples (n, C * length), as `standardized` gives them."""
+        flat, real, values = samples.numpy(), self.reference.numpy(), {}
+        x, y = (rows.reshape(-1, *self.shape) for rows in (flat, real))
+        if "frechet" in self.metrics:
+            values["frechet"] = frechet_distance(self.gaussian, flat)
+        if "spectral_frechet" in self.metrics:
+            values["spectral_frechet"] = frechet_distance(self.spectrum, log_power_spectrum(x))
+        if "sliced_wasserstein" in self.metrics:
+            values["sliced_wasserstein"] = sliced_wasserstein(flat, real, seed=self.seed)
+        if "autocorrelation_error" in self.metrics:
+            values["autocorrelation_error"] = autocorrelation_error(x, y)
+        return values
+
+
+def natural_units(x: Tensor, data) -> Tensor:
+    """Return items (B, C, length) of a dataset in the data's own units, float64.
+
+    Args:
+        x: items as the dataset gives them, scaled for the model.
+        data: the dataset; where it has no `data_scale` and `data_shift`, its items are in their own units.
+    """
+    channels = x.shape[1]
+    scale = torch.tensor(getattr(data, "data_scale", [1.0] * channels), dtype=torch.float64)
+    shift = torch.tensor(getattr(data, "data_shift", [0.0] * channels), dtype=torch.float64)
+    return x.double() * scale[:, None] + shift[:, None]
+
+
+def tensor_of(samples: np.ndarray) -> Tensor:
+    """Return samples (B, C, length) as a float64 tensor."""
+    return torch.from_numpy(samples).double()

@@ -1,0 +1,79 @@
+"""The names of the metrics, and the settings of an evaluation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+HELD_OUT = ("held_out_loss", "held_out_weighted_loss")
+IMAGE_METRICS = ("fid", "kid", "memorization", *HELD_OUT)
+SEQUENCE_METRICS = ("frechet", "spectral_frechet", "sliced_wasserstein", "autocorrelation_error", "memorization",
+                    *HELD_OUT)  # fmt: skip
+METRICS = tuple(dict.fromkeys(IMAGE_METRICS + SEQUENCE_METRICS))
+BIASED = ("fid", "frechet", "spectral_frechet", "sliced_wasserstein")  # upwards, the more the fewer samples
+FEW = 10_000  # samples below which that matters
+
+
+@dataclass
+class EvalSettings:
+    """Settings of an evaluation: metrics, numbers of samples and of real items, features, seeds.
+
+    Args:
+        metrics: a selection of `IMAGE_METRICS` or `SEQUENCE_METRICS`; None means all that the data allows.
+        num_samples: the number of generated samples.
+        num_real: the largest number of real items to compare with; if there are more, `seed` draws them.
+        feature_network, feature_resolution: the features of FID and KID; see `FeatureNetwork`.
+        batch_size: the number of samples that a process generates at once.
+        seed: the seed of the samples, of the real items that are drawn, and of the held-out loss.
+        cache_dir: the folder for statistics of real pictures; None means ddpm_hf/ in the Hugging Face cache.
+        workers: the number of processes that load data.
+        on_bad_image: "stop", or "skip": a picture that cannot be read is left out everywhere and reported.
+        random_flip: True if training mirrors pictures although the dataset does not say so. For memorization a picture
+            and its mirror image are then one item, so a mirrored copy is a copy.
+    """
+
+    metrics: Sequence[str] | None = None
+    num_samples: int = 1000
+    num_real: int = 50_000
+    feature_network: str = "inception"
+    feature_resolution: int = 299
+    batch_size: int = 64
+    seed: int = 0
+    cache_dir: str | None = None
+    workers: int = 0
+    on_bad_image: str = "stop"
+    random_flip: bool = False
+
+    def check(self) -> None:
+        """Check what does not depend on the data.
+
+        Raises:
+            ValueError: if a number is too small, or `on_bad_image` is unknown.
+        """
+        least = {"num_samples": 2, "num_real": 2, "batch_size": 1, "workers": 0, "seed": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        if self.on_bad_image not in ("stop", "skip"):
+            raise ValueError(f"on_bad_image must be 'stop' or 'skip', got {self.on_bad_image!r}")
+
+
+def choose_metrics(asked: Sequence[str] | None, is_image: bool, has_held_out: bool) -> list[str]:
+    """Return the metrics to compute.
+
+    Args:
+        asked: the metrics that the user names; None means all that the data allows.
+        is_image: True for images, False for sequences.
+        has_held_out: True if there are items that training does not see.
+
+    Raises:
+        ValueError: if a metric is not one of this kind of data, or lacks the items that it needs.
+    """
+    possible = IMAGE_METRICS if is_image else SEQUENCE_METRICS
+    metrics = list(asked or (metric for metric in possible if metric not in HELD_OUT or has_held_out))
+    wrong = [metric for metric in metrics if metric not in possible]
+    if wrong:
+        kind = "images" if is_image else "sequences"
+        raise ValueError(f"metrics of {kind} are {', '.join(possible)}; got {', '.join(wrong)}")
+    named = next((metric for metric in metrics if metric in HELD_OUT), None)
+    if named and not has_held_out:
+        raise ValueError(f"the metric {named} needs items that training does not see: holdout of at least 1")
+    return metrics
