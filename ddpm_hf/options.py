@@ -47,15 +47,13 @@ class DataOptions:
         ".parquet: as .csv, or columns of lists, each of which is a channel."
     )  # fmt: skip
     image_column: str | None = option(
-        None,
-        "Column of the images in a table. Default: the only column of images that the table has.",
-        applies=scope.IMAGE_TABLES,
-    )
+        None, "Column of the images in a table.",
+        none="the only column of images that the table has", applies=scope.IMAGE_TABLES,
+    )  # fmt: skip
     sequence_columns: list[str] | None = option(
-        None,
-        "Columns of the sequences in a table. Needed to read sequences with dataset_name. Default: all columns.",
-        applies=scope.SEQUENCE_TABLES,
-    )
+        None, "Columns of the sequences in a table. Needed to read sequences with dataset_name.",
+        none="all columns", applies=scope.SEQUENCE_TABLES,
+    )  # fmt: skip
     holdout: int = option(
         0, "Number of items that are kept out of training, drawn by the seed, for the held-out loss. From windows, "
         "whole sequences are kept out, or stretches if there is a single sequence; windows nearer to a stretch than "
@@ -71,13 +69,14 @@ class ImageOptions:
 
     resolution: list[int] | None = option(
         None, "Height and width in pixels; one number gives a square. The shorter side of an image is resized, and the "
-        "rest is cropped. Default: 64; 8 for digits.",
+        "rest is cropped.",
         Rule(lambda sizes: len(sizes) in (1, 2) and min(sizes) >= 1, "one or two whole numbers of pixels, at least 1"),
         scope.IMAGES,
+        none="64; 8 for digits",
     )  # fmt: skip
     image_channels: int | None = option(
-        None, "1 (grey), 3 (RGB) or 4 (RGBA). With 1 and 3, transparent images are laid on white. Default: 3; 1 for "
-        "digits.", either(1, 3, 4), scope.IMAGES
+        None, "1 (grey), 3 (RGB) or 4 (RGBA). With 1 and 3, transparent images are laid on white.",
+        either(1, 3, 4), scope.IMAGES, none="3; 1 for digits",
     )  # fmt: skip
     center_crop: bool = option(True, "Crop from the centre; false: at a random place.", applies=scope.IMAGES)
     random_flip: bool = option(False, "Mirror half of the images left to right.", applies=scope.IMAGES, off=False)
@@ -95,11 +94,12 @@ class SequenceOptions:
 
     sequence_length: int | None = option(
         None, "Length of the sequences, in points: longer ones are cut to their beginning. With stride, and for ecg, "
-        "the length of the windows. Default: the length of the data; 256 for ecg.", whole_number(1), scope.SEQUENCES
+        "the length of the windows.",
+        whole_number(1), scope.SEQUENCES, none="the length of the data; 256 for ecg",
     )  # fmt: skip
     stride: int | None = option(
-        None, "Train on windows of sequence_length points, whose starts are stride points apart. Default: whole "
-        "sequences; 2 for ecg.", whole_number(1), scope.SEQUENCES
+        None, "Train on windows of sequence_length points, whose starts are stride points apart.",
+        whole_number(1), scope.SEQUENCES, none="whole sequences; 2 for ecg",
     )  # fmt: skip
     sequence_norm: str = option(
         "minmax", "Scaling of each channel: 'minmax' scales its range to [-1, 1], 'meanstd' scales it to mean 0 and "
@@ -152,9 +152,10 @@ class RunOptions:
         "cannot be read, and stop.", changeable=True
     )  # fmt: skip
     num_cpu_threads: int | None = option(
-        None, "Number of threads of each process when training on CPU. Default: the cores of this machine, divided "
-        "among its processes (accelerate alone would start each with one thread).",
-        whole_number(1, 1024), changeable=True,
+        None, "Number of threads of each process when training on CPU.",
+        whole_number(1, 1024),
+        none="the cores of this machine, divided among its processes (accelerate alone: one thread)",
+        changeable=True,
     )  # fmt: skip
 
 
@@ -166,8 +167,9 @@ class ModelOptions:
 
     dim: int = option(64, "Width of the U-Net, which dim_mults multiply.", whole_number(1), scope.NEW_MODEL)
     init_dim: int | None = option(
-        None, "Width after the first convolution. Default: dim.", whole_number(1), scope.NEW_MODEL
-    )
+        None, "Width after the first convolution.",
+        whole_number(1), scope.NEW_MODEL, none="dim",
+    )  # fmt: skip
     dim_mults: list[int] = option(
         [1, 2, 4, 8],
         "Width of each stage as a multiple of dim. Every stage but the last halves the size.",
@@ -188,14 +190,13 @@ class ModelOptions:
         [32], "Size of an attention head: one number, or one per stage.", applies=scope.NEW_MODEL
     )
     full_attn: list[str] | None = option(
-        None, "Full instead of linear attention: true or false, once or per stage. Default: in the last stage for "
-        "images, in none for sequences.", applies=scope.NEW_MODEL
+        None, "Full instead of linear attention: true or false, once or per stage.",
+        none="in the last stage for images, in none for sequences", applies=scope.NEW_MODEL,
     )  # fmt: skip
     num_mem_kv: int | None = option(
-        None,
-        "Number of memory key-value pairs in each attention. Default: 4 for images, 0 for sequences.",
-        applies=scope.NEW_MODEL,
-    )
+        None, "Number of memory key-value pairs in each attention.",
+        none="4 for images, 0 for sequences", applies=scope.NEW_MODEL,
+    )  # fmt: skip
     time_embedding: str = option(
         "sinusoidal",
         "Embedding of the timestep: 'sinusoidal', 'learned_fourier' or 'random_fourier'.",
@@ -230,8 +231,8 @@ class DiffusionOptions:
     )
     loss_weighting: str | None = option(
         None, "Weight of a sample's loss: 'uniform' is 1 at every timestep; 'snr' follows the prediction target, as in "
-        "denoising-diffusion-pytorch, and min_snr_gamma. Default: snr with min_snr_gamma, else uniform.",
-        one_of(*LOSS_WEIGHTINGS),
+        "denoising-diffusion-pytorch, and min_snr_gamma.",
+        one_of(*LOSS_WEIGHTINGS), none="snr with min_snr_gamma, else uniform",
     )  # fmt: skip
     min_snr_gamma: float = option(
         0.0, "Min-SNR loss weighting with this gamma; 5 is usual, and 0 turns it off.", AT_LEAST_0
@@ -294,10 +295,9 @@ class OptimizationOptions:
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", ABOVE_0)
     max_grad_norm: float = option(1.0, "The gradient's norm is clipped to this.", ABOVE_0)
     mixed_precision: str | None = option(
-        None,
-        "Precision of the computation: 'no' (float32), 'bf16' or 'fp16'. Default: what accelerate is configured for.",
-        either("no", "bf16", "fp16"),
-    )
+        None, "Precision of the computation: 'no' (float32), 'bf16' or 'fp16'.",
+        either("no", "bf16", "fp16"), none="what accelerate is configured for",
+    )  # fmt: skip
     gradient_checkpointing: bool = option(False, "Save memory by recomputing activations in the backward pass.")
 
 
@@ -374,8 +374,8 @@ class EvaluationOptions:
     eval_metrics: list[str] | None = option(
         None, "Images: fid, kid, memorization, held_out_loss, held_out_weighted_loss; sequences: frechet, "
         "spectral_frechet, sliced_wasserstein, autocorrelation_error, memorization, held_out_loss, "
-        "held_out_weighted_loss. Default: all; those of held-out items only with holdout.",
-        applies=scope.EVALUATION, changeable=True,
+        "held_out_weighted_loss.",
+        none="all; those of held-out items only with holdout", applies=scope.EVALUATION, changeable=True,
     )  # fmt: skip
     eval_num_samples: int = option(
         1000, "Number of samples that an evaluation generates; the FID of fewer than 10,000 is biased.",
@@ -395,12 +395,12 @@ class EvaluationOptions:
         scope.TORCHSCRIPT, changeable=True,
     )  # fmt: skip
     eval_cache_dir: str | None = option(
-        None, "Folder for the statistics of real images. Default: ddpm_hf/ in the Hugging Face cache.",
-        applies=scope.FEATURES, changeable=True,
+        None, "Folder for the statistics of real images.",
+        none="ddpm_hf/ in the Hugging Face cache", applies=scope.FEATURES, changeable=True,
     )  # fmt: skip
     metric_for_best: str | None = option(
-        None, "The pipeline with the lowest value of this metric is kept in best/. Default: the first of "
-        "eval_metrics.", applies=scope.EVALUATION, changeable=True
+        None, "The pipeline with the lowest value of this metric is kept in best/.",
+        none="the first of eval_metrics", applies=scope.EVALUATION, changeable=True,
     )  # fmt: skip
 
 
@@ -414,8 +414,8 @@ class PublishingOptions:
         False, "Publish the pipeline, with its model card, on the Hub when training ends.", changeable=True
     )
     hub_model_id: str | None = option(
-        None, "Repository to publish in: 'user/name' or 'name'. Default: the name of the run folder, under the user of "
-        "the token.", applies=scope.HUB, changeable=True
+        None, "Repository to publish in: 'user/name' or 'name'.",
+        none="the name of the run folder, under the user of the token", applies=scope.HUB, changeable=True,
     )  # fmt: skip
     hub_every_save: bool = option(
         False, "Publish at every save too, in the background.", applies=scope.HUB, off=False, changeable=True
@@ -425,21 +425,18 @@ class PublishingOptions:
         applies=scope.HUB, off=False, changeable=True,
     )  # fmt: skip
     hub_private_repo: bool | None = option(
-        None,
-        "Make a new repository private. Default: as the settings of the account say.",
-        applies=scope.HUB,
-        changeable=True,
-    )
+        None, "Make a new repository private.",
+        none="as the settings of the account say", applies=scope.HUB, changeable=True,
+    )  # fmt: skip
     hub_revision: str | None = option(
-        None, "Branch to publish on, which is made if it does not exist. Default: the main branch.",
-        applies=scope.HUB, changeable=True,
+        None, "Branch to publish on, which is made if it does not exist.",
+        none="the main branch", applies=scope.HUB, changeable=True,
     )  # fmt: skip
     create_pr: bool = option(
         False, "Publish as a pull request (one for the run) instead of writing to the branch.", applies=scope.HUB,
         off=False, changeable=True,
     )  # fmt: skip
     hub_license: str | None = option(
-        None,
-        "Licence of the weights, by its name on the Hub ('mit', 'cc-by-4.0', ...). Default: not stated.",
-        changeable=True,
-    )
+        None, "Licence of the weights, by its name on the Hub ('mit', 'cc-by-4.0', ...).",
+        none="not stated", changeable=True,
+    )  # fmt: skip

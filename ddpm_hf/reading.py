@@ -1,4 +1,4 @@
-"""Reading of small JSON and YAML files that may be damaged: content of the expected form, or an error with the file.
+"""Reading small JSON and YAML files that may be damaged: the content has the expected form, or an error names the file.
 
 YAML files of options are flat, so aliases and deep nesting are refused before they are expanded: a few hundred bytes of
 either can fill the memory or exhaust the stack.
@@ -27,14 +27,20 @@ def is_number(value: Any) -> bool:
 
 
 def is_finite(value: Any) -> bool:
+    """Return True for an integer or a float that is neither infinite nor NaN."""
     return is_number(value) and math.isfinite(value)
 
 
 def parse_json(text: str | bytes, where: str, form: type = dict) -> Any:
-    """Parse JSON text whose outermost form is known; `where` names the text in errors.
+    """Parse JSON text.
+
+    Args:
+        text: the text, or its bytes in UTF-8.
+        where: the name of the text in error messages.
+        form: the type of the outermost value, dict or list.
 
     Raises:
-        ValueError: it is not UTF-8, not JSON, nested too deeply, or of another form.
+        ValueError: the text is not UTF-8, not JSON, nested too deeply, or its outermost value has another type.
     """
     try:
         content = json.loads(text.decode() if isinstance(text, bytes) else text)
@@ -46,10 +52,11 @@ def parse_json(text: str | bytes, where: str, form: type = dict) -> Any:
 
 
 def read_json(path: Path, form: type = dict) -> Any:
-    """Read a JSON file whose outermost form is known.
+    """Read a JSON file whose outermost value has the type `form` (dict or list).
 
     Raises:
-        ValueError: the file cannot be read, is not UTF-8, not JSON, nested too deeply, or of another form.
+        ValueError: the file cannot be read, is not UTF-8, not JSON, nested too deeply, or its outermost value has
+            another type.
     """
     try:
         data = Path(path).read_bytes()
@@ -61,8 +68,12 @@ def read_json(path: Path, form: type = dict) -> Any:
 def read_mapping(path: str | Path, where: str | None = None) -> dict[str, Any]:
     """Read a YAML file of `name: value` lines, where a value is a scalar or a list of scalars.
 
+    Args:
+        path: the file.
+        where: the name of the file in error messages; defaults to the path.
+
     Raises:
-        ValueError: the file cannot be read, is not such YAML, or uses aliases; `where` (default: the path) names it.
+        ValueError: the file cannot be read, is not such YAML, or uses aliases.
     """
     where = where or str(path)
     try:
@@ -90,7 +101,7 @@ def read_mapping(path: str | Path, where: str | None = None) -> dict[str, Any]:
 
 
 def require(content: dict, name: str, holds: bool, rule: str, where: str | Path) -> None:
-    """Raise ValueError with the file, the rule and the value where a field does not hold what it should."""
+    """Raise ValueError with the file, the rule and the value of a field, unless `holds` is true."""
     if not holds:
         got = reprlib.repr(content[name]) if name in content else "nothing"
         raise ValueError(f"{where}: {name} must be {rule}, got {got}")

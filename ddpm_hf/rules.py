@@ -90,6 +90,7 @@ class Help(str):
 
     Attributes:
         meaning: the help without the rule and the default.
+        default: the words for the default; empty if the option is left out without effect.
         rule: the rule of the option's values, besides that of its type; None if every value of the type is allowed.
         scope: the circumstances in which the option has an effect; None if it always has one.
         off: the value that asks for nothing, which may be given anywhere.
@@ -97,6 +98,7 @@ class Help(str):
     """
 
     meaning: str
+    default: str
     rule: Rule | None
     scope: Scope | None
     off: Any
@@ -105,13 +107,24 @@ class Help(str):
 
 def option(
     default: Any, help: str, rule: Rule | None = None, applies: Scope | None = None, *, off: Any = None,
-    changeable: bool = False,
+    changeable: bool = False, none: str = "",
 ) -> Any:  # fmt: skip
-    """Return a dataclass field with the help of an option and what `Help` says of it."""
+    """Return the dataclass field of an option.
+
+    Args:
+        default: the value of an option that is not given.
+        help: the meaning, in sentences that end with a full stop.
+        rule: as in `Help`.
+        applies: the scope, as in `Help`.
+        off: as in `Help`.
+        changeable: as in `Help`.
+        none: what happens at the default None, in words that follow "Default:".
+    """
     meaning = f"{help} Applies to {applies.text}." if applies else help
     bounds = f" Must be {rule.text}." if rule and not rule.is_choice else ""
-    shown = f" Default: {show(default)}." if default is not None else ""
-    text = Help(f"{meaning}{bounds}{shown}")
+    shown = none if default is None else show(default)
+    text = Help(f"{meaning}{bounds}{f' Default: {shown}.' if shown else ''}")
+    text.default = shown
     text.meaning, text.rule, text.scope, text.off, text.changeable = meaning, rule, applies, off, changeable
     kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return dataclasses.field(**kind, metadata={"help": text})

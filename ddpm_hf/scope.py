@@ -1,14 +1,14 @@
-"""The scope of each option of a run: kinds of data, a value of another option, or a new model.
+"""The scopes of options: the kinds of data, the values of other options, or the new model that an option applies to.
 
-`TrainConfig` has a `Scope` in the metadata of each option that does not always apply. The help, README's table and the
-error messages take their words from it.
+`ddpm_hf.options` gives a `Scope` to each option that does not always apply. The help, the page of options and the error
+messages take their words from it.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# The kinds of data, as `build_dataset` and `open_data` tell them apart, and what messages call them.
+# The kinds of data, as `open_data` tells them apart, and the words for them in messages.
 KINDS = {
     "digits": "the bundled digits",
     "ecg": "the bundled electrocardiogram",
@@ -34,10 +34,10 @@ class Scope:
 
     Attributes:
         text: the words after "Applies to".
-        kinds: the kinds of data, a part of `KINDS`.
-        holds: whether the other options bring the option in; called with the configuration.
-        option: the option that `holds` asks for most, for messages.
-        new_model: whether the option is for the U-Net that training builds, not for a model given from Python.
+        kinds: the kinds of data that the option applies to, a part of `KINDS`.
+        holds: called with the configuration; returns True if the other options let this one apply.
+        option: the name of the option that `holds` depends on, for messages.
+        new_model: True if the option is for the U-Net that training builds, not for a model given from Python.
     """
 
     text: str
@@ -47,7 +47,13 @@ class Scope:
     new_model: bool = False
 
     def reason_against(self, config: Any, kind: str | None, given_model: bool) -> str | None:
-        """Return the words for what does not fit, or None where the option applies; kind None: not known yet."""
+        """Return the words for what the option does not fit, or None if the option applies.
+
+        Args:
+            config: the options of the run.
+            kind: the kind of data; None: not known yet, so that every kind counts.
+            given_model: True if the model comes from Python.
+        """
         if not self.holds(config):
             return f"{self.option} {getattr(config, self.option)!r}"
         if kind is not None and kind not in self.kinds:
@@ -56,11 +62,12 @@ class Scope:
 
 
 def _data(text: str, kinds: Iterable[str]) -> Scope:
+    """Return the scope of an option of some kinds of data."""
     return Scope(text, frozenset(kinds))
 
 
 def _with(option: str, *values: Any) -> Scope:
-    """Runs where an option has one of these values; without values: where it is on."""
+    """Return the scope of an option of runs where another option has one of these values, or is on (no values)."""
     text = f"runs with {option} {' or '.join(values)}".rstrip()
     return Scope(
         text, holds=lambda c: getattr(c, option) in values if values else bool(getattr(c, option)), option=option

@@ -1,3 +1,3 @@
-"""The package's version, alone so that building needs no imports."""
+"""The version of the package, in a file of its own so that building the package imports nothing else."""
 
 __version__ = "0.3.0"

@@ -3,7 +3,7 @@
 import dataclasses
 
 from ddpm_hf.config import HEADINGS, kinds
-from ddpm_hf.rules import TYPE_RULES, declared, default_of, show
+from ddpm_hf.rules import TYPE_RULES, declared
 
 
 def options_tables() -> str:
@@ -13,11 +13,10 @@ def options_tables() -> str:
         lines += [f"## {heading._argument_group_name}", "", heading.__doc__, ""]
         lines += ["| option | default | values | meaning |", "|---|---|---|---|"]
         for field in dataclasses.fields(heading):
-            default = default_of(field)
             about, (kind, _) = declared(field), kinds()[field.name]
-            values = (about.rule or TYPE_RULES[kind]).text
-            shown = "" if default is None else f"`{show(default)}`"
-            lines.append(f"| `{field.name}` | {shown} | {values} | {about.meaning.replace('|', '&#124;')} |")
+            values = about.rule or (None if kind is str else TYPE_RULES[kind])
+            cells = (f"`{field.name}`", about.default, values.text if values else "", about.meaning)
+            lines.append("| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)
 

@@ -98,3 +98,14 @@ def make(kind):
         return DDPMPipeline(UNet2D(sample_size=8, in_channels=1, **MODEL), GaussianScheduler(), num_inference_steps=3)
     unet = UNet1D(sample_size=16, in_channels=2, **MODEL)
     return DDPMPipeline1D(unet, GaussianScheduler(), 3, data_shift=[1.0, 2.0], data_scale=[3.0, 4.0])
+
+
+def frechet_by_eigenvalues(mean_1, covariance_1, mean_2, covariance_2):
+    """Return the Fréchet distance of two Gaussians in float64.
+
+    The trace of (C1 C2)^(1/2) in its formula is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2).
+    """
+    values, vectors = np.linalg.eigh(covariance_1)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    roots = np.sqrt(np.linalg.eigvalsh(root @ covariance_2 @ root).clip(0))
+    return ((mean_1 - mean_2) ** 2).sum() + np.trace(covariance_1) + np.trace(covariance_2) - 2 * roots.sum()
