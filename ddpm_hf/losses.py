@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
-from diffusers.training_utils import compute_density_for_timestep_sampling
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from ddpm_hf.randomness import normal_numbers, random_words, uniform_integers
 
 
 @dataclass
@@ -31,35 +32,57 @@ TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 def training_draws(
     scheduler,
     x0: Tensor,
-    seeds: Sequence[int],
+    numbers: Tensor | Sequence[int],
     offset_strength: float = 0.0,
     timestep_sampling: str = "uniform",
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
-) -> tuple:
-    """Timesteps (B,) in [0, T) and noise shaped as x0, each sample's from its own seed.
+    key: int | Tensor = 0,
+) -> tuple[Tensor, Tensor]:
+    """Draw a timestep and noise for each sample.
+
+    A sample's draws follow from its number and the key alone, so they do not depend on the batch that it is in. For one
+    key, samples with different numbers never share a random word (see `ddpm_hf.randomness.random_words`), which makes
+    their draws independent.
 
     Args:
-        timestep_sampling: "uniform"; or "logit_normal", T * sigmoid(z) for normal z of `logit_mean` and `logit_std`,
-            which trains the middle of the schedule more often (Esser et al., arXiv:2403.03206, section 3.1).
+        scheduler: a `GaussianScheduler`; T is its number of training timesteps.
+        x0: (B, C, *spatial); the noise takes its shape, dtype and device.
+        numbers: (B,) whole numbers from 0 to 2^36 - 1, for instance the sample's number in the run. An int64 tensor on
+            the device of x0 is used without a copy.
+        offset_strength: standard deviation of one more normal number, which is added to a whole channel (offset noise).
+        timestep_sampling: "uniform" on [0, T); or "logit_normal", T * sigmoid(z) for normal z with `logit_mean` and
+            `logit_std`, which trains the middle of the schedule more often (Esser et al., arXiv:2403.03206, section
+            3.1).
+        logit_mean: mean of z.
+        logit_std: standard deviation of z.
+        key: an int64 number; runs with different keys draw unrelated numbers.
+
+    Returns:
+        timesteps (B,) int64 in [0, T) and noise shaped as x0.
 
     Raises:
-        ValueError: not one seed a sample, or an unknown timestep_sampling.
+        ValueError: there is not one number for each sample, or `timestep_sampling` is unknown.
     """
     if timestep_sampling not in TIMESTEP_SAMPLINGS:
         raise ValueError(f"timestep_sampling must be one of {', '.join(TIMESTEP_SAMPLINGS)}, got {timestep_sampling!r}")
-    if len(seeds) != len(x0):
-        raise ValueError(f"there must be one seed per sample: {len(x0)} samples, {len(seeds)} seeds")
-    generators = [torch.Generator(x0.device).manual_seed(seed) for seed in seeds]
-    steps = scheduler.config.num_train_timesteps
+    if len(numbers) != len(x0):
+        raise ValueError(f"there must be one number per sample: {len(x0)} samples, {len(numbers)} numbers")
+    numbers = torch.as_tensor(numbers, dtype=torch.int64, device=x0.device)
+    steps, size, channels = scheduler.config.num_train_timesteps, x0[0].numel(), x0.shape[1]
+    # words for the noise, then for the offsets of the channels; the last one is the timestep's
+    words = random_words(key, numbers, (size + channels + 1) // 2 + 1)
+    normal = normal_numbers(words, torch.promote_types(x0.dtype, torch.float32))
     if timestep_sampling == "uniform":
-        drawn = [torch.randint(steps, (1,), generator=g, device=x0.device) for g in generators]
+        timesteps = uniform_integers(words[:, -1], steps)
     else:
-        named = {"logit_mean": logit_mean, "logit_std": logit_std, "device": x0.device}
-        u = [compute_density_for_timestep_sampling("logit_normal", 1, generator=g, **named) for g in generators]
-        drawn = [(x * steps).long().clamp_(max=steps - 1) for x in u]  # a sigmoid may round to 1
-    timesteps = torch.cat(drawn)
-    return timesteps, scheduler.sample_noise(x0, offset_strength, generators)
+        share = torch.sigmoid(logit_mean + logit_std * normal[:, -1])
+        timesteps = (share * steps).long().clamp(max=steps - 1)  # the sigmoid may round to 1
+    noise = normal[:, :size].reshape(x0.shape)
+    if offset_strength:
+        offset = normal[:, size : size + channels].reshape(*x0.shape[:2], *(1,) * (x0.ndim - 2))
+        noise = noise + offset_strength * offset
+    return timesteps, noise.to(x0.dtype)
 
 
 def first_step_warning(config) -> str | None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D
 
@@ -109,3 +111,26 @@ def frechet_by_eigenvalues(mean_1, covariance_1, mean_2, covariance_2):
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     roots = np.sqrt(np.linalg.eigvalsh(root @ covariance_2 @ root).clip(0))
     return ((mean_1 - mean_2) ** 2).sum() + np.trace(covariance_1) + np.trace(covariance_2) - 2 * roots.sum()
+
+
+# ---------------------------------------------------------------------------------------------
+# Devices
+
+
+class OnDevice(TorchDispatchMode):
+    """Counts the operations that compute, and refuses those in which a tensor of another device takes part.
+
+    The meta device stands in for a graphics card: it also raises where the host reads a number.
+    """
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device, self.operations = torch.device(device), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, out)):
+            if isinstance(x, torch.Tensor):
+                assert x.device.type == self.device.type, f"{func} has a tensor of {x.device}"
+        self.operations += not func.is_view
+        return out

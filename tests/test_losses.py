@@ -9,8 +9,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import exact_abar
-from scipy.special import expit
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from helpers import OnDevice
+from scipy.special import logit
 from scipy.stats import norm
+from torch import nn
 
 from ddpm_hf import DDPMPipeline1D, TrainConfig, UNet1D
 from ddpm_hf.losses import diffusion_loss, first_step_warning, immiscible_assignment, training_draws
@@ -154,35 +157,120 @@ def test_autocast_keeps_nothing_of_the_estimate(batch, monkeypatch):
     assert order == [False, "emptied", True]
 
 
-def test_draws_follow_from_the_seeds():
-    """A sample's draws are those of its seed, whatever the batch; timesteps are uniform."""
+def test_draws_follow_from_the_numbers():
+    """A sample's draws are those of its number, whatever the batch, and other ones for another key; timesteps are
+    uniform."""
     s = GaussianScheduler(10)
     x0 = torch.zeros(2000, 1, 2)
-    t, noise = training_draws(s, x0, range(2000), 0.1)
-    t_part, noise_part = training_draws(s, x0[:3], [7, 8, 9], 0.1)
+    t, noise = training_draws(s, x0, range(2000), 0.1, key=5)
+    t_part, noise_part = training_draws(s, x0[:3], torch.tensor([7, 8, 9]), 0.1, key=5)
     assert torch.equal(t[7:10], t_part) and torch.equal(noise[7:10], noise_part)
+    other, other_noise = training_draws(s, x0, range(2000), 0.1, key=6)
+    assert abs((other == t).float().mean() - 0.1) < 0.05 and not torch.isin(other_noise, noise).any()
     counts = torch.bincount(t, minlength=10)
     # binomial: 200 expected, deviation sqrt(2000 * 0.1 * 0.9) = 13.4
     assert counts.shape == (10,) and (counts - 200).abs().max() < 5 * 13.4
-    with pytest.raises(ValueError, match="3 samples, 2 seeds"):
+    with pytest.raises(ValueError, match="3 samples, 2 numbers"):
         training_draws(s, x0[:3], [1, 2])
 
 
-def test_logit_normal_timesteps():
-    """Their distribution by scipy's, at its quartiles; each sample's from its seed."""
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 3), (1, 1)])
+def test_noise_offsets_and_timesteps_are_independent(sampling, shape):
+    """The covariance of the noise is the unit matrix plus strength^2 within a channel, and that with the timestep 0:
+    entries of 20,000 samples deviate by sqrt(2) * variance / sqrt(20,000) at most, 5 deviations allowed. Noise and
+    offsets have no word in common with the timestep, also in odd numbers of values."""
+    x0 = torch.zeros(20_000, *shape, dtype=torch.float64)
+    t, noise = training_draws(GaussianScheduler(1000), x0, range(20_000), 0.5, sampling)
+    assert noise.dtype == torch.float64 and noise.shape == x0.shape and t.dtype == torch.int64
+    values = torch.cat((noise.flatten(1), (t[:, None] - 499.5) / t.double().std()), 1)
+    channel = torch.arange(shape[0]).repeat_interleave(x0[0, 0].numel())
+    expected = torch.eye(len(channel) + 1, dtype=torch.float64)
+    expected[:-1, :-1] += 0.25 * (channel[:, None] == channel)
+    assert (values.T.cov() - expected).abs().max() < 5 * 2**0.5 * 1.25 / 20_000**0.5
+    squares = values[:, :-1] ** 2
+    assert np.abs(np.corrcoef(squares.T, values[:, -1] ** 2)[-1, :-1]).max() < 5 / 20_000**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_noise_has_the_type_of_the_data(dtype):
+    """That of float64, rounded: once to float32 (see test_randomness) and once to the type."""
+    s = GaussianScheduler(10)
+    found = training_draws(s, torch.zeros(4, 2, 64, dtype=dtype), range(4))[1]
+    expected = training_draws(s, torch.zeros(4, 2, 64, dtype=torch.float64), range(4))[1]
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=2e-5)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 2.0), (-1.0, 0.3)])
+def test_logit_normal_timesteps(mean, std):
+    """P(t < k) is the normal distribution function at logit(k / T), for every k: the largest difference of 50,000
+    samples is that of Kolmogorov and Smirnov, above 2.3 / sqrt(50,000) with a probability of 5e-5."""
     s = GaussianScheduler(1000)
-    x0 = torch.zeros(2000, 1, 2)
-    named = {"timestep_sampling": "logit_normal", "logit_mean": 0.5, "logit_std": 2.0}
-    t, _ = training_draws(s, x0, range(2000), **named)
-    assert torch.equal(t[7:10], training_draws(s, x0[:3], [7, 8, 9], **named)[0])
-    for share in (0.25, 0.5, 0.75):
-        quartile = 1000 * expit(norm.ppf(share, loc=0.5, scale=2.0))
-        # binomial: deviation sqrt(2000 * share * (1 - share)) of at most 22.4; a whole timestep holds up to 0.2%
-        assert abs((t < quartile).sum().item() - 2000 * share) < 5 * 22.4 + 4
-    t, _ = training_draws(s, x0, range(2000), timestep_sampling="logit_normal", logit_mean=40.0)
+    named = {"timestep_sampling": "logit_normal", "logit_mean": mean, "logit_std": std}
+    t, _ = training_draws(s, torch.zeros(50_000, 1, 2), range(50_000), **named)
+    assert torch.equal(t[7:10], training_draws(s, torch.zeros(3, 1, 2), [7, 8, 9], **named)[0])
+    below = torch.bincount(t, minlength=1000).cumsum(0)[:-1].double().numpy() / 50_000
+    assert np.abs(below - norm.cdf(logit(np.arange(1, 1000) / 1000), mean, std)).max() < 2.3 / np.sqrt(50_000)
+
+
+def test_the_ends_of_logit_normal_timesteps():
+    s, x0 = GaussianScheduler(1000), torch.zeros(100, 1, 2)
+    t, _ = training_draws(s, x0, range(100), timestep_sampling="logit_normal", logit_mean=40.0)
     assert (t == 999).all()  # the sigmoid is 1
     with pytest.raises(ValueError, match="one of uniform, logit_normal, got 'cosine'"):
         training_draws(s, x0[:1], [1], timestep_sampling="cosine")
+
+
+class Scale(nn.Module):
+    """A small model that takes gradients and an estimate of x0."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, x_self_cond=None):
+        x = x if x_self_cond is None else x + x_self_cond
+        return UNet2DOutput(sample=self.weight * x)
+
+
+def draws_and_loss(scheduler, model, x0, numbers, key, sampling, weighting, self_condition):
+    t, noise = training_draws(scheduler, x0, numbers, 0.1, sampling, key=key)
+    options = {"weighting": weighting, "min_snr_gamma": 5.0, "self_condition": self_condition}
+    return diffusion_loss(model, scheduler, x0, t, noise, **options).loss
+
+
+CASES = [
+    pytest.param(target, sampling, weighting, own, id=f"{target}-{sampling}-{weighting}-{own}")
+    for target, sampling, weighting, own in (
+        ("epsilon", "uniform", "uniform", False), ("sample", "logit_normal", "uniform", False),
+        ("v_prediction", "uniform", "uniform", True), ("v_prediction", "logit_normal", "uniform", True),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "sampling", "weighting", "own"), CASES)
+def test_draws_and_loss_stay_on_their_device(target, sampling, weighting, own):
+    """On the meta device no number is read by the host and no tensor of the host takes part, from the second step on:
+    the first one copies the schedule's tables there."""
+    s, model = GaussianScheduler(prediction_type=target), Scale().to("meta")
+    x0 = torch.zeros(4, 3, 8, 8, device="meta")
+    numbers, key = torch.zeros(4, dtype=torch.int64, device="meta"), torch.zeros((), dtype=torch.int64, device="meta")
+    draws_and_loss(s, model, x0, numbers, key, sampling, weighting, own)
+    with OnDevice("meta") as seen:
+        draws_and_loss(s, model, x0, numbers, key, sampling, weighting, own).mean().backward()
+    assert seen.operations < 100
+
+
+@pytest.mark.parametrize(("target", "sampling", "weighting", "own"), CASES)
+def test_draws_and_loss_compile_whole(target, sampling, weighting, own):
+    s, model = GaussianScheduler(prediction_type=target), Scale()
+    x0, numbers, key = torch.rand(4, 3, 8, 8) * 2 - 1, torch.arange(4), torch.tensor(12345)
+    torch._dynamo.reset()
+    compiled = torch.compile(draws_and_loss, fullgraph=True, backend="aot_eager")
+    expected = draws_and_loss(s, model, x0, numbers, key, sampling, weighting, own)
+    found = compiled(s, model, x0, numbers, key, sampling, weighting, own)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_bad_shapes(batch):

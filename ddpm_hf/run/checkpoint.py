@@ -142,6 +142,7 @@ def read_progress(path: Path) -> dict:
     """
     file = path / "progress.json"
     progress = {"evaluation": [], "best": None, "feed": {}, "global_batch": None, **read_json(file)}
+    progress.setdefault("draws", "torch.Generator")  # of ddpm_hf 0.3.0 and earlier
 
     def rule(name: str, holds: bool, text: str) -> None:
         require(progress, name, holds, text, file)
@@ -156,6 +157,7 @@ def read_progress(path: Path) -> dict:
     rule("interval", good, "a list of pairs of numbers")
     rule("data", isinstance(progress.get("data"), dict), "an object that describes the data")
     rule("feed", isinstance(progress["feed"], dict), "an object")
+    rule("draws", isinstance(progress["draws"], str), "the name of a random number generator")
     rule("global_batch", progress["global_batch"] is None or is_whole(progress["global_batch"]), "a whole number")
     marks = progress.get("files", [])  # of files that are read while training, see `mapped`
     good = isinstance(marks, list) and all(

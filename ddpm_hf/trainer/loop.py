@@ -31,7 +31,7 @@ from ddpm_hf.hub.publish import check_token, make_publisher, target_of
 from ddpm_hf.losses import first_step_warning
 from ddpm_hf.pipeline import IMAGE_MODES, DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.plots import save_image_grid, save_sequence_plot
-from ddpm_hf.randomness import Stream, derive_seed, generator_seeds
+from ddpm_hf.randomness import DRAWS, Stream, derive_seed, generator_seeds
 from ddpm_hf.reading import is_whole, read_json, read_mapping
 from ddpm_hf.run import checkpoint
 from ddpm_hf.run.record import RunRecord, data_facts, spare
@@ -598,6 +598,7 @@ class Trainer:
         self.record.write(
             folder, self.metrics, self.step, acc.device.type, say, processes=acc.num_processes,
             global_batch=self._global_batch(acc.num_processes), mixed_precision=acc.mixed_precision,
+            draws=DRAWS,
         )  # fmt: skip
         with spare(folder / "README.md", say):
             write_card(folder)
@@ -629,7 +630,7 @@ class Trainer:
                 "step": self.step, "skipped_images": self.skipped, "interval": self._interval,
                 "evaluation": self.evaluation, "best": self.best, "data": self.feed.fingerprint(),
                 "feed": self.feed.state(self.step), "files": self.feed.files.marks,
-                "global_batch": self._global_batch(acc.num_processes),
+                "global_batch": self._global_batch(acc.num_processes), "draws": DRAWS,
             }  # fmt: skip
             (aside / "progress.json").write_text(json.dumps(progress))
             (aside / "clock.json").write_text(json.dumps({"seconds": self.record.seconds()}))
@@ -675,6 +676,12 @@ class Trainer:
             self.accelerator.print(
                 f"note: since the checkpoint of step {progress['step']} the data was written to: {changed}. What is "
                 "compared of its content (the scaling, or some items) is the same"
+            )
+        if progress["draws"] != DRAWS:
+            self.accelerator.print(
+                f"note: up to step {progress['step']} this run drew noise and timesteps with {progress['draws']}; from "
+                f"here on it draws them with {DRAWS}. Their distribution is the same, but the numbers are not those of "
+                "the run that was not stopped"
             )
         self._feed_state = progress["feed"]
         self.feed.check(self._feed_state)

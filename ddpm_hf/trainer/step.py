@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.losses import diffusion_loss, training_draws
-from ddpm_hf.randomness import Stream, generator_seeds
+from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.trainer.ema import WeightAverage
 from ddpm_hf.trainer.optimizer import clip_grad_norm
 
@@ -45,6 +45,7 @@ class TrainingStep:
     def __init__(self, model, scheduler, optimizer, average: WeightAverage, config, accelerator):
         self.model, self.scheduler, self.optimizer = model, scheduler, optimizer
         self.average, self.config, self.accelerator = average, config, accelerator
+        self.noise_key = derive_seed(config.seed, Stream.NOISE)
 
     def __call__(self, parts: Sequence[Tensor], numbers: SampleNumbers, self_condition: bool = False) -> Tensor:
         """Train on the parts of one batch, whose gradients are accumulated.
@@ -76,10 +77,10 @@ class TrainingStep:
     def _loss(self, x0: Tensor, first: int, self_condition: bool) -> Tensor:
         """Return the mean loss of samples that have the numbers from `first` on."""
         c = self.config
-        seeds = generator_seeds(c.seed, Stream.NOISE, range(first, first + len(x0)))
         timesteps, noise = training_draws(
-            self.scheduler, x0, seeds, c.noise_offset, c.timestep_sampling, c.logit_mean, c.logit_std
-        )
+            self.scheduler, x0, first + torch.arange(len(x0), device=x0.device), c.noise_offset,
+            c.timestep_sampling, c.logit_mean, c.logit_std, self.noise_key,
+        )  # fmt: skip
         with self.accelerator.autocast():
             losses = diffusion_loss(
                 self.model, self.scheduler, x0, timesteps, noise, min_snr_gamma=c.min_snr_gamma or None,

@@ -252,7 +252,7 @@ def test_each_value_of_a_checkpoint_of_another_form(name, trained, monkeypatch):
 @pytest.mark.parametrize(
     "field, value",
     [("data", {}), ("data", {"items": [[[]]]}), ("step", None), ("best", {"metric": "fid"}), ("evaluation", [{}]),
-     ("feed", [1]), (None, None), ("data", None)],
+     ("feed", [1]), (None, None), ("data", None), ("draws", 3)],
 )  # fmt: skip
 def test_progress_of_another_form_is_refused_by_the_run(field, value, run, monkeypatch):
     newest = run / "checkpoints" / "step-000002"

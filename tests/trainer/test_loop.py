@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -72,6 +73,26 @@ def test_six_steps_are_four_a_stop_and_two_more(options, tmp_path, monkeypatch):
     ]
     for a, b in zip(*(o["state"].values() for o in optimizers)):
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_whose_noise_came_from_generators_goes_on(tmp_path, capsys):
+    """A checkpoint of ddpm_hf 0.3.0 or earlier names no generator of noise: its run goes on, and one line says that
+    its noise is now drawn otherwise. A run of this version goes on without that line."""
+    train(config(tmp_path, max_train_steps=2))
+    newest = tmp_path / "checkpoints" / "step-000002"
+    progress = json.loads((newest / "progress.json").read_text())
+    assert progress.pop("draws") == "splitmix64"
+    assert json.loads((tmp_path / "pipeline" / "training.json").read_text())["draws"] == "splitmix64"
+    train(config(tmp_path, max_train_steps=3))
+    assert "drew noise" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoints" / "step-000003")
+    (newest / "progress.json").write_text(json.dumps(progress))
+    (newest / checkpoint.CHECKSUMS).unlink()
+    checkpoint._seal(newest)
+    assert train(config(tmp_path, max_train_steps=3)).steps == 3
+    assert (
+        "up to step 2 this run drew noise and timesteps with torch.Generator; from here on" in capsys.readouterr().out
+    )
 
 
 def test_a_complete_run_says_so_and_can_be_extended(tmp_path, capsys):
