@@ -28,7 +28,8 @@ from ddpm_hf.config import BUNDLED
 from ddpm_hf.data.images import BadImageError
 from ddpm_hf.data.loading import fingerprint, hold_out, load_item, split_record, underlying
 from ddpm_hf.data.opening import build_dataset
-from ddpm_hf.data.sequences import FILE_ENDINGS, SequenceDataset
+from ddpm_hf.data.sequence_files import FILE_ENDINGS
+from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.data.tables import table_folder
 from ddpm_hf.evaluation.evaluator import Evaluator
 from ddpm_hf.evaluation.settings import HELD_OUT, EvalSettings

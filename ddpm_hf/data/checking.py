@@ -1,12 +1,13 @@
-"""Checks that are made before training: whether every item can be read, and whether workers have enough shared memory.
+"""Checks before training: that every item can be read, and that the workers have enough shared memory.
 
-`--dry_run` reads all items in parallel and lists those that training would stop at, or leave out, when it reaches them.
+`--dry_run` reads all items in parallel and lists those that training would stop at or leave out.
 """
 
 import mmap
 import os
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,24 +16,23 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ddpm_hf.data.images import BadImageError, ImageDataset, printable
-from ddpm_hf.data.loading import Part, load_item
+from ddpm_hf.data.loading import Part, load_item, underlying
 from ddpm_hf.data.sequences import SequenceDataset
-from ddpm_hf.data.streaming import ImageStream
 
-SMALL = 1000  # so many items are read by one process, unless workers are asked for
-PREFETCH = 2  # batches that `torch` loads ahead in each worker
+SMALL = 1000  # number of images up to which one process reads them all, unless workers are asked for
+PREFETCH = 2  # batches that torch loads ahead in each worker
 
 
 class Seen(NamedTuple):
-    """The outcome of reading an item: its shape, or why it cannot be read (`bad`: it is a bad picture)."""
+    """The outcome of reading an item: its shape, or the message that says why it cannot be read."""
 
     shape: tuple | None
     message: str | None = None
-    bad: bool = False
+    bad: bool = False  # it is an image that cannot be decoded
 
 
 class _Reading(Dataset):
-    """Reads the items of several data sets, one data set after another, and returns what was `Seen` of each."""
+    """The items of several datasets, one dataset after another; reading an item gives a `Seen`."""
 
     def __init__(self, datasets):
         self.datasets = datasets
@@ -41,7 +41,7 @@ class _Reading(Dataset):
         return sum(map(len, self.datasets))
 
     def place(self, number: int) -> tuple[Dataset, int]:
-        """The data set without parts, and the item's index in it."""
+        """Return the dataset that holds an item and the item's index in it; parts are resolved."""
         for dataset in self.datasets:
             if number < len(dataset):
                 break
@@ -58,30 +58,24 @@ class _Reading(Dataset):
             return Seen(None, str(error), bad=True)
         except ValueError as error:
             return Seen(None, f"item {index} of the data: {error}")
-        except Exception as error:  # of someone's own data set
+        except Exception as error:  # a user's own dataset may raise anything
             return Seen(None, f"item {index} of the data: {type(error).__name__}: {error}")
 
 
-def check_items(feed, config) -> None:
-    """Read every item, those held out too, and print a line for each that cannot be used.
+def check_items(datasets: Sequence[Dataset], config) -> None:
+    """Read every item of some datasets, and print a line for each that cannot be used.
 
-    Sequences were read completely when they were opened; streamed pictures are read while training runs. The main
-    process alone does the work.
-
-    Args:
-        feed: a `StoredFeed` or `StreamedFeed`.
+    Sequences were read completely when they were opened, so they are not read again. The main process alone works.
 
     Raises:
-        ValueError: an item that would end the training.
+        ValueError: an item would end the training.
     """
-    if not PartialState().is_main_process or isinstance(feed.units, SequenceDataset):
+    source = underlying(datasets[0])
+    if not PartialState().is_main_process or isinstance(source, SequenceDataset):
         return
-    if isinstance(feed.units, ImageStream):
-        print("note: the pictures are streamed, so that only the first one was read")
-        return
-    reading = _Reading([dataset for dataset in (feed.dataset, feed.held_out) if dataset is not None])
+    reading = _Reading(datasets)
     bad, wrong, first, alike = 0, 0, None, True
-    for number, seen in enumerate(_read_all(reading, *_workers(feed, config))):
+    for number, seen in enumerate(_read_all(reading, *_workers(source, config))):
         message = seen.message
         first = first or seen.shape
         if alike and message is None and seen.shape != first:
@@ -105,8 +99,8 @@ def check_items(feed, config) -> None:
     print(left_out if bad else f"all {total:,} items can be read")
 
 
-def _read_all(reading: _Reading, workers: int, context: str | None):
-    """Yield what was `Seen` of each item, in order, beside a progress bar."""
+def _read_all(reading: _Reading, workers: int, context: str | None) -> Iterator[Seen]:
+    """Yield the outcome for each item, in order, and show a progress bar."""
     loader = DataLoader(
         reading, batch_size=16 if workers else 1, collate_fn=list, num_workers=workers, generator=torch.Generator(),
         multiprocessing_context=context,
@@ -116,17 +110,17 @@ def _read_all(reading: _Reading, workers: int, context: str | None):
             for batch in loader:
                 yield from batch
                 bar.update(len(batch))
-        except RuntimeError as error:  # of `torch`, where a worker was killed
+        except RuntimeError as error:  # torch raises it where a worker was killed
             raise ValueError(f"the data cannot be read to its end: {error}") from error
 
 
-def _workers(feed, config) -> tuple[int, str | None]:
-    """Return the number of workers, and how they are started.
+def _workers(source, config) -> tuple[int, str | None]:
+    """Return the number of workers, and the multiprocessing context that starts them.
 
-    Unless workers are asked for, many pictures get one for each core. They are forks, which need no guarded main
-    module. Someone's own data set gets none, because it may not be made for them.
+    Unless workers are asked for, many images get one worker for each core. The workers are forks, which need no guarded
+    main module. A user's own dataset gets none, because it may not be made for them.
     """
-    automatic = sys.platform == "linux" and isinstance(feed.units, ImageDataset) and len(feed.units) > SMALL
+    automatic = sys.platform == "linux" and isinstance(source, ImageDataset) and len(source) > SMALL
     if config.dataloader_num_workers or not automatic:
         return config.dataloader_num_workers, None
     workers = min(8, len(os.sched_getaffinity(0)))
@@ -142,10 +136,10 @@ def _workers(feed, config) -> tuple[int, str | None]:
 
 
 def worker_memory(workers: int, batch_size: int, shape: tuple, item_size: int) -> int:
-    """Return the bytes of shared memory that the batches of `workers` fill at most, in all processes of this machine.
+    """Return the most bytes of shared memory that the workers' batches fill, for all processes of this machine.
 
     Args:
-        item_size: bytes of one value; pictures are handed over as 1 byte, other items as 4.
+        item_size: bytes of one value: 1 for images, which are handed over as uint8, and 4 for other items.
     """
     if not workers:
         return 0
@@ -153,15 +147,15 @@ def worker_memory(workers: int, batch_size: int, shape: tuple, item_size: int) -
     for size in shape:
         batch *= size
     batch = -(-batch // mmap.PAGESIZE) * mmap.PAGESIZE
-    locks = (4 * workers + 16) * mmap.PAGESIZE  # semaphores of the queues, a page each
+    locks = (4 * workers + 16) * mmap.PAGESIZE  # the queues' semaphores take a page each
     return (batch * (workers * PREFETCH + 1) + locks) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def check_shared_memory(needed: int, workers: int, folder: str = "/dev/shm") -> None:
-    """Refuse to start where `needed` bytes, as `worker_memory` counts them, are more than /dev/shm has free (Linux).
+    """Check that /dev/shm has `needed` bytes free, as `worker_memory` counts them (Linux only).
 
     Raises:
-        ValueError: there is too little.
+        ValueError: it has less.
     """
     if not needed or sys.platform != "linux":
         return

@@ -1,15 +1,17 @@
-"""The source of training batches: stored or streamed data, behind one interface.
+"""The feed: stored or streamed data behind one interface, from which the trainer takes its batches.
 
-Both are a `torch` loader of batches from any step on, and what must be kept to go on from there.
+A feed gives a `torch` loader of batches from any step on, and says what must be kept to go on from there.
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader
 
 from ddpm_hf.data.checking import check_items, check_shared_memory, worker_memory
+from ddpm_hf.data.images import ImageDataset
 from ddpm_hf.data.loading import (
     Batch,
     StreamSampler,
@@ -21,30 +23,35 @@ from ddpm_hf.data.loading import (
     underlying,
 )
 from ddpm_hf.data.mapped import MappedFiles, mapped_files
+from ddpm_hf.data.scaling import scaling_of
 from ddpm_hf.data.sequences import SequenceDataset
-from ddpm_hf.data.streaming import ImageStream, StreamingSampler, StreamingView, check_state, probe
+from ddpm_hf.data.streaming import ImageStream, Place, StreamingSampler, StreamingView, probe
 from ddpm_hf.data.tables import saved_to_disk
 
 
 class StoredFeed:
-    """A map-style data set, some of it held out.
+    """The feed of a map-style dataset, some of whose items may be held out.
+
+    Args:
+        kind: the kind of data, of `scope.KINDS`; None for a dataset given from Python, whose kind is told here.
 
     Attributes:
-        dataset, held_out: what training sees, and what it does not (or None).
-        units: the data set that knows the scaling of sequences.
-        items: how many training sees; None where that is not known.
-        shape: of an item, (C, *spatial).
-        split: what an evaluation needs to hold out the same items (see `split_record`), or None.
-        notes: what is to be said of the data at the start, in lines.
-        files: those that are mapped into memory.
-        shared_memory: bytes of it that the workers of the loader need.
-        kind: the kind of data, of `scope.KINDS`; `open_data` sets it.
+        dataset, held_out: the items that training sees, and those that it does not see (or None).
+        units: the dataset that `dataset` selects from.
+        scaling: the map between data units and model units, a `Scaling`.
+        items: number of items that training sees; None where it is not known.
+        shape: shape of an item, (C, *spatial).
+        split: fingerprint of the held-out items, by which an evaluation finds the same (`split_record`), or None.
+        notes: lines to print about the data before training.
+        files: the files that are mapped into memory.
+        shared_memory: bytes of shared memory that the loader's workers need.
+        kind: the kind of data, of `scope.KINDS`.
 
     Raises:
-        ValueError: not map-style, empty, or a first item that cannot be had.
+        ValueError: the dataset is not map-style or is empty, or its first item cannot be loaded.
     """
 
-    def __init__(self, dataset, config):
+    def __init__(self, dataset, config, kind: str | None = None):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise ValueError(f"dataset must be map-style (len and indexing), got {type(dataset).__name__}")
         if len(dataset) == 0:
@@ -55,8 +62,10 @@ class StoredFeed:
             self.dataset, self.held_out = hold_out(dataset, config.holdout, config.seed)
             self.split = split_record(self.held_out)
         self.units, self.items = underlying(self.dataset), len(self.dataset)
+        self.scaling = scaling_of(self.units)
         first = self._first()
         self.shape = tuple(first.x0.shape[1:])
+        self.kind = kind or _given_kind(self.units, self.shape)
         self.shared_memory = _shared_memory(config, self.shape, first.items.element_size())
         self.notes = self._notes()
         changed = self.files.changed()
@@ -71,8 +80,8 @@ class StoredFeed:
         except Exception:
             if self.config.dry_run:
                 if not Accelerator().is_main_process:
-                    raise SystemExit(0) from None  # a failure here would have the launcher end the main process' list
-                check_items(self, self.config)  # a list of all such items, then its error
+                    raise SystemExit(0) from None  # an error here would have the launcher end the main process' list
+                self.check_items()  # lists all such items, then raises
             raise
         return first
 
@@ -80,56 +89,77 @@ class StoredFeed:
         notes, held = list(getattr(self.units, "notes", ())), self.held_out
         if held is not None:
             where = underlying(held)
-            of = f", in {where.extent()}" if isinstance(where, SequenceDataset) else ""
-            notes.append(f"held out: {len(held):,} items{of}")
+            extent = f", in {where.extent()}" if isinstance(where, SequenceDataset) else ""
+            notes.append(f"held out: {len(held):,} items{extent}")
         if isinstance(self.units, SequenceDataset):
             notes += [
                 f"channel {channel} of {self.units.name} never changes: samples will have its value, {value:g}"
-                for channel, value in self.units.constants().items()
+                for channel, value in self.scaling.constants().items()
             ]
         return notes
 
     def _view(self) -> TrainingView:
         return TrainingView(self.dataset, self.config.seed, self.config.on_bad_image)
 
-    def check(self, state: dict) -> None:
-        """Refuse to go on from a `state` that does not fit.
+    def check_items(self) -> None:
+        """Read every item, held-out items too, and print a line for each that cannot be used.
 
         Raises:
-            ValueError: the state is of another version.
+            ValueError: an item would end the training.
+        """
+        check_items([dataset for dataset in (self.dataset, self.held_out) if dataset is not None], self.config)
+
+    def check(self, state: dict) -> None:
+        """Check that training can go on from a `state`.
+
+        Raises:
+            ValueError: the state is that of another version.
         """
 
     def loader(self, step: int, process: int, processes: int, state: dict, pin_memory: bool) -> DataLoader:
-        """Batches of one process, from after `step` optimizer steps on; `state` as `state(step)` gave it."""
+        """Return a loader of the batches of one process after `step` optimizer steps; `state(step)` gave `state`."""
         c = self.config
         start = step * c.train_batch_size * c.gradient_accumulation_steps * processes
         sampler = StreamSampler(len(self.dataset), c.train_batch_size, c.seed, start, process, processes)
         return _loader(self._view(), sampler, c, pin_memory)
 
     def state(self, step: int) -> dict:
-        """Return what must be kept to go on after `step`: nothing here, the order follows from the step."""
+        """Return what must be kept to go on after `step`: nothing here, because the order follows from the step."""
         return {}
 
-    def fingerprint(self) -> dict:
-        """Return the fingerprint that tells this data from other data."""
+    @cached_property
+    def _fingerprint(self) -> dict:
         return fingerprint(self.units, self.shape)
+
+    def fingerprint(self) -> dict:
+        """Return the fingerprint that tells this data from other data.
+
+        It is computed once a run. A run that is resumed computes it anew, and so notices changed data; a change of
+        mapped files while the run lasts is noticed by `files`.
+        """
+        return self._fingerprint
 
 
 class StreamedFeed:
-    """An `ImageStream`; the attributes and methods are those of `StoredFeed`."""
+    """The feed of an `ImageStream`; attributes and methods are those of `StoredFeed`."""
 
     held_out = split = None
     notes: tuple = ()
 
-    def __init__(self, stream: ImageStream, config):
-        self.config, self.dataset, self.units = config, stream, stream
+    def __init__(self, stream: ImageStream, config, kind: str | None = None):
+        self.config, self.dataset, self.units, self.kind = config, stream, stream, kind or "given ImageDataset"
+        self.scaling = scaling_of(stream)
         self.items, self.shape = stream.length, probe(stream)
         self.shared_memory = _shared_memory(config, self.shape, 1)
         folder = Path(config.train_data_dir or config.dataset_name or "")
         self.files = MappedFiles(sorted(map(str, folder.rglob("*.arrow"))) if saved_to_disk(folder) else [])
 
+    def check_items(self) -> None:
+        if PartialState().is_main_process:
+            print("note: the pictures are streamed, so that only the first one was read")
+
     def check(self, state: dict) -> None:
-        check_state(state)
+        Place.from_json(state)
 
     def loader(self, step: int, process: int, processes: int, state: dict, pin_memory: bool) -> DataLoader:
         c = self.config
@@ -146,8 +176,15 @@ class StreamedFeed:
         return self.dataset.fingerprint(self.shape)
 
 
+def _given_kind(dataset, shape: tuple) -> str:
+    """Return the kind, of `scope.KINDS`, of a dataset given from Python whose items have this shape."""
+    if len(shape) != 3:
+        return "given sequences"
+    return "given ImageDataset" if isinstance(dataset, ImageDataset) else "given images"
+
+
 def _shared_memory(config, shape: tuple, item_size: int) -> int:
-    """Return what the loader's workers need.
+    """Return the bytes of shared memory that the loader's workers need.
 
     Raises:
         ValueError: there is less.
@@ -165,6 +202,6 @@ def _loader(view, sampler, config, pin_memory: bool) -> DataLoader:
         collate_fn=collate,
         num_workers=config.dataloader_num_workers,
         pin_memory=pin_memory,
-        # its own, so that workers take nothing from the global generator
+        # its own generator, so that workers take nothing from the global one
         generator=torch.Generator(),
     )

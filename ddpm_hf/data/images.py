@@ -1,7 +1,7 @@
-"""Data sets of images: one picture, many of them, and the cache.
+"""Datasets of images: decoding and resizing one image, a dataset of many, and the cache of decoded images.
 
-Every source gives float tensors `(C, H, W)` in [-1, 1]. A picture is resized to cover the resolution, then cropped;
-what resizing gives is kept in memory where it fits, so that it is decoded once.
+An image is resized to cover the resolution, then cropped. Resized images are kept in memory as far as they fit, so that
+each is decoded once.
 """
 
 import io
@@ -19,27 +19,36 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ddpm_hf.data.scaling import EIGHT_BIT
+
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Of a picture that is longer than this many crops, the middle part of that length is kept: a line of 100,000 x 1 pixels
-# would fill gigabytes at 64 pixels of height. Odd, so that the middle of the part is the middle of the picture.
+# An image that is longer than this many crops is cut to its middle part of that length: a line of 100,000 x 1 pixels
+# would fill gigabytes at a height of 64 pixels. The number is odd, so that both have the same middle.
 LONGEST = 17
 
 
 class BadImageError(ValueError):
-    """A picture that cannot be read; the message names it."""
+    """An image cannot be read; the message names it."""
 
 
 def printable(text: str) -> str:
-    """The text on one line, in characters that any output takes: names of files may hold line ends, or be no UTF-8."""
+    """Return the text on one line, in characters that any output takes.
+
+    File names may hold line ends, or bytes that are no UTF-8.
+    """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # ---------------------------------------------------------------------------------------------
-# One picture
+# One image
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Any upright picture as 8-bit "L", "RGB" or "RGBA": 16 bits scaled to 8, transparency laid on white."""
+    """Convert an upright image to 8-bit "L", "RGB" or "RGBA"; 16 bits are scaled to 8, transparency is laid on white.
+
+    Raises:
+        ValueError: values of an image of more than 8 bits lie outside its range.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         limit = 65535.0 if image.mode.startswith("I") else 1.0
@@ -49,7 +58,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
                 f"got {values.min():g} to {values.max():g}"
             )
         levels = np.empty(values.shape, np.uint8)
-        for start in range(0, len(values), 64):  # rows in float64 take eight times the memory of their grey levels
+        for start in range(0, len(values), 64):  # in parts: float64 takes eight times the memory of the levels
             rows = slice(start, start + 64)
             levels[rows] = (values[rows].astype(np.float64) * (255 / limit)).round()
         image = Image.fromarray(levels)
@@ -59,7 +68,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _on_white(image: Image.Image, mode: str) -> Image.Image:
-    """The picture as `mode`, its transparency laid on white; in bands, so that a big one needs no further copies."""
+    """Lay an image's transparency on white and convert it to `mode`, in bands, so that no second copy is needed."""
     result = Image.new(mode, image.size)
     for top in range(0, image.height, 64):
         box = (0, top, image.width, min(top + 64, image.height))
@@ -70,28 +79,25 @@ def _on_white(image: Image.Image, mode: str) -> Image.Image:
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
-    """8-bit picture or array (H, W) or (H, W, C) -> uint8 (C, H, W)."""
+    """Convert an 8-bit image, or an array (H, W) or (H, W, C), to uint8 (C, H, W)."""
     array = np.asarray(image)
     array = array[..., None] if array.ndim == 2 else array
-    return torch.from_numpy(array.transpose(2, 0, 1).copy())  # of a picture or the cache it may be read-only
-
-
-def from_8bit(x: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return x.float() / 127.5 - 1
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())  # the array may be read-only
 
 
 def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Image.Image:
-    """Any source of a picture as an 8-bit picture of `mode` that just covers `resolution` (height, width).
+    """Decode an image to 8 bits of `mode`, resized so that it just covers `resolution` (height, width) in pixels.
 
-    Of a picture that is more than `LONGEST` times as long as the resolution asks for, the middle part is kept.
+    An image that is more than `LONGEST` times as long as the resolution is cut to its middle part.
 
     Args:
-        source: a path, bytes of a file, {"bytes", "path"} as `datasets` has them, a PIL image, or an 8-bit array
-            (H, W) or (H, W, C).
+        source: a path, the bytes of a file, {"bytes", "path"} as the datasets library has them, a PIL image, or an
+            8-bit array (H, W) or (H, W, C).
+        mode: "L", "RGB" or "RGBA".
+        name: name of the image in messages; a path is its own name.
 
     Raises:
-        BadImageError: it cannot be read.
+        BadImageError: the image cannot be read.
     """
     height, width = resolution
     if isinstance(source, dict):
@@ -113,20 +119,20 @@ def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Im
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
                 if file.format == "EPS":
                     raise ValueError("EPS is not read, because Ghostscript would have to run it as a program")
-                # JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves twice the pixels asked for (as Pillow's own
-                # thumbnails); both sides may be swapped by EXIF
+                # JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves twice the pixels asked for (as for Pillow's own
+                # thumbnails); EXIF may swap both sides
                 file.draft(None, (2 * max(height, width),) * 2)
-                ImageOps.exif_transpose(file, in_place=True)  # another copy of a big picture would be gigabytes
+                ImageOps.exif_transpose(file, in_place=True)  # another copy of a big image would take gigabytes
                 image = to_mode(file, mode)
-    except Exception as error:  # decoders of damaged files raise any kind: struct.error, IndexError, RuntimeError, ...
-        # Pillow's own text has the address of an object in memory, another each time
+    except Exception as error:  # decoders raise any kind on damaged files: struct.error, IndexError, RuntimeError, ...
+        # Pillow's own text has the address of an object in memory, which differs each time
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "its content is no picture that Pillow knows" if unknown else error or type(error).__name__
         message = f"cannot read the picture {name}: {reason}"
         raise BadImageError(printable(message)) from error
     scale = max(width / image.width, height / image.height)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    # for reducing, Hamming costs half of bicubic and blurs less than bilinear (both of triangle width)
+    # for reducing, Hamming costs half as much as bicubic and blurs less than bilinear
     kernel = Image.Resampling.HAMMING if scale < 1 else Image.Resampling.BICUBIC
     kept = (min(size[0], LONGEST * width), min(size[1], LONGEST * height))
     if image.size == size == kept:
@@ -138,18 +144,22 @@ def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Im
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures
+# Many images
 
 
 class ImageCache:
-    """Decoded pictures by index in memory that forked workers share; the first that fit stay.
+    """Decoded images by index, in memory that forked workers share; the first that fit stay.
 
-    Where workers are not forks of this process, each of them decodes for itself: nothing is kept.
+    Workers that are not forks of this process keep nothing: each of them decodes for itself.
+
+    Args:
+        count: number of images in the dataset.
+        size: bytes of memory for decoded images.
     """
 
     def __init__(self, count: int, size: int):
-        self.memory = mmap.mmap(-1, max(1, size))  # untouched pages cost nothing
-        # (place + 1, height, width) of each picture, and the end of what is used
+        self.memory = mmap.mmap(-1, max(1, size))  # pages cost nothing until they are written
+        # (place + 1, height, width) of each image, and in the last row the end of the used memory
         self.index = np.frombuffer(mmap.mmap(-1, 24 * (count + 1)), dtype=np.int64).reshape(count + 1, 3)
         self.lock = multiprocessing.get_context("fork").Lock()
 
@@ -157,6 +167,7 @@ class ImageCache:
         return {"memory": None, "index": None, "lock": None}
 
     def get(self, index: int, channels: int) -> np.ndarray | None:
+        """Return image `index`, uint8 (H, W, C), or None where it is not kept."""
         if self.memory is None:
             return None
         with self.lock:
@@ -167,6 +178,7 @@ class ImageCache:
         return array.reshape(height, width, channels)
 
     def put(self, index: int, array: np.ndarray) -> None:
+        """Keep image `index`, uint8 (H, W, C), if there is room for it."""
         if self.memory is None:
             return
         with self.lock:
@@ -179,20 +191,25 @@ class ImageCache:
 
 
 class ImageDataset(Dataset):
-    """Pictures, resized to cover `resolution` with their aspect kept, then cropped.
+    """Images, resized to cover `resolution` with their aspect kept, then cropped.
 
     Args:
-        sources: for each picture what `decode` takes: a file's path, bytes, an 8-bit array.
+        sources: the source of each image, as `decode` takes it: a path, bytes, an 8-bit array.
         resolution: (height, width) in pixels.
-        channels: 1, 3 or 4.
-        center_crop: crop from the centre, else at random (where `load` is given a random generator).
-        random_flip: mirror half of the pictures (likewise).
-        cache_gb: keep decoded pictures in up to this much memory (10^9 bytes).
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        center_crop: crop from the centre; otherwise at a random place, if `load` is given a random generator.
+        random_flip: mirror half of the images left to right, if `load` is given a random generator.
+        cache_gb: memory for decoded images, in GB (10^9 bytes).
 
     Attributes:
-        notes: what is to be said of the data when training begins, in lines.
+        scaling: the map between 8-bit levels and model units.
+        notes: lines to print about the data before training.
+
+    Raises:
+        ValueError: the memory of the cache cannot be had.
     """
 
+    scaling = EIGHT_BIT
     notes: Sequence[str] = ()
 
     def __init__(
@@ -209,7 +226,7 @@ class ImageDataset(Dataset):
         self.center_crop, self.random_flip = center_crop, random_flip
         self.cache = None
         if cache_gb > 0 and sys.platform == "linux":
-            # what random crops need depends on the aspects
+            # for random crops the need depends on the images' aspects
             whole = len(sources) * resolution[0] * resolution[1] * channels if center_crop else float("inf")
             try:
                 self.cache = ImageCache(len(sources), int(min(cache_gb * 1e9, whole)))
@@ -220,38 +237,40 @@ class ImageDataset(Dataset):
         return len(self.sources)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Without augmentation."""
+        """Return image `index` without augmentation, float32 (C, H, W) in [-1, 1]."""
         return self.load(index)
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> Tensor:
-        """Picture `index`, augmented by `rng` if given, float32 (C, H, W) in [-1, 1].
+        """Load image `index`, augmented by `rng` if given, as float32 (C, H, W) in [-1, 1].
 
         Raises:
-            BadImageError: the picture cannot be read.
+            BadImageError: the image cannot be read.
         """
-        return from_8bit(self.load_8bit(index, rng))
+        return EIGHT_BIT.to_model(self.load_8bit(index, rng))
 
     def load_8bit(self, index: int, rng: np.random.Generator | None = None) -> Tensor:
-        """Load picture `index` as uint8 (C, H, W), a quarter of the memory of float32."""
+        """Load image `index` as uint8 (C, H, W), a quarter of the memory of float32."""
         return self.finish(self._decoded(index), rng)
 
     def finish(self, array: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
-        """The crop and flip of a picture that covers the resolution, (H, W, C) -> uint8 (C, H, W)."""
+        """Crop and flip an image (H, W, C) that covers the resolution; returns uint8 (C, H, W)."""
         array = self._crop(array, None if self.center_crop else rng)
         if rng is not None and self.random_flip and rng.random() < 0.5:
             array = array[:, ::-1]
         return to_tensor(array)
 
     def _crop(self, array: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Crop from the centre, or at a place that `rng` draws."""
+        """Crop from the centre, or at a place that `rng` draws; (H, W, C) -> (height, width, C)."""
         height, width = self.resolution
         spare = (array.shape[0] - height, array.shape[1] - width)
         top, left = (n // 2 if rng is None else int(rng.integers(0, n + 1)) for n in spare)
         return array[top : top + height, left : left + width]
 
     def _decoded(self, index: int) -> np.ndarray:
-        """Picture `index` as 8 bits (H, W, C), resized, and cropped where the place is known; from the cache if it is
-        there."""
+        """Return image `index` as uint8 (H, W, C), from the cache if it is there.
+
+        It is resized, and cropped already if crops are taken from the centre.
+        """
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} pictures")
         index %= len(self)
@@ -267,14 +286,14 @@ class ImageDataset(Dataset):
 
 
 def find_images(folder: str) -> tuple[list[Path], list[str]]:
-    """Find all files below `folder` whose ending, in any case, is one that Pillow reads.
+    """Find all files below `folder` that have an ending which Pillow reads, in upper or lower case.
 
     Returns:
-        The files, sorted, with links that lead nowhere (which cannot be read as pictures then); and notes on what else
-        is there.
+        The files, sorted, broken links included (reading them fails later, with their names); and lines about the other
+        contents of the folder.
 
     Raises:
-        ValueError: no such folder, one that cannot be read, or no image in it.
+        ValueError: the folder does not exist or cannot be read, or has no image in it.
     """
 
     def refuse(error: OSError):
@@ -283,13 +302,13 @@ def find_images(folder: str) -> tuple[list[Path], list[str]]:
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"train_data_dir must be a folder of images, and {folder} is not a folder")
-    # MPO, of cameras, is opened as JPEG
+    # cameras write MPO, which Pillow opens as JPEG
     readable = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN or kind == "MPO"}
     paths, others, links = [], [], []
     for place, folders, names in os.walk(root, onerror=refuse):
         links += [path for path in (Path(place, name) for name in folders) if path.is_symlink()]
         for path in (Path(place, name) for name in names if not name.startswith(".")):
-            # hidden files are not the user's pictures (macOS leaves ._name.jpg)
+            # hidden files are not the user's images (macOS leaves ._name.jpg)
             broken = os.path.islink(path) and not os.path.exists(path)
             found = path.suffix.lower() in readable and (os.path.isfile(path) or broken)
             (paths if found else others).append(path)
@@ -306,7 +325,7 @@ def find_images(folder: str) -> tuple[list[Path], list[str]]:
 
 
 def image_folder(folder: str, resolution: tuple[int, int], channels: int = 3, **options) -> ImageDataset:
-    """The images below a folder; `options` as of `ImageDataset`."""
+    """Return a dataset of the images in a folder and its subfolders; `options` are those of `ImageDataset`."""
     paths, notes = find_images(folder)
     dataset = ImageDataset([str(path) for path in paths], resolution, channels, **options)
     dataset.notes = notes
@@ -314,7 +333,7 @@ def image_folder(folder: str, resolution: tuple[int, int], channels: int = 3, **
 
 
 def digits(resolution: tuple[int, int] = (8, 8), channels: int = 1, **options) -> ImageDataset:
-    """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels (17 levels), bundled with it."""
+    """Return the handwritten digits that scikit-learn bundles: 1,797 grey images of 8x8 pixels (17 levels)."""
     from sklearn.datasets import load_digits
 
     arrays = (load_digits().images * (255 / 16)).round().astype(np.uint8)

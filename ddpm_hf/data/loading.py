@@ -1,4 +1,4 @@
-"""The order in which training sees the data, and the making of its batches.
+"""The order in which training reads the data, and how items become batches.
 
 The order is an endless stream of (epoch, index) keys that follows from the seed alone, so training can start anywhere
 in it, on any number of processes.
@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,42 +16,28 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ddpm_hf.data.images import BadImageError, ImageDataset, from_8bit, to_tensor
+from ddpm_hf.data.images import BadImageError, ImageDataset, to_tensor
+from ddpm_hf.data.scaling import EIGHT_BIT, scaling_of
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.randomness import Stream, derive_seed
 
 Key = tuple[int, int]  # (epoch, index)
 
 
-@dataclass
-class Batch:
-    """`items`: (B, C, *spatial), float32, or uint8 of pictures; `skipped`: messages of pictures left out; `error`: why
-    the batch could not be made (`items` is None then)."""
-
-    items: Tensor | None
-    skipped: list[str]
-    error: str | None = None
-
-    @property
-    def x0(self) -> Tensor:
-        """Float32, pictures in [-1, 1]."""
-        return from_8bit(self.items) if self.items.dtype == torch.uint8 else self.items
-
-    def to(self, device: torch.device) -> Tensor:
-        """x0 on a device; pictures go there as bytes."""
-        return Batch(self.items.to(device, non_blocking=True), []).x0
-
-    def pin_memory(self) -> "Batch":
-        """Pin the memory of the items; called by the DataLoader."""
-        return self if self.items is None else Batch(self.items.pin_memory(), self.skipped, self.error)
+# ---------------------------------------------------------------------------------------------
+# Items
 
 
 def as_tensor(item: Any, limit: float = 1.0) -> Tensor:
-    """An item of a data set as float32 (C, *spatial): a tensor, array or PIL image, alone, first of a tuple, or in a
-    dict under "x0", "pixel_values", "image", "images" or "sequence".
+    """Convert an item of a dataset to float32 (C, *spatial).
+
+    Args:
+        item: a tensor, an array or a PIL image; or a tuple that begins with one, or a dict that has one under "x0",
+            "pixel_values", "image", "images" or "sequence".
+        limit: the values must lie in [-limit, limit].
 
     Raises:
-        ValueError: something else, or values outside [-limit, limit].
+        ValueError: the item is something else, or a value lies outside.
     """
     if isinstance(item, dict):
         names = ("x0", "pixel_values", "image", "images", "sequence")
@@ -64,7 +50,7 @@ def as_tensor(item: Any, limit: float = 1.0) -> Tensor:
     if isinstance(item, (tuple, list)) and item:
         item = item[0]
     if isinstance(item, Image.Image):
-        return from_8bit(to_tensor(item))
+        return EIGHT_BIT.to_model(to_tensor(item))
     if isinstance(item, np.ndarray):
         item = torch.from_numpy(item)
     if not isinstance(item, Tensor) or item.ndim not in (2, 3) or not item.is_floating_point():
@@ -76,7 +62,7 @@ def as_tensor(item: Any, limit: float = 1.0) -> Tensor:
 
 
 class Part(Dataset):
-    """The items of a map-style data set at `indices`, in that order."""
+    """The items of a map-style dataset at `indices`, in that order."""
 
     def __init__(self, dataset, indices: Sequence[int]):
         self.dataset, self.indices = dataset, np.asarray(indices, dtype=np.int64)
@@ -88,10 +74,40 @@ class Part(Dataset):
         return self.dataset[int(self.indices[index])]
 
 
-def hold_out(dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split into (what is left to train on, `count` items drawn by `seed`), each in the order of the data.
+def underlying(dataset):
+    """Return the dataset that a `Part`, or a part of a part, selects from; another dataset is returned as it is."""
+    while isinstance(dataset, Part):
+        dataset = dataset.dataset
+    return dataset
 
-    Items of a `SequenceDataset` may overlap, so it makes the parts itself, and scales both by the first.
+
+def load_item(dataset, index: int, rng: np.random.Generator | None = None, raw: bool = False) -> Tensor:
+    """Load item `index` as float32 (C, *spatial) in model units.
+
+    Args:
+        rng: augments the item, where the dataset can do that.
+        raw: images are returned as uint8, which `EIGHT_BIT` scales later.
+
+    Raises:
+        BadImageError: the image cannot be read.
+        ValueError: the item is no tensor, array or image, or its values are out of range.
+    """
+    while isinstance(dataset, Part):
+        dataset, index = dataset.dataset, int(dataset.indices[index])
+    if isinstance(dataset, ImageDataset):
+        return dataset.load_8bit(index, rng) if raw else dataset.load(index, rng)
+    return as_tensor(dataset[index], scaling_of(dataset).limit)
+
+
+# ---------------------------------------------------------------------------------------------
+# Held-out items
+
+
+def hold_out(dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Split a dataset into a part to train on and `count` held-out items, each in the order of the data.
+
+    The held-out items are drawn by `seed`. Items of a `SequenceDataset` may overlap, so it makes the parts itself, and
+    scales both as the part to train on needs.
 
     Raises:
         ValueError: nothing would be left to train on.
@@ -100,7 +116,7 @@ def hold_out(dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
         raise ValueError(f"holdout must be at least 0 and less than the {len(dataset)} items of the data, got {count}")
     if isinstance(dataset, SequenceDataset):
         rest, held = dataset.hold_out(count, seed)
-        if len(held) > count:  # of whole recordings
+        if len(held) > count:  # whole recordings may hold more windows than asked for
             chosen = np.random.default_rng(derive_seed(seed, Stream.HOLDOUT, 1)).permutation(len(held))[:count]
             held = Part(held, np.sort(chosen))
         return rest, held
@@ -109,44 +125,72 @@ def hold_out(dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def split_record(held_out: Dataset) -> dict:
-    """Return a fingerprint of the items held out: their number, and a digest of their places."""
+    """Return a fingerprint of the held-out items: their number, and a digest of their places in the data."""
     digest, part = hashlib.sha256(), held_out
     while isinstance(part, Part):
         digest.update(part.indices.tobytes())
         part = part.dataset
     digest.update(str(len(part)).encode())
     if isinstance(part, SequenceDataset):
-        stride = part.stride if part.windows > 1 else None  # of a single window it moves nothing
+        stride = part.stride if part.windows > 1 else None  # a single window has no use for it
         digest.update(repr((list(map(int, part.rows)), part.ranges, part.length, stride)).encode())
     return {"items": len(held_out), "digest": digest.hexdigest()}
 
 
-def load_item(dataset, index: int, rng: np.random.Generator | None = None, raw: bool = False) -> Tensor:
-    """Item `index` as float32; augmented by `rng` where the data set can. `raw`: pictures as uint8.
+# ---------------------------------------------------------------------------------------------
+# Batches
 
-    Raises:
-        BadImageError: a picture that cannot be read.
-        ValueError: the item is no tensor, array or picture, or its values are out of range.
+
+class Item(NamedTuple):
+    """An item on its way into a batch.
+
+    Attributes:
+        x: (C, *spatial), float32, or uint8 for images. None where the item cannot be loaded. A whole number where
+            another image of the batch is to stand in for a bad one; the number draws that image.
+        skipped: messages of the images that were left out on the way.
+        error: the reason why the item cannot be loaded, or None.
     """
-    while isinstance(dataset, Part):
-        dataset, index = dataset.dataset, int(dataset.indices[index])
-    if isinstance(dataset, ImageDataset):
-        return dataset.load_8bit(index, rng) if raw else dataset.load(index, rng)
-    return as_tensor(dataset[index], getattr(dataset, "data_range", 1.0))
+
+    x: Tensor | int | None
+    skipped: list[str]
+    error: str | None = None
 
 
-def underlying(dataset):
-    """The data set that a `Part` is of."""
-    while isinstance(dataset, Part):
-        dataset = dataset.dataset
-    return dataset
+@dataclass
+class Batch:
+    """Items of the data, side by side.
+
+    Attributes:
+        items: (B, C, *spatial), float32, or uint8 for images. None where the batch could not be made.
+        skipped: messages of the images that were left out.
+        error: the reason why the batch could not be made, or None.
+    """
+
+    items: Tensor | None
+    skipped: list[str]
+    error: str | None = None
+
+    @property
+    def x0(self) -> Tensor:
+        """The items in model units, float32; images lie in [-1, 1]."""
+        return EIGHT_BIT.to_model(self.items) if self.items.dtype == torch.uint8 else self.items
+
+    def to(self, device: torch.device) -> Tensor:
+        """Return x0 on a device. Images are copied there as bytes, and scaled there."""
+        return Batch(self.items.to(device, non_blocking=True), []).x0
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch with its items in pinned memory; the DataLoader calls this."""
+        return self if self.items is None else Batch(self.items.pin_memory(), self.skipped, self.error)
 
 
 class TrainingView(Dataset):
-    """A map-style data set under (epoch, index) keys: augmentation follows from (seed, epoch, index).
+    """A map-style dataset under (epoch, index) keys; augmentation follows from (seed, epoch, index).
 
-    A picture that cannot be read makes the batch an error, or (`on_bad="skip"`) another one stands in for it, drawn by
-    (seed, epoch, index) from all. Without `augment` items are as the data set has them.
+    Args:
+        on_bad: an image that cannot be read makes the item an error ("stop"), or another image stands in for it, drawn
+            from all images by (seed, epoch, index) ("skip").
+        augment: False leaves the items as the dataset has them.
     """
 
     def __init__(self, dataset, seed: int, on_bad: str = "stop", augment: bool = True):
@@ -155,58 +199,58 @@ class TrainingView(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor | None, list[str], str | None]:
+    def __getitem__(self, key: Key) -> Item:
         epoch, first = key
         skipped: list[str] = []
         for index in self._candidates(epoch, first):
             try:
                 place = derive_seed(self.seed, Stream.AUGMENTATION, epoch, index)
                 rng = np.random.default_rng(place) if self.augment else None
-                return load_item(self.dataset, index, rng, raw=True), skipped, None
+                return Item(load_item(self.dataset, index, rng, raw=True), skipped)
             except BadImageError as error:
                 if self.on_bad == "stop":
-                    return None, skipped, f"{error}. To leave such pictures out: --on_bad_image skip"
+                    return Item(None, skipped, f"{error}. To leave such pictures out: --on_bad_image skip")
                 skipped.append(str(error))
             except ValueError as error:
-                return None, skipped, f"item {index} of the data: {error}"
-        return None, skipped, "none of the pictures can be read"
+                return Item(None, skipped, f"item {index} of the data: {error}")
+        return Item(None, skipped, "none of the pictures can be read")
 
     def _candidates(self, epoch: int, first: int) -> Iterator[int]:
-        """Yield the picture asked for, then all in a random order: the one after a bad picture is not seen more often
-        than others."""
+        """Yield the image asked for, then all images in a random order.
+
+        If the next image in the order of the data stood in for a bad one, it would be seen more often than others.
+        """
         yield first
         rng = np.random.default_rng(derive_seed(self.seed, Stream.STAND_IN, epoch, first))
         yield from rng.permutation(len(self.dataset)).tolist()
 
 
-def collate(items) -> Batch:
-    """Make a `Batch` of items (x, messages of pictures left out, error).
-
-    Where x is a number instead of a tensor, that number draws the picture of the batch that stands in for it.
-    """
-    skipped = [message for _, messages, _ in items for message in messages]
-    errors = [error for _, _, error in items if error]
-    found = [x for x, _, _ in items]
-    good = [x for x in found if isinstance(x, Tensor)]
+def collate(items: Sequence[Item]) -> Batch:
+    """Make a `Batch` of items; those that only draw a stand-in get the image that they draw."""
+    skipped = [message for item in items for message in item.skipped]
+    errors = [item.error for item in items if item.error]
+    good = [item for item in items if isinstance(item.x, Tensor)]
     if not errors and not good:
         errors = ["none of the pictures of a batch can be read"]
-    if not errors and len({tuple(x.shape) for x in good}) > 1:
-        errors = [f"items must all have one shape, got {sorted({tuple(x.shape) for x in good})}"]
+    shapes = sorted({tuple(item.x.shape) for item in good})
+    if not errors and len(shapes) > 1:
+        errors = [f"items must all have one shape, got {shapes}"]
     if errors:
         return Batch(None, skipped, errors[0])
-    return Batch(torch.stack([x if isinstance(x, Tensor) else good[x % len(good)] for x in found]), skipped)
+    chosen = [item if isinstance(item.x, Tensor) else good[item.x % len(good)] for item in items]
+    return Batch(torch.stack([item.x for item in chosen]), skipped)
 
 
 class StreamSampler(Sampler):
     """Batches of (epoch, index) keys for one process, from any place of the endless stream on.
 
-    The stream is one permutation of the data after another; sample number k of it is index perm(epoch)[k % N] of epoch
-    k // N. A global batch is `batch_size * processes` of consecutive samples, process r takes the r-th part.
+    The stream is one permutation of the data after another: sample number k is item perm(epoch)[k % N] of epoch
+    k // N. A global batch is `batch_size * processes` consecutive samples; process r takes the r-th part.
 
     Args:
-        length: N, items of the data.
-        batch_size: of one process.
-        start: sample number to start from (a multiple of the global batch).
+        length: N, the number of items in the data.
+        batch_size: samples in a batch of one process.
+        start: number of the sample to start from, a multiple of the global batch.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, process: int = 0, processes: int = 1):
@@ -230,14 +274,24 @@ class StreamSampler(Sampler):
             number += self.batch_size * self.processes
 
 
+# ---------------------------------------------------------------------------------------------
+# Fingerprint
+
+
 def fingerprint(dataset, shape: tuple) -> dict:
-    """Return a fingerprint of the data: count, shape, and a digest of up to 16 items of our own data sets."""
+    """Return a fingerprint of the data: number of items, shape, and a digest.
+
+    The digest is that of up to 16 items of an `ImageDataset` or a `SequenceDataset`, and of the scaling. A dataset of
+    another class has the digest of nothing.
+    """
     digest = hashlib.sha256()
     if isinstance(dataset, (ImageDataset, SequenceDataset)):
         for index in np.linspace(0, len(dataset) - 1, min(16, len(dataset))).astype(int):
             with contextlib.suppress(BadImageError):
                 digest.update(dataset[int(index)].numpy().tobytes())
-        shift, scale = getattr(dataset, "data_shift", None), getattr(dataset, "data_scale", None)
-        # version 0.2.0 gave channels that never change the scale 1; its runs can be resumed
-        digest.update(repr((shift, scale and [value or 1.0 for value in scale])).encode())
+        shift = scale = None  # images have one scaling for all
+        if isinstance(dataset, SequenceDataset):
+            # version 0.2.0 gave channels that never change the scale 1; its runs can be resumed
+            shift, scale = list(dataset.scaling.shift), [value or 1.0 for value in dataset.scaling.scale]
+        digest.update(repr((shift, scale)).encode())
     return {"items": len(dataset), "shape": list(shape), "digest": digest.hexdigest()}

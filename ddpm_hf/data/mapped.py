@@ -1,7 +1,7 @@
-"""Files that are mapped into memory while training reads them: a change is noticed, and ends the run with its reason.
+"""Files that are mapped into memory while training reads them; a change to one ends the run with the reason.
 
-A process that reads past the end of a mapped file that was cut short is ended by the system (SIGBUS), without a word.
-So sizes and times are compared where the run stands still: at the start, on resuming and with each checkpoint.
+If a mapped file is cut short, the system ends a process that reads past its end (SIGBUS), without a message. So sizes
+and times are compared where the run stands still: at the start, at a resume and at each checkpoint.
 """
 
 import os
@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_hf.data.sequences import ListColumns, SequenceDataset
-from ddpm_hf.data.tables import ImageColumn
+from ddpm_hf.data.sequences import SequenceDataset
+from ddpm_hf.data.tables import ImageColumn, ListColumns
 
 
 def mapped_files(dataset: Any) -> list[str]:
-    """The files behind a data set of ours, a table of `datasets`, or an array; as far as it tells them."""
+    """Return the mapped files behind a dataset of this library, a table of `datasets` or an array, as far as known."""
     return sorted({os.path.abspath(path) for path in _paths(dataset)})
 
 
@@ -26,30 +26,30 @@ def _paths(source: Any) -> Iterator[str]:
     elif isinstance(source, (ListColumns, ImageColumn)):
         yield from _paths(source.table)
     elif isinstance(source, np.ndarray):
-        while source is not None:  # a view of it is mapped too
+        while source is not None:  # a view of a mapped array is mapped too
             if isinstance(source, np.memmap) and source.filename:
                 yield str(source.filename)
             source = getattr(source, "base", None)
     elif isinstance(source, (list, tuple)):
         yield from _paths(source[0]) if source and isinstance(source[0], np.ndarray) else ()
-    elif isinstance(getattr(source, "cache_files", None), list):  # a table of `datasets`
+    elif isinstance(getattr(source, "cache_files", None), list):  # a table of the datasets library
         yield from (file["filename"] for file in source.cache_files)
-    elif hasattr(source, "sources"):  # pictures
+    elif hasattr(source, "sources"):  # images
         yield from _paths(source.sources)
 
 
 class MappedFiles:
-    """Files with the size and the time that they had when this was made."""
+    """Files, with the size and modification time that each had when this object was made."""
 
     def __init__(self, paths: list[str]):
         self.paths, self.marks = paths, [_mark(path) for path in paths]
 
     def changed(self) -> str | None:
-        """The first file that is not as it was, with what differs; None: all are."""
+        """Return the name of the first file that has changed, and the difference; None where none has."""
         return self.differing([_mark(path) for path in self.paths])
 
     def differing(self, marks: list[list[int] | None]) -> str | None:
-        """The first file whose mark is not the one of `marks`, with what differs."""
+        """Return the name of the first file that does not match its mark in `marks`, and the difference."""
         for path, before, now in zip(self.paths, self.marks, marks):
             if before != now:
                 return f"{Path(path).name} ({_difference(before, now)})"
@@ -57,7 +57,7 @@ class MappedFiles:
 
 
 def _mark(path: str) -> list[int] | None:
-    """[size in bytes, time of the last change in nanoseconds], or None for a file that is gone."""
+    """Return [size in bytes, modification time in nanoseconds], or None for a file that is gone."""
     try:
         found = os.stat(path)
     except OSError:

@@ -1,44 +1,45 @@
-"""The door of the data: from options, or from a data set given from Python, to what training is fed from.
+"""The door of the data: `open_data` turns options, or a dataset given from Python, into a feed for training.
 
-The kind of data is chosen here, in `kind_of_source`; each kind is opened by one function, from the file that reads it.
+The kind of data is chosen here, in `kind_of_source`, and each kind is opened by one function below. From here on every
+call leads down: sources (`images`, `tables`, `sequence_files`) -> datasets (`ImageDataset`, `SequenceDataset`,
+`ImageStream`) -> `loading` -> `feed`.
 """
 
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf.config import BUNDLED, TrainConfig
+from ddpm_hf.config import BUNDLED, SOURCES, TrainConfig
 from ddpm_hf.data import tables
 from ddpm_hf.data.feed import StoredFeed, StreamedFeed
 from ddpm_hf.data.images import ImageDataset, digits, image_folder
-from ddpm_hf.data.sequences import SequenceDataset, ecg, read_sequences, table_sequences
+from ddpm_hf.data.sequence_files import read_sequences
+from ddpm_hf.data.sequences import SequenceDataset, ecg
 from ddpm_hf.data.streaming import ImageStream
-
-SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
 
 
 def open_data(config: TrainConfig, dataset: Any = None) -> StoredFeed | StreamedFeed:
-    """Open the data that a configuration names, or a map-style data set from Python, for training.
+    """Open the data that a configuration names, or a map-style dataset given from Python, for training.
 
     Raises:
-        ValueError: both, neither, or data that does not fit the options.
+        ValueError: both or neither are given, or the data does not fit the options.
     """
     named = [name for name in SOURCES if getattr(config, name)]
     if dataset is not None and named:
         raise ValueError(f"give one source of data, got a dataset and {named[0]}={getattr(config, named[0])!r}")
-    given = dataset is not None
-    if not given:
+    kind = None
+    if dataset is None:
+        kind = kind_of_source(config)
         dataset = build_dataset(config)
-    feed = (StreamedFeed if isinstance(dataset, ImageStream) else StoredFeed)(dataset, config)
-    feed.kind = _given_kind(feed) if given else kind_of_source(config)
+    feed = (StreamedFeed if isinstance(dataset, ImageStream) else StoredFeed)(dataset, config, kind)
     config.check_scope(feed.kind)
     return feed
 
 
 def build_dataset(config: TrainConfig) -> ImageDataset | ImageStream | SequenceDataset:
-    """Open the source that a configuration names.
+    """Open the source of data that a configuration names.
 
     Raises:
-        ValueError: no source, nothing found, or data that does not fit the options.
+        ValueError: it names no source, nothing is found there, or the data does not fit the options.
     """
     kind = kind_of_source(config)
     config.check_scope(kind)
@@ -49,7 +50,7 @@ def kind_of_source(config: TrainConfig) -> str:
     """Return the kind of data, of `scope.KINDS`, that a configuration names.
 
     Raises:
-        ValueError: it names none, or streaming of what cannot be streamed.
+        ValueError: it names none, or asks for streaming of data that cannot be streamed.
     """
     if config.dataset_name in BUNDLED:
         return config.dataset_name
@@ -66,12 +67,6 @@ def kind_of_source(config: TrainConfig) -> str:
     if config.streaming:
         return "image stream"
     return "sequence table" if config.sequence_columns else "image table"
-
-
-def _given_kind(feed: StoredFeed | StreamedFeed) -> str:
-    if len(feed.shape) != 3:
-        return "given sequences"
-    return "given ImageDataset" if isinstance(feed.units, (ImageDataset, ImageStream)) else "given images"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -120,7 +115,7 @@ def _open_sequence_file(config: TrainConfig) -> SequenceDataset:
 
 def _open_sequence_table(config: TrainConfig) -> SequenceDataset:
     table, name = open_table(config)
-    return _cut(config, table_sequences(table, config.sequence_columns, config.stride is not None, name), name)
+    return _cut(config, tables.table_sequences(table, config.sequence_columns, config.stride is not None, name), name)
 
 
 OPENERS = {
@@ -136,7 +131,7 @@ OPENERS = {
 
 
 def open_table(config: TrainConfig) -> tuple[Any, str]:
-    """Return (the table that a configuration names, what to call it in messages)."""
+    """Return the table that a configuration names, and its name in messages."""
     if config.train_data_dir:
         return tables.open_folder(config.train_data_dir, config.dataset_split, config.streaming), config.train_data_dir
     name = config.dataset_name
@@ -144,7 +139,7 @@ def open_table(config: TrainConfig) -> tuple[Any, str]:
 
 
 def _cut(config: TrainConfig, array: Any, name: str) -> SequenceDataset:
-    """Cut windows where a stride is given; else take whole sequences, or their first `sequence_length` samples."""
+    """Cut windows if a stride is given; otherwise take whole sequences, or their first `sequence_length` samples."""
     length = config.sequence_length
     if length is not None and len(array.shape) >= 1 and array.shape[-1] < length:
         # the rows of a table may as well be points in time
@@ -153,6 +148,6 @@ def _cut(config: TrainConfig, array: Any, name: str) -> SequenceDataset:
         raise ValueError(f"sequence_length must be at most the data's length {array.shape[-1]}, got {length}{way_out}")
     if config.stride is not None:
         return SequenceDataset(array, name, config.sequence_norm, length, config.stride)
-    # a single window at the start: a stride of the whole leaves no room for a second
+    # a stride as long as the sequence leaves room for a single window, at the start
     stride = None if length is None else array.shape[-1]
     return SequenceDataset(array, name, config.sequence_norm, length, stride)

@@ -1,13 +1,15 @@
-"""Pictures that are streamed instead of stored: each one once an epoch, shuffled in a buffer, resumed exactly.
+"""Images that are streamed instead of stored: each comes once an epoch, shuffled in a buffer; a resume is exact.
 
-The order of the stream follows from the seed and the data alone, not from the batch, processes or workers: each epoch
-reads the shards in a new order, some of them at a time, and shuffles the rows in blocks. How many rows a shard holds
+The order of the stream follows from the seed and the data alone, not from the batch, processes or workers. Each epoch
+reads the shards in a new order, some of them at a time, and shuffles the rows in blocks. The number of rows in a shard
 is known only when it was read, so every process reads the whole stream, undecoded, and decodes its own samples.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -16,35 +18,84 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ddpm_hf.data.images import IMAGE_MODES, BadImageError, ImageDataset, decode
+from ddpm_hf.data.loading import Item
+from ddpm_hf.data.scaling import EIGHT_BIT
 from ddpm_hf.data.tables import undecoded
 from ddpm_hf.randomness import Stream, derive_seed
 
-OPEN_SHARDS = 16  # that are read side by side
-CHUNK = 16  # rows of each that are read at once
+OPEN_SHARDS = 16  # shards that are read side by side
+CHUNK = 16  # rows of a shard that are read at once
 
 
 class Row(NamedTuple):
-    """A picture, undecoded, and where it is from."""
+    """An undecoded image and its place in the stream."""
 
     epoch: int
     shard: int
-    row: int  # in the shard
+    row: int  # number in the shard
     source: Any
 
 
-class ImageStream:
-    """The pictures of a column of a `datasets.IterableDataset`.
-
-    Args:
-        images: how they are resized, cropped and flipped (its own sources are not used).
-        buffer: pictures that are shuffled together.
+@dataclass(frozen=True)
+class Place:
+    """A place in the stream, from which it can be read on. A checkpoint holds it as a dict.
 
     Attributes:
-        length: number of pictures, where the data set says it; else None.
+        epoch: the epoch that is read.
+        number: the next block of the epoch.
+        opened: number of shards that the epoch has opened before that block.
+        turn: which of the open shards gives the next row.
+        open: (shard, next row) of each open shard.
+        taken: number of samples that were already taken from the block.
+    """
+
+    epoch: int = 0
+    number: int = 0
+    opened: int = 0
+    turn: int = 0
+    open: tuple[tuple[int, int], ...] = ()
+    taken: int = 0
+
+    def to_json(self) -> dict:
+        """Return the form that checkpoints hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, state: dict | None) -> "Place":
+        """Read the form that checkpoints hold; an empty one is the start of the stream.
+
+        Raises:
+            ValueError: a version that read the stream in another order wrote it.
+        """
+        if not state:
+            return cls()
+        if state.keys() != {f.name for f in dataclasses.fields(cls)}:
+            raise ValueError(
+                "the checkpoint's place in the streamed data is one of ddpm_hf 0.2.0 or earlier, whose order was "
+                "another (it drew small shards too often): finish the run with that version, or choose another "
+                "output_dir"
+            )
+        return cls(**{**state, "open": tuple((shard, row) for shard, row in state["open"])})
+
+
+class ImageStream:
+    """The images in a column of a `datasets.IterableDataset`.
+
+    Args:
+        images: an `ImageDataset` whose options say how images are resized, cropped and flipped; its sources are not
+            used.
+        buffer: number of images that are shuffled together.
+        name: name of the data in messages.
+
+    Attributes:
+        scaling: the map between 8-bit levels and model units.
+        length: number of images, or None where the dataset does not tell it.
 
     Raises:
-        ValueError: it holds no picture, or none of the first that can be read.
+        ValueError: the data holds no images.
     """
+
+    scaling = EIGHT_BIT
 
     def __init__(self, table: Any, column: str, images: ImageDataset, buffer: int, name: str):
         self.table, self.column, self.images, self.buffer = undecoded(table, column), column, images, buffer
@@ -56,59 +107,61 @@ class ImageStream:
             raise ValueError(f"{name} holds no pictures")
 
     def read(self, shard: int, skip: int) -> Iterator[Any]:
-        """The sources of one shard, from row `skip` on."""
+        """Yield the undecoded images of one shard, from row `skip` on."""
         table = self.table.shard(num_shards=self.num_shards, index=shard)
         for row in table.skip(skip) if skip else table:
             yield row[self.column]
 
     def sources(self) -> Iterator[tuple[int, int, Any]]:
-        """(shard, row, source) of all pictures, shard by shard."""
+        """Yield (shard, row, undecoded image) of all images, shard by shard."""
         for shard in range(self.num_shards):
             for row, source in enumerate(self.read(shard, 0)):
                 yield shard, row, source
 
     def load(self, row: Row, rng: np.random.Generator | None) -> Tensor:
-        """uint8 (C, H, W).
+        """Decode a row's image, augmented by `rng` if given, as uint8 (C, H, W).
 
         Raises:
-            BadImageError: the picture cannot be read.
+            BadImageError: the image cannot be read.
         """
         images, name = self.images, f"number {row.row} of shard {row.shard}"
         image = decode(row.source, IMAGE_MODES[images.channels], images.resolution, name)
         return images.finish(np.asarray(image).reshape(image.height, image.width, images.channels), rng)
 
     def fingerprint(self, shape: tuple) -> dict:
-        """Return a fingerprint of the data: shards, shape, and a digest of the first picture as it is stored."""
+        """Return a fingerprint of the data: number of shards, shape, and a digest of the first image as stored."""
         digest = hashlib.sha256(repr(self.first).encode())
         return {"items": self.num_shards, "shape": list(shape), "digest": digest.hexdigest()}
 
 
 class StreamingView(Dataset):
-    """`Row`s -> tensors, in workers: augmentation follows from (seed, epoch, shard, row).
+    """Decodes `Row`s in the loader's workers; augmentation follows from (seed, epoch, shard, row).
 
-    A picture that cannot be read is an error (`on_bad="stop"`), or a number that follows from the same and draws the
-    picture of its batch that stands in for it (see `collate`).
+    Args:
+        on_bad: an image that cannot be read makes the item an error ("stop"), or a number that follows from the same
+            place and draws the image of its batch that stands in for it ("skip", see `collate`).
     """
 
     def __init__(self, stream: ImageStream, seed: int, on_bad: str):
         self.stream, self.seed, self.on_bad = stream, seed, on_bad
 
-    def __getitem__(self, row: Row) -> tuple[Tensor | int | None, list[str], str | None]:
+    def __getitem__(self, row: Row) -> Item:
         place = (row.epoch, row.shard, row.row)
         rng = np.random.default_rng(derive_seed(self.seed, Stream.AUGMENTATION, *place))
         try:
-            return self.stream.load(row, rng), [], None
+            return Item(self.stream.load(row, rng), [])
         except BadImageError as error:
             if self.on_bad == "stop":
-                return None, [], f"{error}. To leave such pictures out: --on_bad_image skip"
-            return derive_seed(self.seed, Stream.STAND_IN, *place), [str(error)], None
+                return Item(None, [], f"{error}. To leave such pictures out: --on_bad_image skip")
+            return Item(derive_seed(self.seed, Stream.STAND_IN, *place), [str(error)])
 
 
 class OpenShard:
-    """The rows of one shard from a row on, read ahead in small chunks by a pool of threads.
+    """The rows of one shard from a given row on; a pool of threads reads small chunks of them ahead.
 
     Attributes:
-        row: the number of the next row that `take` gives.
+        number: the number of the shard.
+        row: the number of the row that `take` returns next.
     """
 
     def __init__(self, stream: ImageStream, number: int, row: int, pool: ThreadPoolExecutor):
@@ -121,7 +174,7 @@ class OpenShard:
         return list(islice(self._sources, CHUNK))[::-1]
 
     def take(self, epoch: int) -> Row | None:
-        """The next row, or None at the end of the shard."""
+        """Return the next row, or None at the end of the shard."""
         if not self._chunk:
             self._chunk = self._next.result()
             if not self._chunk:
@@ -132,35 +185,30 @@ class OpenShard:
 
 
 class Blocks:
-    """The endless row of blocks: each epoch's rows, up to `block` of them in each, in the order in which they are read.
+    """The endless sequence of shuffled blocks; each holds up to `block` rows of an epoch, as they are read.
 
-    An epoch reads its shards in an order drawn anew. `OPEN_SHARDS` of them are open at a time and give one row each in
-    turn; one that is at its end hands over to the next unread shard.
+    Each epoch draws a new order of its shards. `OPEN_SHARDS` of them are open at a time and give one row each in turn;
+    when one ends, the next unread shard takes its place.
 
     Args:
-        place: as `place()` gave it, to go on from there.
+        place: the place to go on from, between two blocks (`taken` is not used).
 
     Raises:
         ValueError: an epoch has no rows (when the next block is read).
     """
 
-    def __init__(self, stream: ImageStream, seed: int, block: int, pool: ThreadPoolExecutor, place: dict):
+    def __init__(self, stream: ImageStream, seed: int, block: int, pool: ThreadPoolExecutor, place: Place):
         self.stream, self.seed, self.block, self.pool = stream, seed, block, pool
-        self.epoch, self.number, self.opened, self.turn = (
-            place[name] for name in ("epoch", "number", "opened", "turn")
-        )
-        self.open = [OpenShard(stream, shard, row, pool) for shard, row in place["open"]]
+        self.epoch, self.number, self.opened, self.turn = place.epoch, place.number, place.opened, place.turn
+        self.open = [OpenShard(stream, shard, row, pool) for shard, row in place.open]
 
-    def place(self) -> dict:
-        """The place between two blocks: block `number` of the epoch is the next, `opened` shards of the epoch were
-        opened, those in `open` ([shard, next row]) are not at their end, number `turn` of them is the next to give."""
-        return {
-            "epoch": self.epoch, "number": self.number, "opened": self.opened, "turn": self.turn,
-            "open": [[shard.number, shard.row] for shard in self.open],
-        }  # fmt: skip
+    def place(self) -> Place:
+        """Return the place before the next block."""
+        shards = tuple((shard.number, shard.row) for shard in self.open)
+        return Place(self.epoch, self.number, self.opened, self.turn, shards)
 
-    def __next__(self) -> tuple[dict, list[Row]]:
-        """(the place before the block, its rows shuffled)."""
+    def __next__(self) -> tuple[Place, list[Row]]:
+        """Return the place before the block, and its rows, shuffled."""
         while True:
             place, rows = self.place(), self._read()
             if rows:
@@ -172,13 +220,13 @@ class Blocks:
             self.epoch, self.number, self.opened, self.turn = self.epoch + 1, 0, 0, 0
 
     def _read(self) -> list[Row]:
-        """The rows of the next block; none at the end of the epoch."""
+        """Return the rows of the next block, unshuffled; none at the end of the epoch."""
         order = np.random.default_rng(derive_seed(self.seed, Stream.SHARDS, 0, self.epoch))
         order = order.permutation(self.stream.num_shards)
         rows: list[Row] = []
         while len(rows) < self.block:
             while len(self.open) < OPEN_SHARDS and self.opened < len(order):
-                # in the place of the one that ended, whose turn it was
+                # it takes the place of the shard that ended, whose turn it was
                 self.open.insert(self.turn, OpenShard(self.stream, int(order[self.opened]), 0, self.pool))
                 self.opened += 1
             if not self.open:
@@ -194,22 +242,19 @@ class Blocks:
         return rows
 
 
-START = {"epoch": 0, "number": 0, "opened": 0, "turn": 0, "open": [], "taken": 0}
-
-
 class StreamingSampler(Sampler):
     """Batches of `Row`s for one process, with the place in the stream after every step.
 
-    The order is one for all processes: each reads all rows of it, undecoded, and gives those of its own samples.
+    All processes share one order: each reads all rows, undecoded, and yields those of its own samples.
 
     Args:
-        batch_size, parts: samples of one forward pass of a process, and passes of a step.
-        step: steps done before.
-        state: as `state(step)` gave it on any process; empty: from the start.
-        ahead: batches that a loader asks for in advance.
+        batch_size, parts: samples in one forward pass of a process, and forward passes in a step.
+        step: optimizer steps that were done before.
+        state: the result of `state(step)` on any process; empty: the stream begins at its start.
+        ahead: number of batches that the loader asks for in advance.
 
     Raises:
-        ValueError: the state is of another version.
+        ValueError: the state is that of another version.
     """
 
     def __init__(self, stream: ImageStream, batch_size: int, parts: int, seed: int, process: int = 0,
@@ -217,71 +262,56 @@ class StreamingSampler(Sampler):
         self.stream, self.batch_size, self.parts, self.seed = stream, batch_size, parts, seed
         self.step, self.ahead, self.total = step, ahead, batch_size * parts * processes
         self.firsts = [(part * processes + process) * batch_size for part in range(parts)]
-        check_state(state)
-        self._states: dict[int, dict] = {step: state or START}
+        self._places: dict[int, Place] = {step: Place.from_json(state)}
 
     def state(self, step: int) -> dict:
-        """The place in the stream after a step that was just done: that of `Blocks` before the block of the next
-        sample, and the samples `taken` of that block. It is the same on all processes."""
-        return self._states[step]
+        """Return the place in the stream after a step that was just done; it is the same on all processes."""
+        return self._places[step].to_json()
 
     def __iter__(self) -> Iterator[list[Row]]:
         own = {first + i for first in self.firsts for i in range(self.batch_size)}
         step, rows = self.step, {}
-        samples = self._samples(self._states[step], own)
+        samples = self._samples(self._places[step], own)
         while True:
             for i in range(self.total):
-                place, taken, row = next(samples)
+                place, row = next(samples)
                 if i in own:
                     rows[i] = row
             step += 1
-            self._states[step] = {**place, "taken": taken}
-            self._states.pop(step - self.ahead - 8, None)  # steps further back are done and saved
+            self._places[step] = place
+            self._places.pop(step - self.ahead - 8, None)  # steps further back are done and saved
             for first in self.firsts:
                 yield [rows.pop(i) for i in range(first, first + self.batch_size)]
 
-    def _samples(self, state: dict, own: set[int]) -> Iterator[tuple[dict, int, Row]]:
-        """All samples from a state on, each with the place of its block and the number taken of it with this one."""
+    def _samples(self, place: Place, own: set[int]) -> Iterator[tuple[Place, Row]]:
+        """Yield all samples from a place on, each after the place that follows it."""
         readers = min(8, OPEN_SHARDS, self.stream.num_shards)
         shards = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="shard")
         ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="block")
-        blocks = Blocks(self.stream, self.seed, self.stream.buffer, shards, state)
-        taken, number = state["taken"], 0  # number: of the sample since the state, which is one between steps
+        blocks = Blocks(self.stream, self.seed, self.stream.buffer, shards, place)
+        taken, number = place.taken, 0  # `number` counts samples from the first place, which is between two steps
         following = ahead.submit(next, blocks)
         try:
             while True:
                 place, rows = following.result()
                 following = ahead.submit(next, blocks)
-                # pictures of other processes' samples need no memory
+                # images of other processes' samples need no memory
                 rows = [row if (number + i) % self.total in own else row._replace(source=None)
                         for i, row in enumerate(rows[taken:])][::-1]  # fmt: skip
                 while rows:
                     taken, number = taken + 1, number + 1
-                    yield place, taken, rows.pop()
+                    yield dataclasses.replace(place, taken=taken), rows.pop()
                 taken = 0
         finally:
             for pool in (ahead, shards):
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
-def check_state(state: dict | None) -> None:
-    """Refuse the state of a version that read the stream in another order.
-
-    Raises:
-        ValueError: it is one.
-    """
-    if state and state.keys() != START.keys():
-        raise ValueError(
-            "the checkpoint's place in the streamed data is one of ddpm_hf 0.2.0 or earlier, whose order was another "
-            "(it drew small shards too often): finish the run with that version, or choose another output_dir"
-        )
-
-
 def probe(stream: ImageStream) -> tuple:
-    """The shape of an item, from the first picture that can be read.
+    """Return the shape (C, H, W) of the first image that can be read.
 
     Raises:
-        ValueError: none of the first 100 can be read.
+        ValueError: none of the first 100 images can be read.
     """
     for shard, number, source in islice(stream.sources(), 100):
         try:

@@ -1,22 +1,27 @@
-"""Tables of the `datasets` library: found by name, folder or file, and the column of pictures in them.
+"""Tables of the `datasets` library, opened by name, folder or file, and the images or sequences in their columns.
 
-The library is imported where it is used: sampling and training on plain folders and arrays do without it.
+The library is imported where it is used, because sampling, and training on plain folders and arrays, do without it.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# How the files of a folder are read, by their ending.
+import numpy as np
+
+# Builders of the datasets library for the files of a folder, by their ending.
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "jpg", "jpeg", "png", "webp")
 
 
 def open_named(name: str, config_name: str | None, split: str, streaming: bool = False) -> Any:
-    """A data set of the Hub, or a local folder that `datasets` knows how to read; `streaming`: without a copy.
+    """Open a dataset of the Hub, or a local folder that the datasets library can read.
+
+    Args:
+        streaming: rows are read as they are needed, without a local copy.
 
     Raises:
-        ValueError: it cannot be had; the library's reason is given.
+        ValueError: it cannot be opened; the message has the library's reason.
     """
     import datasets
 
@@ -32,7 +37,7 @@ def open_named(name: str, config_name: str | None, split: str, streaming: bool =
 
 
 def open_files(builder: str, files: Sequence[str], streaming: bool = False) -> Any:
-    """A table of files of one kind.
+    """Open files of one kind as a table.
 
     Raises:
         ValueError: they cannot be read.
@@ -46,15 +51,15 @@ def open_files(builder: str, files: Sequence[str], streaming: bool = False) -> A
 
 
 def table_folder(folder: str) -> bool:
-    """Return True if a folder holds tables (saved to disk, parquet, arrow, webdataset tars) rather than pictures."""
+    """Return True if a folder holds tables (saved to disk, parquet, arrow, webdataset tars) rather than images."""
     return saved_to_disk(Path(folder)) or bool(_table_files(folder))
 
 
 def open_folder(folder: str, split: str, streaming: bool = False) -> Any:
-    """The table in a folder: one saved with `save_to_disk` (of one split, or several), or files of one kind.
+    """Open the table in a folder: one saved with `save_to_disk` (with or without splits), or files of one kind.
 
     Raises:
-        ValueError: no table in it, files of several kinds, no such split, or files that cannot be read.
+        ValueError: the folder has no table, files of several kinds or no such split, or the files cannot be read.
     """
     import datasets
 
@@ -78,9 +83,8 @@ def open_folder(folder: str, split: str, streaming: bool = False) -> Any:
         found = f"files of {', '.join(kinds)}" if kinds else "no tables"
         raise ValueError(f"train_data_dir must hold tables of one kind ({', '.join(BUILDERS)}); {folder} has {found}")
     try:
-        return datasets.load_dataset(
-            BUILDERS[kinds[0]], data_dir=folder, split=split, streaming=streaming
-        )  # the library's rules find the split in the names
+        # the library finds the split in the files' names
+        return datasets.load_dataset(BUILDERS[kinds[0]], data_dir=folder, split=split, streaming=streaming)
     except Exception as error:
         raise ValueError(f"cannot read the {kinds[0]} files of {folder}, split {split!r}: {_reason(error)}") from error
 
@@ -101,7 +105,7 @@ def _table_files(folder: str) -> list[Path]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of the error at the bottom of a chain, where the cause is."""
+    """Return the first line of the error that caused all others of a chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -109,14 +113,14 @@ def _reason(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures in tables
+# Images in tables
 
 
 def image_column(features: Any, asked: str | None, name: str) -> str:
-    """The column that holds the pictures: the one asked for, the only one of pictures, or one with a usual name.
+    """Return the column of the images: the one asked for, the only one of images, or the only one with a usual name.
 
     Raises:
-        ValueError: no such column, or none or several that could be meant.
+        ValueError: there is no such column, or it is not clear which column is meant.
     """
     import datasets
 
@@ -136,14 +140,14 @@ def image_column(features: Any, asked: str | None, name: str) -> str:
 
 
 def features(table: Any) -> Any:
-    """The columns and their types; of a stream that does not say them, from its first rows."""
+    """Return the columns of a table with their types; a stream that does not tell them is asked for its first rows."""
     if table.features is not None or not hasattr(table, "_resolve_features"):
         return table.features
     return table._resolve_features().features
 
 
 def undecoded(table: Any, column: str) -> Any:
-    """A table of that column alone, its pictures as files or bytes: workers decode them."""
+    """Return a table of that column alone, whose images stay files or bytes; workers decode them."""
     import datasets
 
     is_image = isinstance((features(table) or {}).get(column), datasets.Image)
@@ -154,7 +158,7 @@ def undecoded(table: Any, column: str) -> Any:
 
 
 class ImageColumn:
-    """The pictures of a `datasets.Dataset`, undecoded, as sources of an `ImageDataset`."""
+    """The images of a column of a `datasets.Dataset`, undecoded, as sources of an `ImageDataset`."""
 
     def __init__(self, table: Any, column: str):
         self.table, self.column = undecoded(table, column), column
@@ -164,3 +168,93 @@ class ImageColumn:
 
     def __getitem__(self, index: int) -> Any:
         return self.table[int(index)][self.column]
+
+
+# ---------------------------------------------------------------------------------------------
+# Sequences in tables
+
+
+def arrange(table: np.ndarray, as_recording: bool) -> np.ndarray:
+    """Take a table (rows, columns) as sequences (N, length), or as one recording (1, C, samples)."""
+    return np.ascontiguousarray(table.T)[None] if as_recording else table
+
+
+def choose_columns(columns: Sequence[str] | None, present: Sequence[str], name: str) -> list[str]:
+    """Return the columns asked for, or all that are present.
+
+    Raises:
+        ValueError: a column that was asked for is not there.
+    """
+    missing = [column for column in columns or () if column not in present]
+    if missing:
+        raise ValueError(f"sequence_columns must be columns of {name}: {', '.join(present)}; got {', '.join(missing)}")
+    return list(columns or present)
+
+
+class ListColumns:
+    """Columns of lists of a `datasets.Dataset` as an array (N, C, length), each a channel, that is read when indexed.
+
+    Raises:
+        ValueError: the lists have different lengths (when they are read).
+    """
+
+    def __init__(self, table: Any, columns: Sequence[str], name: str):
+        self.table, self.columns, self.name = table.with_format("arrow"), list(columns), name
+        self.dtype = np.dtype(np.float64)
+        length = self.table[:1][self.columns[0]].combine_chunks()[0].values
+        self.shape = (len(table), len(self.columns), 0 if length is None else len(length))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        import pyarrow.compute as compute
+
+        part = self.table[rows]
+        channels = []
+        for column in self.columns:
+            lists = part[column].combine_chunks()
+            lengths = set(compute.list_value_length(lists).to_pylist())
+            if lengths != {self.shape[2]}:
+                got = ", ".join(sorted(map(str, lengths | {self.shape[2]})))
+                raise ValueError(
+                    f"{self.name}: all lists must have one length, got {got} in column {column!r} and before"
+                )
+            values = lists.flatten().to_numpy(zero_copy_only=False)
+            channels.append(np.asarray(values, dtype=np.float64).reshape(len(lists), -1))
+        return np.stack(channels, axis=1)
+
+
+def table_sequences(table: Any, columns: Sequence[str] | None, as_recording: bool, name: str) -> Any:
+    """Return the sequences of a `datasets.Dataset`, an array (N, length), or an array or `ListColumns` (N, C, length).
+
+    Columns of lists are channels; columns of numbers are read as those of a CSV file (see `arrange`).
+
+    Raises:
+        ValueError: there is no such column, there are no rows, or the columns hold something else.
+    """
+    import pyarrow
+
+    columns = choose_columns(columns, table.column_names, name)
+    if not len(table):
+        raise ValueError(f"{name} has no rows")
+    types = {column: table.data.schema.field(column).type for column in columns}
+
+    def is_number(kind) -> bool:
+        return pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)
+
+    def is_list(kind) -> bool:
+        lists = (pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list)
+        return any(check(kind) for check in lists) and is_number(kind.value_type)
+
+    if all(map(is_list, types.values())):
+        return ListColumns(table, columns, name)
+    if all(map(is_number, types.values())):
+        arrow = table.with_format("arrow")[:]
+        numbers = np.stack([arrow[column].to_numpy().astype(np.float64) for column in columns], axis=1)
+        return arrange(numbers, as_recording)
+    listed = ", ".join(f"{column} ({kind})" for column, kind in types.items())
+    raise ValueError(
+        f"sequence_columns must all be columns of numbers, or all of lists of numbers; {name} has {listed}. "
+        "Name those that are: --sequence_columns"
+    )

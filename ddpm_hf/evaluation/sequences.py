@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_hf.data.scaling import scaling_of
 from ddpm_hf.evaluation.metrics import (
     Gaussian,
     autocorrelation_error,
@@ -61,12 +62,9 @@ def natural_units(x: Tensor, data) -> Tensor:
 
     Args:
         x: items as the dataset gives them, scaled for the model.
-        data: the dataset; where it has no `data_scale` and `data_shift`, its items are in their own units.
+        data: the dataset; where it has no `scaling`, its items are in their own units.
     """
-    channels = x.shape[1]
-    scale = torch.tensor(getattr(data, "data_scale", [1.0] * channels), dtype=torch.float64)
-    shift = torch.tensor(getattr(data, "data_shift", [0.0] * channels), dtype=torch.float64)
-    return x.double() * scale[:, None] + shift[:, None]
+    return scaling_of(data).to_data(x.double())
 
 
 def tensor_of(samples: np.ndarray) -> Tensor:

@@ -3,7 +3,7 @@
 The order is that of the numbers, so results do not depend on the number of processes or on the size of batches.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddpm_hf.data.images import BadImageError, from_8bit
-from ddpm_hf.data.loading import load_item
+from ddpm_hf.data.images import BadImageError
+from ddpm_hf.data.loading import Batch, load_item
 
 
 class Shares:
@@ -69,19 +69,10 @@ class Shares:
 
 
 @dataclass
-class Loaded:
-    """`numbers` of the items that could be read; `items` (B, C, *spatial), float32, or uint8 of pictures, None where
-    there is none; `bad`: messages of pictures that cannot be read; `error`: why the batch cannot be had."""
+class Loaded(Batch):
+    """Items for measuring; `numbers` are those of the items that could be read, and `skipped` names bad images."""
 
-    numbers: list[int]
-    items: Tensor | None
-    bad: list[str]
-    error: str | None = None
-
-    @property
-    def x0(self) -> Tensor:
-        """Float32, pictures in [-1, 1]."""
-        return from_8bit(self.items) if self.items.dtype == torch.uint8 else self.items
+    numbers: Sequence[int] = ()
 
 
 class Items:
@@ -110,11 +101,11 @@ class Items:
         )  # fmt: skip
         self.bad = []
         for batch in loader:
-            if batch.bad and self.on_bad == "stop":
-                batch.error = f"{batch.bad[0]}. To leave such pictures out: --on_bad_image skip"
+            if batch.skipped and self.on_bad == "stop":
+                batch.error = f"{batch.skipped[0]}. To leave such pictures out: --on_bad_image skip"
             if batch.error:
                 raise ValueError(f"evaluation: {batch.error}")
-            self.bad += batch.bad
+            self.bad += batch.skipped
             if batch.items is not None:
                 yield batch
 
@@ -143,4 +134,4 @@ def _join(batch: list[tuple[int, Tensor | None, ValueError | None]]) -> Loaded:
     if len(shapes) > 1 and not wrong:
         wrong = [f"items must all have one shape, got {shapes}"]
     items = torch.stack([x for _, x in good]) if good and not wrong else None
-    return Loaded([number for number, _ in good], items, bad, wrong[0] if wrong else None)
+    return Loaded(items, bad, wrong[0] if wrong else None, numbers=[number for number, _ in good])

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import open_data
-from ddpm_hf.data.checking import check_items, check_shared_memory
+from ddpm_hf.data.checking import check_shared_memory
 from ddpm_hf.data.loading import Batch, load_item
 from ddpm_hf.evaluation.evaluator import EvalSettings, Evaluator
 from ddpm_hf.hub.card import write_card
@@ -101,7 +101,7 @@ class Trainer:
             beta_schedule=config.ddpm_beta_schedule,
             prediction_type=config.prediction_type,
             rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-            clip_sample_range=getattr(self.feed.units, "data_range", 1.0),
+            clip_sample_range=self.feed.scaling.limit,
         )
         self.model = self._build_model() if model is None else model
         self.model_name = type(self.model).__name__  # before accelerate wraps it
@@ -225,7 +225,7 @@ class Trainer:
             if c.push_to_hub:
                 check_token(target_of(c))
             self.accelerator.print(self.describe())
-            check_items(self.feed, c)
+            self.feed.check_items()
             return None
         self._start()
         acc = self.accelerator
@@ -501,11 +501,7 @@ class Trainer:
         if len(self.shape) == 3:
             pipeline = DDPMPipeline(model, scheduler, num_inference_steps=steps)
         else:
-            pipeline = DDPMPipeline1D(
-                model, scheduler, num_inference_steps=steps,
-                data_shift=getattr(self.feed.units, "data_shift", None),
-                data_scale=getattr(self.feed.units, "data_scale", None),
-            )  # fmt: skip
+            pipeline = DDPMPipeline1D(model, scheduler, num_inference_steps=steps, **self.feed.scaling.to_json())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

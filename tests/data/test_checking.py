@@ -79,13 +79,13 @@ def test_a_folder_without_faults(folder, tmp_path, capsys, monkeypatch):
         Image.fromarray(gradient()).save(folder / f"{name}.png")
     dry_run(tmp_path, train_data_dir=str(folder), resolution=[8])
     assert "all 6 items can be read" in capsys.readouterr().out
-    many = SimpleNamespace(units=checking.ImageDataset([gradient()] * 4, (8, 8)))
+    many = checking.ImageDataset([gradient()] * 4, (8, 8))
     given = SimpleNamespace(dataloader_num_workers=0)
     if sys.platform == "linux":
         assert checking._workers(many, given)[0] >= 1
         monkeypatch.setattr(checking.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
         assert checking._workers(many, given)[0] == 0
-    assert checking._workers(SimpleNamespace(units=[1] * 4), given)[0] == 0
+    assert checking._workers([1] * 4, given)[0] == 0
 
 
 class Given(torch.utils.data.Dataset):

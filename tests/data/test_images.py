@@ -224,11 +224,11 @@ def test_a_bad_picture_has_no_one_neighbour_for_stand_in():
     """Of 12 pictures 6 are bad, one after another: each good one is seen about as often as any other."""
     sources = [np.full((2, 2), i, np.uint8) if i < 6 else b"" for i in range(12)]
     view = TrainingView(ImageDataset(sources, (2, 2), 1), 0, "skip")
-    seen = [int(((view[epoch, i][0].float()).mean()).item()) for epoch in range(200) for i in range(12)]
+    seen = [int(((view[epoch, i].x.float()).mean()).item()) for epoch in range(200) for i in range(12)]
     counts = np.bincount(seen, minlength=6)
     # 2,400 draws of six: 400 each, of which 200 are fixed and the rest binomial(1200, 1/6), deviation 13
     assert counts[6:].sum() == 0 and np.abs(counts[:6] - 400).max() < 5 * 13
-    assert torch.equal(view[3, 7][0], view[3, 7][0])  # it follows from the seed
+    assert torch.equal(view[3, 7].x, view[3, 7].x)  # it follows from the seed
 
 
 def test_folder_errors(tmp_path):

@@ -9,15 +9,15 @@ from helpers import gradient
 from PIL import Image
 
 from ddpm_hf.data.images import ImageDataset
-from ddpm_hf.data.loading import StreamSampler, TrainingView, as_tensor, collate, hold_out, load_item
+from ddpm_hf.data.loading import Item, StreamSampler, TrainingView, as_tensor, collate, hold_out, load_item
 
 
 def test_augmentation_follows_from_seed_epoch_and_index():
     data = ImageDataset([gradient()] * 4, (6, 6), center_crop=False, random_flip=True)
     view = TrainingView(data, seed=3)
-    first = {key: view[key][0] for key in itertools.product(range(6), range(4))}
+    first = {key: view[key].x for key in itertools.product(range(6), range(4))}
     again = TrainingView(data, seed=3)
-    assert all(torch.equal(again[key][0], x) for key, x in first.items())
+    assert all(torch.equal(again[key].x, x) for key, x in first.items())
     assert len({x.numpy().tobytes() for x in first.values()}) > 8  # 5 places, mirrored or not
     assert torch.equal(data[0], data[1])  # not augmented
 
@@ -30,7 +30,7 @@ def test_items_of_other_datasets():
     for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
             as_tensor(wrong)
-    assert "one shape" in collate([(x, [], None), (x[:, :2], [], None)]).error
+    assert "one shape" in collate([Item(x, []), Item(x[:, :2], [])]).error
 
 
 def stream(count, **options):

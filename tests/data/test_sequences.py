@@ -16,7 +16,9 @@ from ddpm_hf import DDPMPipeline1D, TrainConfig
 from ddpm_hf.data import open_data, sequences
 from ddpm_hf.data.loading import hold_out, load_item, split_record, underlying
 from ddpm_hf.data.opening import build_dataset
-from ddpm_hf.data.sequences import SequenceDataset, read_sequences
+from ddpm_hf.data.scaling import Scaling
+from ddpm_hf.data.sequence_files import read_sequences
+from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.trainer.loop import Trainer
 
 
@@ -29,7 +31,7 @@ def test_sequences_are_scaled_by_channel_and_back(tmp_path):
     x = torch.stack(list(data)).double().numpy()
     assert x[:, :2].min(axis=(0, 2)).tolist() == [-1, -1] and x[:, :2].max(axis=(0, 2)).tolist() == [1, 1]
     assert (x[:, 2] == 0).all()
-    back = x * np.array(data.data_scale)[:, None] + np.array(data.data_shift)[:, None]
+    back = x * np.array(data.scaling.scale)[:, None] + np.array(data.scaling.shift)[:, None]
     np.testing.assert_allclose(back, array, atol=1e-4)  # float32 of values up to 400
 
 
@@ -70,11 +72,11 @@ def test_mean_and_deviation_in_one_pass(monkeypatch):
         monkeypatch.setattr(sequences, "PART", part)
         data = SequenceDataset(array, norm="meanstd")
         # a sum of 407 terms of 1e3 is exact to 407 x 1e3 x 2^-53, deviations of 1e-3 to some 1e-10 of themselves
-        np.testing.assert_allclose(data.data_shift, array.mean(axis=(0, 2)), rtol=1e-12)
-        np.testing.assert_allclose(data.data_scale[:2], array.std(axis=(0, 2))[:2], rtol=1e-7)
+        np.testing.assert_allclose(data.scaling.shift, array.mean(axis=(0, 2)), rtol=1e-12)
+        np.testing.assert_allclose(data.scaling.scale[:2], array.std(axis=(0, 2))[:2], rtol=1e-7)
         x = torch.stack(list(data))
-        assert data.data_scale[2] == 0 and (x[:, 2] == 0).all()
-        assert data.data_range == pytest.approx(x.abs().max().item(), rel=1e-6)
+        assert data.scaling.scale[2] == 0 and (x[:, 2] == 0).all()
+        assert data.scaling.limit == pytest.approx(x.abs().max().item(), rel=1e-6)
     with pytest.raises(ValueError, match="minmax, meanstd, got 'max'"):
         SequenceDataset(array, norm="max")
 
@@ -83,7 +85,7 @@ def test_windows_are_slices():
     array = np.arange(3 * 2 * 10.0).reshape(3, 2, 10)
     data = SequenceDataset(array, length=4, stride=3)
     assert len(data) == 3 * 3 and data.windows == 3
-    back = np.array(data.data_scale)[:, None] * data[4].double().numpy() + np.array(data.data_shift)[:, None]
+    back = np.array(data.scaling.scale)[:, None] * data[4].double().numpy() + np.array(data.scaling.shift)[:, None]
     np.testing.assert_allclose(back, array[1, :, 3:7], atol=1e-5)
     one = SequenceDataset(np.arange(10.0), length=4, stride=3)  # a recording
     assert len(one) == 3 and one[2].shape == (1, 4) and one[2][0, -1] == 1
@@ -97,7 +99,7 @@ def test_windows_are_slices():
 
 def points(part):
     """The values of each item, in the data's units: where each point has its own, the points that it is of."""
-    scale, shift = underlying(part).data_scale[0], underlying(part).data_shift[0]
+    scale, shift = underlying(part).scaling.scale[0], underlying(part).scaling.shift[0]
     return [tuple((part[i][0].double() * scale + shift).round().int().tolist()) for i in range(len(part))]
 
 
@@ -121,7 +123,7 @@ def test_no_point_of_a_held_out_window_is_trained_on(count, samples, length, str
         trained, tested = (np.array(sorted({p for item in points(part) for p in item})) for part in (rest, test))
         distance = np.abs(trained[:, None] - tested).min()
         assert distance >= 1 if count > 1 else distance > length
-        assert rest.data_scale == [(trained[-1] - trained[0]) / 2] and rest.data_shift == [trained[[0, -1]].mean()]
+        assert rest.scaling == Scaling((trained[[0, -1]].mean(),), ((trained[-1] - trained[0]) / 2,))
     seeds = {split_record(hold_out(data, held, seed)[1])["digest"] for seed in range(8)}
     assert len(seeds) > 1 and split_record(test) == split_record(hold_out(data, held, seed)[1])
 
@@ -155,11 +157,11 @@ def test_the_scale_is_of_the_training_part(tmp_path, monkeypatch):
             options = {"train_data_file": str(tmp_path / name), "sequence_norm": norm, **windows}
             feed = open_data(TrainConfig(holdout=5, seed=3, **options))
             alone = SequenceDataset(np.delete(array, held, axis=0), norm=norm)
-            np.testing.assert_allclose(feed.units.data_scale, alone.data_scale, rtol=1e-12)
-            np.testing.assert_allclose(feed.units.data_shift, alone.data_shift, rtol=1e-9, atol=1e-12)
-            assert feed.units.data_range == pytest.approx(alone.data_range) and feed.items == 35
+            np.testing.assert_allclose(feed.scaling.scale, alone.scaling.scale, rtol=1e-12)
+            np.testing.assert_allclose(feed.scaling.shift, alone.scaling.shift, rtol=1e-9, atol=1e-12)
+            assert feed.scaling.limit == pytest.approx(alone.scaling.limit) and feed.items == 35
             outlier = load_item(feed.held_out, 2)[1, 4]  # evaluation reads it
-            assert outlier == pytest.approx((1e4 - alone.data_shift[1]) / alone.data_scale[1])
+            assert outlier == pytest.approx((1e4 - alone.scaling.shift[1]) / alone.scaling.scale[1])
             assert feed.notes == [f"held out: 5 items, in 5 of the 40 sequences of {tmp_path / name}"]
 
 
@@ -220,7 +222,7 @@ def test_csv(form, tmp_path):
     rows = build_dataset(TrainConfig(train_data_file=str(path)))
     assert len(rows) == 2 and rows[0].shape == (1, 3)
     long = build_dataset(TrainConfig(train_data_file=str(path), sequence_length=1, stride=1))
-    assert len(long) == 2 and long[0].shape == (3, 1) and long.data_scale == [1.5] * 3
+    assert len(long) == 2 and long[0].shape == (3, 1) and long.scaling.scale == (1.5,) * 3
     with pytest.raises(ValueError, match="must be columns of .*got q"):
         read_sequences(str(path), ["q"])
 
@@ -279,7 +281,7 @@ def test_csv_columns_by_name(tmp_path):
     data = build_dataset(
         TrainConfig(train_data_file=str(path), sequence_columns=["b", "a"], sequence_length=2, stride=1)
     )
-    assert len(data) == 2 and data[0].tolist() == [[-1, 0], [-1, 0]] and data.data_shift == [4, 3]
+    assert len(data) == 2 and data[0].tolist() == [[-1, 0], [-1, 0]] and data.scaling.shift == (4, 3)
 
 
 def test_parquet_columns(tmp_path, monkeypatch):
@@ -290,7 +292,7 @@ def test_parquet_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(sequences, "PART", 50)
     data = build_dataset(TrainConfig(train_data_file=path, sequence_columns=["a", "b"]))
     assert len(data) == 30
-    back = np.array(data.data_scale)[:, None] * data[7].double().numpy() + np.array(data.data_shift)[:, None]
+    back = np.array(data.scaling.scale)[:, None] * data[7].double().numpy() + np.array(data.scaling.shift)[:, None]
     np.testing.assert_allclose(back, [a[7], b[7]], atol=1e-6)
     cut = build_dataset(TrainConfig(train_data_file=path, sequence_columns=["b"], sequence_length=5))
     assert len(cut) == 30 and cut[0].shape == (1, 5)

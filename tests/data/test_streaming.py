@@ -12,7 +12,7 @@ from helpers import config, save_tars, state, table
 
 from ddpm_hf import TrainConfig, train
 from ddpm_hf.data import streaming
-from ddpm_hf.data.loading import collate
+from ddpm_hf.data.loading import Item, collate
 from ddpm_hf.data.opening import build_dataset
 from ddpm_hf.data.streaming import StreamingSampler, StreamingView, probe
 from ddpm_hf.trainer.loop import Trainer
@@ -136,7 +136,7 @@ def test_tables_are_read_from_any_place(form, tars, tmp_path):
     rows = [row for batch in itertools.islice(sampler, 11) for row in batch]
     assert data.num_shards == (6 if form == "tars" else 3) and probe(data) == (3, 8, 8)
     for epoch in (rows[:22], rows[22:]):
-        views = [StreamingView(data, 0, "stop")[row][0] for row in epoch]
+        views = [StreamingView(data, 0, "stop")[row].x for row in epoch]
         assert sorted(int(view.min()) for view in views) == list(range(0, 220, 10))
     again = StreamingSampler(data, 4, 1, 0, step=4, state=sampler.state(4))
     assert [row for batch in itertools.islice(again, 7) for row in batch] == rows[16:]
@@ -149,16 +149,16 @@ def test_pictures_and_augmentation(tars):
     numbers = [4 * row.shard + row.row for row in rows]  # four pictures a tar
     np.testing.assert_array_equal(((x.amin(dim=(1, 2, 3)) + 1) * 127.5).round(), [10 * n for n in numbers])
     later = [row._replace(epoch=epoch) for row in rows[:1] for epoch in range(12)]
-    views = [StreamingView(data, 0, "stop")[row][0] for row in later]
+    views = [StreamingView(data, 0, "stop")[row].x for row in later]
     flipped = [bool(view[0, 0, 0] > view.min()) for view in views]
     assert 0 < sum(flipped) < 12
 
 
 def test_a_bad_picture_is_replaced_within_its_batch():
     a, b = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
-    batch = collate([(a, [], None), (4, ["bad"], None), (b, [], None), (7, ["worse"], None)])
+    batch = collate([Item(a, []), Item(4, ["bad"]), Item(b, []), Item(7, ["worse"])])
     assert torch.equal(batch.x0, torch.stack((a, a, b, b))) and batch.skipped == ["bad", "worse"]
-    assert "none of the pictures" in collate([(1, ["bad"], None)]).error
+    assert "none of the pictures" in collate([Item(1, ["bad"])]).error
 
 
 def test_the_stand_ins_are_spread_over_the_batch(tars):
