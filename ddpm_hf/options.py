@@ -48,16 +48,16 @@ class DataOptions:
     )  # fmt: skip
     image_column: str | None = option(
         None, "Column of the images in a table.",
-        none="the only column of images that the table has", applies=scope.IMAGE_TABLES,
+        none="the only column of images, or the one with a usual name (image, jpg, ...)", applies=scope.IMAGE_TABLES,
     )  # fmt: skip
     sequence_columns: list[str] | None = option(
         None, "Columns of the sequences in a table. Needed to read sequences with dataset_name.",
         none="all columns", applies=scope.SEQUENCE_TABLES,
     )  # fmt: skip
     holdout: int = option(
-        0, "Number of items that are kept out of training, drawn by the seed, for the held-out loss. From windows, "
-        "whole sequences are kept out, or stretches if there is a single sequence; windows nearer to a stretch than "
-        "a window's length are left out of training too.", whole_number(0)
+        0, "Number of items that are kept out of training, drawn by the seed, for the held-out loss. If items are "
+        "windows, whole sequences are kept out, or stretches of a single sequence; a window's length before and after "
+        "each stretch is left out of training too.", whole_number(0)
     )  # fmt: skip
 
 
