@@ -1,8 +1,11 @@
 """Sampling pipelines: `DDPMPipeline` (images) and `DDPMPipeline1D` (sequences).
 
-The loop is algorithm 2 of Ho et al. (arXiv:2006.11239) with any diffusers scheduler in the place of its update;
-self-conditioning as in Chen et al. (arXiv:2208.04202).
-This file imports nothing of ddpm_hf: it ships inside saved pipelines.
+The loop is algorithm 2 of Ho et al. (arXiv:2006.11239), with the step of any diffusers scheduler in the place of its
+update. Self-conditioning follows Chen et al. (arXiv:2208.04202).
+
+This file is longer than 600 lines because it ships inside every saved pipeline: from the Hub, diffusers fetches one
+file of code for a pipeline and no helper files. For the same reason it imports nothing from ddpm_hf. From top to bottom
+it has the outputs, the saved folder, the schedulers, the pieces of the loop, the loop, and the two pipelines.
 """
 
 import hashlib
@@ -18,7 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +40,125 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from PIL import Image
 from torch import Tensor
 
+Generators = torch.Generator | list[torch.Generator] | None
+
+# ---------------------------------------------------------------------------------------------
+# Outputs
+
+IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # PIL's mode for each number of channels
+
+
+@dataclass
+class ImageOutput(BaseOutput):
+    """Sampled images.
+
+    Attributes:
+        images: a list of PIL images, an array `(B, H, W, C)` or a tensor `(B, C, H, W)`; floats lie in [0, 1].
+        trajectory: None, or with `return_all_timesteps` the images from x_T to x_0: a list of PIL images for each
+            sample, an array `(B, steps + 1, H, W, C)` or a tensor `(B, steps + 1, C, H, W)`.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    trajectory: list[list[Image.Image]] | np.ndarray | Tensor | None = None
+
+
+@dataclass
+class SequenceOutput(BaseOutput):
+    """Sampled sequences, in the units of the data.
+
+    Attributes:
+        sequences: an array or tensor `(B, C, length)`.
+        trajectory: None, or with `return_all_timesteps` the sequences from x_T to x_0, `(B, steps + 1, C, length)`.
+    """
+
+    sequences: np.ndarray | Tensor
+    trajectory: np.ndarray | Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------
+# Rules for arguments
+
+
+def _check_rules(rules, **arguments) -> None:
+    """Raise ValueError with the message of the first rule that the arguments break.
+
+    Args:
+        rules: pairs of a function, which is given the arguments as attributes and is true where the rule holds, and a
+            message, a format string in which `{c.name}` is an argument.
+    """
+    c = SimpleNamespace(**arguments)
+    for holds, message in rules:
+        if not holds(c):
+            raise ValueError(message.format(c=c))
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+CALL_RULES = (
+    (
+        lambda c: _is_whole(c.batch_size) and c.batch_size >= 1,
+        "batch_size must be a whole number of at least 1, got {c.batch_size!r}",
+    ),
+    (
+        lambda c: c.output_type in c.output_types,
+        "output_type must be one of {c.allowed_output_types}; got {c.output_type!r}",
+    ),
+    (
+        lambda c: all(g is None or isinstance(g, torch.Generator) for g in c.generators),
+        "generator must be a torch.Generator, or one per sample; got {c.generator!r}",
+    ),
+    (
+        lambda c: c.generators == [c.generator] or len(c.generators) == c.batch_size,
+        "generator must be one, or one per sample: "
+        "batch_size is {c.batch_size}, got {c.number_of_generators} generators",
+    ),
+    (
+        lambda c: c.latents is None or (isinstance(c.latents, Tensor) and tuple(c.latents.shape) == c.shape),
+        "latents must be a tensor of the shape {c.shape}, got {c.shape_of_latents}",
+    ),
+    (
+        lambda c: c.latents is None or torch.isfinite(c.latents).all(),
+        "latents must be finite, got NaN or infinity",
+    ),
+    (
+        lambda c: c.output_type != "pil" or c.channels in IMAGE_MODES,
+        "output_type 'pil' needs 1, 2, 3 or 4 channels, the model has {c.channels}: use 'np' or 'pt'",
+    ),
+    (
+        lambda c: c.callback is None or callable(c.callback),
+        "callback_on_step_end must be callable, got {c.callback!r}",
+    ),
+    (
+        lambda c: all(isinstance(name, str) and name in c.allowed_inputs for name in c.callback_names),
+        "callback_on_step_end_tensor_inputs must be of {c.allowed_inputs}, got {c.callback_inputs!r}",
+    ),
+)
+INTERPOLATION_RULES = (
+    (
+        lambda c: c.weights and all(0 <= w <= 1 for w in c.weights),
+        "weights must lie in [0, 1], got {c.weights}",
+    ),
+    (
+        lambda c: 0 < c.strength <= 1,
+        "strength must lie in (0, 1], got {c.strength}",
+    ),
+)
+
+
+def _check_steps(steps, total: int | None = None) -> None:
+    """Check a number of model calls against the number of training timesteps, `total` (None: not known yet)."""
+    if not _is_whole(steps) or steps < 1 or (total is not None and steps > total):
+        allowed = "of at least 1" if total is None else f"from 1 to {total}"
+        raise ValueError(f"num_inference_steps must be a whole number {allowed}; got {steps!r}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The saved folder
+
 # Saved pipelines carry their code: unet_ddpm_hf_0_2_0.py is unet.py of version 0.2.0. diffusers keeps all such files of
-# a process in one namespace by their names, so the version is part of it.
+# a process in one namespace by their names, so the version is part of the name.
 CARRIED = re.compile(r"(unet|scheduler|pipeline)_ddpm_hf_[0-9]\w*")
 OWN_CARD = re.compile(r"(.*)<!-- card of ddpm_hf ([0-9a-f]{16}): [^\n]*-->\s*", re.DOTALL)
 FIRST_CARD = """---
@@ -50,49 +171,10 @@ A pipeline of ddpm_hf. Where ddpm_hf is installed: `ddpm_hf.{name}.from_pretrain
 `diffusers.DiffusionPipeline.from_pretrained(this, trust_remote_code=True)`, which runs the Python files that lie beside
 this card: read them first. How the model was trained was not recorded here.
 """
-IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-FAST = {"solver_order": 2, "algorithm_type": "dpmsolver++", "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
-# The fast sampler spreads its steps below this ratio of noise to signal.
-HIGHEST_NOISE = 500.0
-# Stock schedulers of the process that our models are trained in, which cannot sample from them all the same.
-UNFIT = {
-    "DDIMInverseScheduler": "it goes from data to noise",
-    "DPMSolverMultistepInverseScheduler": "it goes from data to noise",
-    "LCMScheduler": "it needs a model that was distilled into a consistency model",
-    "UnCLIPScheduler": "it must be told the next timestep in each step, which the pipelines here do not do",
-}
-# Those that take no prediction of x0, and those whose first steps are wrong for epsilon at very high noise.
-NOT_OF_SAMPLE = ("DPMSolverSDEScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
-                 "KDPM2DiscreteScheduler", "PNDMScheduler")  # fmt: skip
-POOR_WITH_EPSILON, SMALL_ABAR = ("KDPM2DiscreteScheduler", "PNDMScheduler"), 3e-5
-CUTS_AT_THREE = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler")
-LEARNED = ("learned", "learned_range")  # variance types with twice the channels
-SEE_SAMPLERS = "docs/samplers.md has all schedulers of diffusers and which of them work"
-Generators = torch.Generator | list[torch.Generator] | None
-
-
-@dataclass
-class ImageOutput(BaseOutput):
-    """`images`: a list of PIL images, an array `(B, H, W, C)` or a tensor `(B, C, H, W)`, both float in [0, 1].
-
-    `trajectory`: with `return_all_timesteps`, x_T first and x_0 last: a list of PIL images a sample, or
-    `(B, steps + 1, H, W, C)` / `(B, steps + 1, C, H, W)`.
-    """
-
-    images: list[Image.Image] | np.ndarray | Tensor
-    trajectory: list[list[Image.Image]] | np.ndarray | Tensor | None = None
-
-
-@dataclass
-class SequenceOutput(BaseOutput):
-    """`sequences`: array or tensor `(B, C, length)`, in the data's units; `trajectory`: `(B, steps + 1, C, length)`."""
-
-    sequences: np.ndarray | Tensor
-    trajectory: np.ndarray | Tensor | None = None
 
 
 def _carried_name(cls: type) -> str | None:
-    """The name of the file of code that a class is saved with; None for classes of other libraries."""
+    """Return the name of the module of code that a class is saved with; None for classes of other libraries."""
     package, stem = cls.__module__.split(".")[0], cls.__module__.split(".")[-1]
     if CARRIED.fullmatch(stem):
         return stem
@@ -102,16 +184,18 @@ def _carried_name(cls: type) -> str | None:
 
 
 def _source(cls: type) -> str:
+    """Return the text of the file that defines a class."""
     return Path(sys.modules[cls.__module__].__file__).read_text(encoding="utf-8")
 
 
 def sign_card(text: str) -> str:
-    """A model card with a mark, by which it is known as written by a program and not edited since."""
+    """Return a model card with a mark that shows that a program wrote it and that nobody has edited it since."""
     digest = hashlib.sha256(text.strip().encode()).hexdigest()[:16]
     return f"{text.strip()}\n\n<!-- card of ddpm_hf {digest}: one that is edited is kept -->\n"
 
 
 def is_own_card(text: str) -> bool:
+    """Return True if a model card has the mark of `sign_card` and has not been edited."""
     match = OWN_CARD.fullmatch(text)
     return match is not None and hashlib.sha256(match[1].strip().encode()).hexdigest()[:16] == match[2]
 
@@ -128,24 +212,179 @@ def card_to_keep(repo_id: str, revision: str | None = None, token: str | None = 
     return not is_own_card(Path(card).read_text(encoding="utf-8"))
 
 
-def _check_steps(steps, total: int | None = None) -> None:
-    """That the model can be called as often as that, of `total` timesteps (None: not known yet)."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or (total is not None and steps > total):
-        allowed = "of at least 1" if total is None else f"from 1 to {total}"
-        raise ValueError(f"num_inference_steps must be a whole number {allowed}; got {steps!r}")
+def _carry_code(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Put the code of our classes beside a saved pipeline, name it in model_index.json, and remove local paths."""
+    index_file = folder / pipeline.config_name
+    index = json.loads(index_file.read_text())
+    for name, component in pipeline.components.items():
+        component = getattr(component, "_orig_mod", component)  # a compiled model holds the model
+        if code := _carried_name(type(component)):
+            (folder / name / f"{code}.py").write_text(_source(type(component)), encoding="utf-8")
+            index[name] = [code, type(component).__name__]
+    if code := _carried_name(type(pipeline)):
+        (folder / f"{code}.py").write_text(_source(type(pipeline)), encoding="utf-8")
+        index["_class_name"] = [code, type(pipeline).__name__]
+    index.pop("_name_or_path", None)
+    index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for file in folder.glob("*/*config.json"):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if not (card := folder / "README.md").exists():
+        card.write_text(sign_card(FIRST_CARD.format(name=type(pipeline).__name__)), encoding="utf-8")
+
+
+def _saved_files(pipeline: DiffusionPipeline, folder: Path) -> list[str]:
+    """Return the names of the files of a saved pipeline. Other files of its folder are not uploaded."""
+    kinds = ("*config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+    patterns = [pipeline.config_name, "README.md", "pipeline_ddpm_hf_*.py"]
+    patterns += [f"{name}/{kind}" for name in pipeline.components for kind in (*kinds, "*_ddpm_hf_*.py")]
+    files = [path for pattern in patterns for path in folder.glob(pattern) if not path.is_symlink()]
+    return [path.relative_to(folder).as_posix() for path in files]
+
+
+class _SavedWithCode(DiffusionPipeline):
+    """A pipeline whose saved folder carries the code that it needs, and which reads such folders."""
+
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
+        """Save weights, configurations and the code that they need.
+
+        The folder then loads where ddpm_hf is not installed (`trust_remote_code=True`), and can be saved again there.
+
+        Args:
+            save_directory: a folder, which is made if it does not exist. A README.md in it stays.
+            push_to_hub: upload the folder too. `repo_id` (defaults to the folder's name), `token`, `private`,
+                `commit_message` and `create_pr` are those of the method `push_to_hub`.
+        """
+        names = ("repo_id", "token", "private", "commit_message", "create_pr")
+        upload = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        _carry_code(self, Path(save_directory))
+        if push_to_hub:
+            self._upload(save_directory, **{"repo_id": Path(save_directory).name, **upload})
+
+    def push_to_hub(
+        self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token: str | None = None,
+        create_pr: bool = False, safe_serialization: bool = True, variant: str | None = None,
+    ) -> str:  # fmt: skip
+        """Save into a repo on the Hub, as `save_pretrained` does. A model card that someone has written there stays.
+
+        Returns:
+            The commit's address, as huggingface_hub gives it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            return self._upload(folder, repo_id, commit_message, private, token, create_pr)
+
+    def _upload(self, folder, repo_id, commit_message=None, private=None, token=None, create_pr=False) -> str:
+        repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+        return upload_folder(
+            repo_id=repo_id, folder_path=folder, token=token, create_pr=create_pr,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            allow_patterns=_saved_files(self, Path(folder)),
+            ignore_patterns=["README.md"] if card_to_keep(repo_id, token=token) else None,
+        )  # fmt: skip
+
+    # The package reads the names of carried code as its own classes, so it needs no trust in a folder's code. Two
+    # methods do that: a download looks for the components' files by the names in the index, and must still find them.
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file, **options):
+        index = super()._dict_from_json_file(json_file, **options)
+        name = index.get("_class_name")
+        if __name__ == "ddpm_hf.pipeline" and isinstance(name, list) and CARRIED.fullmatch(str(name[0])):
+            index["_class_name"] = name[1]
+        return index
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """Read model_index.json, with the names of carried code replaced by those of the package's own classes."""
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if __name__ == "ddpm_hf.pipeline":
+            for name, value in index.items():
+                if isinstance(value, list) and len(value) == 2 and CARRIED.fullmatch(str(value[0])):
+                    module = f"ddpm_hf.{value[0].split('_ddpm_hf_')[0]}"
+                    importlib.import_module(module)  # diffusers looks among the modules that are imported
+                    index[name] = [module, value[1]]
+        return loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a saved pipeline, as diffusers does. A `scheduler` that is given is checked as one that is set later.
+
+        Raises:
+            ValueError: the scheduler cannot sample from the saved model.
+        """
+        scheduler = kwargs.pop("scheduler", None)
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if scheduler is not None:
+            pipeline.scheduler = scheduler
+        return pipeline
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """Read the options from a configuration. diffusers only warns about keys that it does not know.
+
+        Raises:
+            ValueError: an unknown key is close to one of ours, so it is taken for a misspelling.
+        """
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        for name in config_dict:
+            if name not in known and not name.startswith("_") and (close := get_close_matches(name, known, 1, 0.75)):
+                raise ValueError(
+                    f"{cls.__name__} does not know: {name} (did you mean {close[0]}?), in the configuration"
+                )
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """Make a new pipeline with the parts and settings of another one; `kwargs` replace some of them.
+
+        The parts are passed on by name, because diffusers takes a model only if the constructor names its class, and
+        this file knows no model.
+        """
+        parts = {name: part for name, part in pipeline.components.items() if name in ("unet", "scheduler")}
+        made = super().from_pipe(pipeline, **{**parts, **kwargs})
+        if kwargs.get("scheduler") is not None:
+            made.scheduler = kwargs["scheduler"]  # again: the settings still belong to the other pipeline's scheduler
+        return made
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedulers
+
+FAST = {"solver_order": 2, "algorithm_type": "dpmsolver++", "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
+# The fast sampler spreads its steps below this ratio of noise to signal.
+HIGHEST_NOISE = 500.0
+# Stock schedulers of the process that our models are trained in, which still cannot sample from them.
+UNFIT = {
+    "DDIMInverseScheduler": "it goes from data to noise",
+    "DPMSolverMultistepInverseScheduler": "it goes from data to noise",
+    "LCMScheduler": "it needs a model that was distilled into a consistency model",
+    "UnCLIPScheduler": "it must be told the next timestep in each step, which the pipelines here do not do",
+}
+# Schedulers that take no prediction of x0, and those whose first steps are wrong for epsilon at very high noise.
+NOT_OF_SAMPLE = ("DPMSolverSDEScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+                 "KDPM2DiscreteScheduler", "PNDMScheduler")  # fmt: skip
+POOR_WITH_EPSILON, SMALL_ABAR = ("KDPM2DiscreteScheduler", "PNDMScheduler"), 3e-5
+CUTS_AT_THREE = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler")
+LEARNED = ("learned", "learned_range")  # variance types with twice the channels
+SEE_SAMPLERS = "docs/samplers.md has all schedulers of diffusers and which of them work"
 
 
 def log_snr_timesteps(alphas_cumprod: Tensor, steps: int) -> list[int]:
-    """Timesteps of a short chain, descending from T-1: evenly in log(abar / (1 - abar)) down to t = 0 (left out).
+    """Return the timesteps of a short chain, descending from T-1 and even in log(abar / (1 - abar)).
 
-    Evenly in t, a chain crosses the highest noise in its first step. But that is where large pictures take their
-    brightness and layout: what all of n pixels share is seen through n times the noise.
+    Steps that are even in t cross the highest noise in the first of them. But that is where large images take their
+    brightness and layout: what all n pixels share is seen through n times the noise. The place of t = 0 is left out,
+    as the last step goes from the one before to x0.
 
-    Noise above `HIGHEST_NOISE` times the signal says nothing of x0, so the steps are spread below it. Where the last
+    Noise above `HIGHEST_NOISE` times the signal says nothing about x0, so the steps are spread below it. Where the last
     beta is a jump from far lower noise, so that the second step would lie inside it, they are spread from T-2 on.
 
     Args:
-        alphas_cumprod: (T,), descending.
+        alphas_cumprod: `(T,)`, descending.
         steps: 1 to T.
     """
     smallest = 2.0**-24  # keeps log-SNR finite where abar is 0, or 1 in float32
@@ -162,12 +401,32 @@ def log_snr_timesteps(alphas_cumprod: Tensor, steps: int) -> list[int]:
     chain = [last]
     for t in nearest:
         chain.append(min(t, chain[-1] - 1))
-    # where timesteps are too few for all to be distinct: the last ones by one each
+    # where there are too few timesteps for distinct ones, the last steps go down by one each
     return [max(t, steps - 1 - i) for i, t in enumerate(chain)]
 
 
+def _fast_scheduler(scheduler) -> DPMSolverMultistepScheduler:
+    """Make the scheduler of the fast sampler. What it changes is kept in its configuration, for the way back."""
+    config = scheduler.config
+    fast = DPMSolverMultistepScheduler.from_config(config, **FAST)
+    own = {"timestep_spacing": config.get("timestep_spacing", "trailing"), **config.get("_gaussian", {})}
+    fast.register_to_config(_gaussian=own)
+    if config.get("variance_type") in LEARNED:
+        # stock solvers keep the first three channels of a model with learned variance, whatever the data has: the loop
+        # drops the half that predicts the variance instead
+        fast.register_to_config(variance_type=None, _gaussian={**own, "variance_type": config.variance_type})
+    return fast
+
+
+class _Trained(NamedTuple):
+    """What the model was trained with, as the first scheduler of its pipeline says."""
+
+    prediction_type: str | None
+    alphas_cumprod: Tensor  # (T,), float64 on the CPU
+
+
 def _scheduler_fault(scheduler) -> str | None:
-    """Why a scheduler cannot sample from a model that was trained on betas, whichever the model; None: it can."""
+    """Return the reason why a scheduler cannot sample from any model that was trained on betas; None if it can."""
     names = {kind.__name__ for kind in type(scheduler).__mro__}
     config = getattr(scheduler, "config", {})
     prediction = config.get("prediction_type")
@@ -186,9 +445,91 @@ def _scheduler_fault(scheduler) -> str | None:
     return None
 
 
+def _check_scheduler(scheduler, unet, trained: _Trained | None) -> _Trained:
+    """Raise ValueError for a scheduler that cannot sample here, and warn about one whose samples will hardly be right.
+
+    Args:
+        trained: what the model was trained with; None: what this scheduler says, as the first one of its pipeline.
+
+    Returns:
+        What the model was trained with.
+    """
+    kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if fault := _scheduler_fault(scheduler):
+        raise ValueError(f"{kind} cannot be the scheduler of this pipeline: {fault}. {SEE_SAMPLERS}")
+    prediction, abar = config.get("prediction_type"), scheduler.alphas_cumprod.double().cpu()
+    trained = trained or _Trained(prediction, abar)
+    keep = f"{kind}.from_config(pipe.scheduler.config) keeps what the model was trained with"
+    if prediction != trained.prediction_type:
+        raise ValueError(
+            f"{kind} cannot be the scheduler of this pipeline: its prediction_type is {prediction!r}, the model "
+            f"was trained with {trained.prediction_type!r}. {keep}; for another model, make another pipeline"
+        )
+    if unet is not None and config.get("variance_type") in LEARNED:
+        _check_variance(scheduler, unet.config)
+    warned = None
+    if len(abar) != len(trained.alphas_cumprod):
+        warned = f"it has {len(abar)} timesteps, the model was trained with {len(trained.alphas_cumprod)}. {keep}"
+    elif (difference := (abar - trained.alphas_cumprod).abs().max().item()) > 1e-3:
+        warned = f"its betas are not those of the model: alphas_cumprod differs by up to {difference:.2g}. {keep}"
+    elif prediction == "epsilon" and kind in POOR_WITH_EPSILON and abar[-1] < SMALL_ABAR:
+        warned = f"its error is large for epsilon where alphas_cumprod ends below {SMALL_ABAR}. {SEE_SAMPLERS}"
+    if warned:
+        warnings.warn(f"samples of {kind} will hardly be right: {warned}", stacklevel=3)
+    return trained
+
+
+def _check_variance(scheduler, unet) -> None:
+    """Check a scheduler of a learned variance against the channels in the configuration of the model, `unet`."""
+    kind, variance, channels = type(scheduler).__name__, scheduler.config.variance_type, unet.in_channels
+    if kind in CUTS_AT_THREE and channels > 3:
+        raise ValueError(
+            f"{kind} with variance_type={variance!r} keeps 3 of {channels} channels: "
+            "give from_config variance_type=None"
+        )
+    predicted = unet.get("out_channels") or channels * (2 if unet.get("learned_variance") else 1)
+    if hasattr(scheduler, "clip_x0") and predicted != 2 * channels:
+        raise ValueError(
+            f"variance_type={variance!r} needs a model with {2 * channels} output channels "
+            f"(learned_variance=True), got one with {predicted}"
+        )
+
+
+def _takes_variance(scheduler) -> bool:
+    """Return True if the scheduler's step reads the half of the channels in which a model predicts its variance."""
+    own = hasattr(scheduler, "clip_x0")
+    stock = isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler))
+    return (own or stock) and scheduler.config.get("variance_type") in LEARNED
+
+
+def _step_options(scheduler, generator: Generators, eta: float | None) -> dict:
+    """Return those of `generator` and `eta` that the scheduler's step takes.
+
+    Raises:
+        ValueError: `eta` is given and the step takes none, or it does not lie in [0, 1].
+    """
+    parameters = inspect.signature(scheduler.step).parameters
+    options = {}
+    if "generator" in parameters:
+        options["generator"] = generator
+    if eta is not None:
+        if "eta" not in parameters:
+            raise ValueError(f"eta was given, but {type(scheduler).__name__} has no eta")
+        if not isinstance(eta, (int, float)) or isinstance(eta, bool) or not 0 <= eta <= 1:
+            raise ValueError(f"eta must be a number from 0 to 1, got {eta!r}")
+        options["eta"] = eta
+    return options
+
+
+# ---------------------------------------------------------------------------------------------
+# Pieces of the loop
+
+
 def _threshold(x0: Tensor, ratio: float, highest: float) -> Tensor:
-    """Dynamic thresholding (Saharia et al., section 2.3): clamp to [-s, s] and divide by s, the percentile `ratio` of
-    |x0| in each sample, from 1 to `highest`."""
+    """Apply dynamic thresholding (Saharia et al., arXiv:2205.11487, section 2.3): clamp to [-s, s] and divide by s.
+
+    s is the percentile `ratio` of |x0| in each sample, clamped to [1, `highest`].
+    """
     magnitudes = x0.flatten(1).abs().float().sort(dim=1).values
     last = magnitudes.shape[1] - 1
     rank = ratio * last
@@ -198,8 +539,63 @@ def _threshold(x0: Tensor, ratio: float, highest: float) -> Tensor:
     return torch.minimum(torch.maximum(x0, -s), s) / s
 
 
-class _SamplingPipeline(DiffusionPipeline):
-    """The sampling loop; what the data is (images, sequences) is in `_encode`, `_decode`, `_size` and `_output`."""
+class _X0Estimate:
+    """Estimates of x0 from predictions, clipped as a scheduler is configured.
+
+    Self-conditioning needs them under stock schedulers, whose steps do not all return theirs.
+    """
+
+    def __init__(self, scheduler):
+        self.config = scheduler.config
+        abar = scheduler.alphas_cumprod.double().cpu()
+        self.sigmas = ((1 - abar) / abar).sqrt()
+
+    def __call__(self, prediction: Tensor, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """Return the estimate of x0, shaped as x_t, for the prediction at x_t; t may lie between whole timesteps."""
+        c = self.config
+        if c.prediction_type == "sample":
+            x0 = prediction
+        else:
+            # Between whole timesteps (Euler, Heun) the noise level sqrt((1 - abar) / abar) is interpolated linearly.
+            t = float(t)
+            low = min(max(int(t), 0), len(self.sigmas) - 1)
+            high = min(low + 1, len(self.sigmas) - 1)
+            sigma = torch.lerp(self.sigmas[low], self.sigmas[high], t - low).item()
+            root, root_noise = (1 / (1 + sigma**2)) ** 0.5, (sigma**2 / (1 + sigma**2)) ** 0.5
+            if c.prediction_type == "epsilon":
+                x0 = (x_t - root_noise * prediction) / root
+            else:
+                x0 = root * x_t - root_noise * prediction
+        if c.get("thresholding"):
+            return _threshold(x0, c.get("dynamic_thresholding_ratio", 0.995), c.get("sample_max_value", 1.0))
+        if c.get("clip_sample"):
+            limit = c.get("clip_sample_range", 1.0)
+            x0 = x0.clamp(-limit, limit)
+        return x0
+
+
+def _moves(model) -> bool:
+    """Return True if the weights of a model move between its calls (offloading), or are shards of several devices."""
+    hooked = any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in model.modules())
+    return hooked or any(type(weight.data) is not Tensor for weight in model.parameters())
+
+
+def _use_channels_last(model) -> None:
+    """Give a model of ours weights in the memory layout of its activations, which makes its calls faster.
+
+    Moving a model to another device or type keeps its layout, and saving writes the usual one. Other models, and
+    weights that are offloaded or sharded, stay as they are.
+    """
+    if isinstance(model, torch.nn.Module) and hasattr(model, "channels_last") and not _moves(model):
+        model.channels_last()
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+
+class _SamplingPipeline(_SavedWithCode):
+    """The sampling loop. `_size`, `_encode`, `_decode` and `_output` of the subclasses say what the data is."""
 
     _output_types: tuple
     _callback_tensor_inputs = ["latents"]
@@ -216,208 +612,33 @@ class _SamplingPipeline(DiffusionPipeline):
         if num_inference_steps is not None:
             _check_steps(num_inference_steps)
 
-    # -- the saved folder ----------------------------------------------------------------------
-
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
-        """Save weights, configurations and the code that they need, so that the folder loads where ddpm_hf is not
-        installed (`trust_remote_code=True`), and after being saved again from there.
-
-        Args:
-            save_directory: a folder; made if it is not there. A README.md in it stays.
-            push_to_hub: upload it, to the `repo_id` given, or of the folder's name; `token`, `private`,
-                `commit_message` and `create_pr` as in `push_to_hub`.
-        """
-        names = ("repo_id", "token", "private", "commit_message", "create_pr")
-        upload = {name: kwargs.pop(name) for name in names if name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        self._carry_code(Path(save_directory))
-        if push_to_hub:
-            self._upload(save_directory, **{"repo_id": Path(save_directory).name, **upload})
-
-    def push_to_hub(
-        self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token: str | None = None,
-        create_pr: bool = False, safe_serialization: bool = True, variant: str | None = None,
-    ) -> str:  # fmt: skip
-        """Save into a repo of the Hub, as `save_pretrained`; a model card that someone has written there stays.
-
-        Returns:
-            The commit's address, as huggingface_hub gives it.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-            return self._upload(folder, repo_id, commit_message, private, token, create_pr)
-
-    def _upload(self, folder, repo_id, commit_message=None, private=None, token=None, create_pr=False) -> str:
-        repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
-        return upload_folder(
-            repo_id=repo_id, folder_path=folder, token=token, create_pr=create_pr,
-            commit_message=commit_message or f"Upload {type(self).__name__}",
-            allow_patterns=self._parts_of(Path(folder)),
-            ignore_patterns=["README.md"] if card_to_keep(repo_id, token=token) else None,
-        )  # fmt: skip
-
-    def _parts_of(self, folder: Path) -> list[str]:
-        """Names of the files that the saved pipeline consists of: what else lies in its folder is not uploaded."""
-        kinds = ("*config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-        patterns = [self.config_name, "README.md", "pipeline_ddpm_hf_*.py"]
-        patterns += [f"{name}/{kind}" for name in self.components for kind in (*kinds, "*_ddpm_hf_*.py")]
-        files = [path for pattern in patterns for path in folder.glob(pattern) if not path.is_symlink()]
-        return [path.relative_to(folder).as_posix() for path in files]
-
-    def _carry_code(self, folder: Path) -> None:
-        """Put the code of our classes beside what was saved, name it in model_index.json, and take paths out."""
-        index_file = folder / self.config_name
-        index = json.loads(index_file.read_text())
-        for name, component in self.components.items():
-            component = getattr(component, "_orig_mod", component)  # compiled
-            if code := _carried_name(type(component)):
-                (folder / name / f"{code}.py").write_text(_source(type(component)), encoding="utf-8")
-                index[name] = [code, type(component).__name__]
-        if code := _carried_name(type(self)):
-            (folder / f"{code}.py").write_text(_source(type(self)), encoding="utf-8")
-            index["_class_name"] = [code, type(self).__name__]
-        index.pop("_name_or_path", None)
-        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for file in folder.glob("*/*config.json"):
-            config = json.loads(file.read_text())
-            if config.pop("_name_or_path", None) is not None:
-                file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if not (card := folder / "README.md").exists():
-            card.write_text(sign_card(FIRST_CARD.format(name=type(self).__name__)), encoding="utf-8")
-
-    # The package reads carried code's names as its own classes, so no trust in a folder's code is needed. Two places:
-    # a download looks for the components' files by the names in the index, and must still find them.
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file, **options):
-        index = super()._dict_from_json_file(json_file, **options)
-        name = index.get("_class_name")
-        if __name__ == "ddpm_hf.pipeline" and isinstance(name, list) and CARRIED.fullmatch(str(name[0])):
-            index["_class_name"] = name[1]
-        return index
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load a saved pipeline, as diffusers does; a `scheduler` given beside it is checked as one set afterwards.
-
-        Raises:
-            ValueError: a scheduler that cannot sample from the saved model.
-        """
-        scheduler = kwargs.pop("scheduler", None)
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if scheduler is not None:
-            pipeline.scheduler = scheduler
-        return pipeline
-
-    @classmethod
-    def load_config(cls, *args, **kwargs):
-        loaded = super().load_config(*args, **kwargs)
-        index = loaded[0] if isinstance(loaded, tuple) else loaded
-        if __name__ == "ddpm_hf.pipeline":
-            for name, value in index.items():
-                if isinstance(value, list) and len(value) == 2 and CARRIED.fullmatch(str(value[0])):
-                    module = f"ddpm_hf.{value[0].split('_ddpm_hf_')[0]}"
-                    importlib.import_module(module)  # diffusers looks among the modules that are there
-                    index[name] = [module, value[1]]
-        return loaded
-
-    @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        """Read the options from a configuration. diffusers only warns of keys that it does not know.
-
-        Raises:
-            ValueError: an unknown key is close to one of ours, so it is taken for misspelt.
-        """
-        known = list(inspect.signature(cls.__init__).parameters)[1:]
-        for name in config_dict:
-            if name not in known and not name.startswith("_") and (close := get_close_matches(name, known, 1, 0.75)):
-                raise ValueError(
-                    f"{cls.__name__} does not know: {name} (did you mean {close[0]}?), in the configuration"
-                )
-        return super().extract_init_dict(config_dict, **kwargs)
-
-    @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
-        """Make a new pipeline with the parts and settings of another one, as diffusers; `kwargs` replace some of them.
-
-        The parts are passed on by name, because diffusers takes a model only if the constructor names its class, and
-        this file knows no model.
-        """
-        parts = {name: part for name, part in pipeline.components.items() if name in ("unet", "scheduler")}
-        made = super().from_pipe(pipeline, **{**parts, **kwargs})
-        if kwargs.get("scheduler") is not None:
-            made.scheduler = kwargs["scheduler"]  # the settings came with that of the other pipeline
-        return made
-
-    # -- samplers ------------------------------------------------------------------------------
-
     def __setattr__(self, name: str, value) -> None:
-        """Setting the scheduler checks it, and ends the fast sampler: its spacing goes, the pipeline's own number of
-        steps returns.
+        """Set an attribute. A new scheduler is checked, and ends the fast sampler.
+
+        The fast sampler's spacing then goes, and the number of steps that the pipeline had before returns.
 
         Raises:
-            ValueError: a scheduler that cannot sample from the model; the message has the reason.
+            ValueError: the scheduler cannot sample from the model; the message has the reason.
         """
         if name == "scheduler":
-            self._check_scheduler(value)
+            unet, trained = self.__dict__.get("unet"), self.__dict__.get("_trained")
+            self.__dict__["_trained"] = _check_scheduler(value, unet, trained)
         super().__setattr__(name, value)
+        if name == "unet":
+            _use_channels_last(value)
         if name == "scheduler" and self.config.get("log_snr_spacing"):
             own = self.config.get("steps_before_fast")
             self.register_to_config(num_inference_steps=own, log_snr_spacing=False, steps_before_fast=None)
 
-    def _check_scheduler(self, scheduler) -> None:
-        """Raise ValueError for a scheduler that cannot work here; warn of one whose samples will hardly be right.
-
-        What the model was trained with is read off the first scheduler that the pipeline was given.
-        """
-        kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-        if fault := _scheduler_fault(scheduler):
-            raise ValueError(f"{kind} cannot be the scheduler of this pipeline: {fault}. {SEE_SAMPLERS}")
-        prediction, abar = config.get("prediction_type"), scheduler.alphas_cumprod.double().cpu()
-        trained_prediction, trained_abar = self.__dict__.setdefault("_trained", (prediction, abar))
-        keep = f"{kind}.from_config(pipe.scheduler.config) keeps what the model was trained with"
-        if prediction != trained_prediction:
-            raise ValueError(
-                f"{kind} cannot be the scheduler of this pipeline: its prediction_type is {prediction!r}, the model "
-                f"was trained with {trained_prediction!r}. {keep}; for another model, make another pipeline"
-            )
-        self._check_variance(scheduler)
-        warned = None
-        if len(abar) != len(trained_abar):
-            warned = f"it has {len(abar)} timesteps, the model was trained with {len(trained_abar)}. {keep}"
-        elif (difference := (abar - trained_abar).abs().max().item()) > 1e-3:
-            warned = f"its betas are not those of the model: alphas_cumprod differs by up to {difference:.2g}. {keep}"
-        elif prediction == "epsilon" and kind in POOR_WITH_EPSILON and abar[-1] < SMALL_ABAR:
-            warned = f"its error is large for epsilon where alphas_cumprod ends below {SMALL_ABAR}. {SEE_SAMPLERS}"
-        if warned:
-            warnings.warn(f"samples of {kind} will hardly be right: {warned}", stacklevel=3)
-
-    def _check_variance(self, scheduler) -> None:
-        kind, config = type(scheduler).__name__, scheduler.config
-        if config.get("variance_type") not in LEARNED or self.unet is None:
-            return
-        channels = self._channels()
-        if kind in CUTS_AT_THREE and channels > 3:
-            raise ValueError(
-                f"{kind} with variance_type={config.variance_type!r} keeps 3 of {channels} channels: "
-                "give from_config variance_type=None"
-            )
-        unet = self.unet.config
-        predicted = unet.get("out_channels") or channels * (2 if unet.get("learned_variance") else 1)
-        if hasattr(scheduler, "clip_x0") and predicted != 2 * channels:
-            raise ValueError(
-                f"variance_type={config.variance_type!r} needs a model with {2 * channels} output channels "
-                f"(learned_variance=True), got one with {predicted}"
-            )
-
     def use_fast_sampler(self, num_inference_steps: int = 15):
-        """Sample with few calls of the model: DPM-Solver++ of order 2 (Lu et al., arXiv:2211.01095), diffusers' own, on
-        the schedule that the model was trained on, at `log_snr_timesteps`. docs/studies.md has its distances to data
-        beside those of others.
+        """Sample with few calls of the model, by DPM-Solver++ of order 2 (Lu et al., arXiv:2211.01095).
 
-        The pipeline's scheduler is replaced; a saved pipeline keeps that. Setting any scheduler ends it, with that
-        scheduler's own spacing and the number of steps that the pipeline had before. The way back is
-        `pipe.scheduler = GaussianScheduler.from_config(pipe.scheduler.config)`.
+        The solver is diffusers' own, on the schedule that the model was trained on, at `log_snr_timesteps`.
+        docs/studies.md compares its samples with those of other samplers.
+
+        The pipeline's scheduler is replaced, and a saved pipeline keeps that. Setting any scheduler ends it: the
+        spacing is then the scheduler's own, and the number of steps the one that the pipeline had before. The way
+        back is `pipe.scheduler = GaussianScheduler.from_config(pipe.scheduler.config)`.
 
         Args:
             num_inference_steps: default number of steps from now on; 1 to T.
@@ -426,19 +647,10 @@ class _SamplingPipeline(DiffusionPipeline):
             self
 
         Raises:
-            ValueError: num_inference_steps outside its range.
+            ValueError: num_inference_steps is outside its range.
         """
         _check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
-        config = self.scheduler.config
-        scheduler = DPMSolverMultistepScheduler.from_config(config, **FAST)
-        # the way back finds here what is changed
-        own = {"timestep_spacing": config.get("timestep_spacing", "trailing"), **config.get("_gaussian", {})}
-        scheduler.register_to_config(_gaussian=own)
-        if config.get("variance_type") in LEARNED:
-            # of a learned variance stock solvers keep the first three channels, whatever the data has: `_denoise` drops
-            # that half
-            scheduler.register_to_config(variance_type=None, _gaussian={**own, "variance_type": config.variance_type})
-        self.scheduler = scheduler
+        self.scheduler = _fast_scheduler(self.scheduler)
         self.register_to_config(
             steps_before_fast=self.config.num_inference_steps,
             num_inference_steps=num_inference_steps,
@@ -447,10 +659,8 @@ class _SamplingPipeline(DiffusionPipeline):
         return self
 
     def is_spaced_by_log_snr(self) -> bool:
-        """Return True if the steps are those of the fast sampler; another scheduler, put in its place, has its own."""
+        """Return True if the steps are those of the fast sampler. Another scheduler has its own."""
         return self.config.log_snr_spacing and isinstance(self.scheduler, DPMSolverMultistepScheduler)
-
-    # -- what differs by data ------------------------------------------------------------------
 
     def _size(self) -> tuple:
         raise AssertionError("a pipeline of images or of sequences says its size")
@@ -458,100 +668,60 @@ class _SamplingPipeline(DiffusionPipeline):
     def _channels(self) -> int:
         return self.unet.config.in_channels
 
-    # -- pieces of the loop --------------------------------------------------------------------
-
-    def _check(self, batch_size, generator, output_type, latents=None) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
-        if output_type not in self._output_types:
-            raise ValueError(f"output_type must be one of {', '.join(self._output_types)}; got {output_type!r}")
-        generators = generator if isinstance(generator, (list, tuple)) else [generator]
-        if not all(g is None or isinstance(g, torch.Generator) for g in generators):
-            raise ValueError(f"generator must be a torch.Generator, or one per sample; got {generator!r}")
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
-            raise ValueError(
-                f"generator must be one, or one per sample: batch_size is {batch_size}, got {len(generator)} generators"
-            )
+    def _check_call(
+        self, batch_size, generator, output_type, latents=None, callback=None, callback_inputs=("latents",)
+    ) -> None:
+        """Raise ValueError for arguments of a call that break one of `CALL_RULES`."""
+        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+        got, shape = type(latents).__name__, None
+        if isinstance(latents, Tensor):
+            got = tuple(latents.shape)
         if latents is not None:
-            shape = (batch_size, self._channels(), *self._size())
-            if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
-                got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-                raise ValueError(f"latents must be a tensor of the shape {shape}, got {got}")
-            if not torch.isfinite(latents).all():
-                raise ValueError("latents must be finite, got NaN or infinity")
+            # a model without a size of its own takes any
+            free = self.unet.config.sample_size is None and isinstance(latents, Tensor)
+            shape = (batch_size, self._channels(), *(latents.shape[2:] if free else self._size()))
+        _check_rules(
+            CALL_RULES, batch_size=batch_size, output_type=output_type, output_types=self._output_types,
+            allowed_output_types=", ".join(self._output_types), generator=generator, generators=generators,
+            number_of_generators=len(generators), latents=latents, shape=shape, shape_of_latents=got,
+            channels=self._channels(), callback=callback, callback_inputs=callback_inputs,
+            callback_names=callback_inputs if isinstance(callback_inputs, (list, tuple)) else [callback_inputs],
+            allowed_inputs=self._callback_tensor_inputs,
+        )  # fmt: skip
 
     def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> None:
-        device = self._execution_device
+        """Choose the timesteps of the chain: those given, or as many as a call or the pipeline says."""
+        device, scheduler = self._execution_device, self.scheduler
         if timesteps is not None:
             if num_inference_steps is not None:
                 raise ValueError(f"give num_inference_steps or timesteps, not both; got {num_inference_steps} and them")
-            if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
-                raise ValueError(
-                    f"{type(self.scheduler).__name__} takes no explicit timesteps; give num_inference_steps"
-                )
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+            if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+                raise ValueError(f"{type(scheduler).__name__} takes no explicit timesteps; give num_inference_steps")
+            scheduler.set_timesteps(timesteps=timesteps, device=device)
             return
-        total = self.scheduler.config.num_train_timesteps
+        total = scheduler.config.num_train_timesteps
         steps = num_inference_steps if num_inference_steps is not None else self.config.num_inference_steps or total
         _check_steps(steps, total)
         if self.is_spaced_by_log_snr():
-            chain = log_snr_timesteps(self.scheduler.alphas_cumprod, steps)
-            self.scheduler.set_timesteps(timesteps=chain, device=device)
+            scheduler.set_timesteps(timesteps=log_snr_timesteps(scheduler.alphas_cumprod, steps), device=device)
         else:
-            self.scheduler.set_timesteps(steps, device=device)
-
-    def _step_options(self, generator: Generators, eta: float | None) -> dict:
-        """Those of `generator` and `eta` that the scheduler's step takes."""
-        parameters = inspect.signature(self.scheduler.step).parameters
-        options = {}
-        if "generator" in parameters:
-            options["generator"] = generator
-        if eta is not None:
-            if "eta" not in parameters:
-                raise ValueError(f"eta was given, but {type(self.scheduler).__name__} has no eta")
-            if not isinstance(eta, (int, float)) or isinstance(eta, bool) or not 0 <= eta <= 1:
-                raise ValueError(f"eta must be a number from 0 to 1, got {eta!r}")
-            options["eta"] = eta
-        return options
-
-    def _estimate_x0(self, prediction: Tensor, model_input: Tensor, t) -> Tensor:
-        """x0 by the prediction at x_t, clipped as configured: for self-conditioning under stock schedulers."""
-        config = self.scheduler.config
-        if config.prediction_type == "sample":
-            x0 = prediction
-        else:
-            # Between whole timesteps (Euler, Heun) the noise level sqrt((1 - abar) / abar) is interpolated linearly.
-            abar = self.scheduler.alphas_cumprod.double().cpu()
-            sigmas = ((1 - abar) / abar).sqrt()
-            t = float(t)
-            low = min(max(int(t), 0), len(sigmas) - 1)
-            high = min(low + 1, len(sigmas) - 1)
-            sigma = torch.lerp(sigmas[low], sigmas[high], t - low).item()
-            root, root_noise = (1 / (1 + sigma**2)) ** 0.5, (sigma**2 / (1 + sigma**2)) ** 0.5
-            if config.prediction_type == "epsilon":
-                x0 = (model_input - root_noise * prediction) / root
-            else:
-                x0 = root * model_input - root_noise * prediction
-        if config.get("thresholding"):
-            return _threshold(x0, config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0))
-        if config.get("clip_sample"):
-            limit = config.get("clip_sample_range", 1.0)
-            x0 = x0.clamp(-limit, limit)
-        return x0
-
-    def _takes_variance(self) -> bool:
-        """Return True if the scheduler's step reads the half of the channels in which a model predicts its variance."""
-        own = hasattr(self.scheduler, "clip_x0")
-        stock = isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler))
-        return (own or stock) and self.scheduler.config.get("variance_type") in LEARNED
+            scheduler.set_timesteps(steps, device=device)
 
     @torch.no_grad()
     def _denoise(
-        self, x: Tensor, timesteps, options: dict, trajectory: list | None, callback, callback_inputs
+        self, x: Tensor, timesteps, options: dict, trajectory: list | None = None, callback=None, callback_inputs=()
     ) -> Tensor:
-        """x_T -> x_0 along `timesteps`; appends each x to `trajectory`."""
+        """Run the chain from x_T to x_0.
+
+        Args:
+            x: x_T, `(B, C, *spatial)`.
+            timesteps: those of the chain, in its order.
+            options: further arguments of the scheduler's step.
+            trajectory: a list to which the x of each step is appended; None: they are not kept.
+        """
         self_condition = self.unet.config.get("self_condition", False)
-        channels = 2 * x.shape[1] if self._takes_variance() else x.shape[1]
+        estimate_x0 = _X0Estimate(self.scheduler) if self_condition else None
+        channels = 2 * x.shape[1] if _takes_variance(self.scheduler) else x.shape[1]
         self._interrupt = False
         x0 = None
         for i, t in enumerate(self.progress_bar(timesteps)):
@@ -563,7 +733,7 @@ class _SamplingPipeline(DiffusionPipeline):
             if self_condition:
                 x0 = getattr(result, "pred_original_sample", None)
                 if x0 is None:
-                    x0 = self._estimate_x0(prediction[:, : x.shape[1]], model_input, t)
+                    x0 = estimate_x0(prediction[:, : x.shape[1]], model_input, t)
             if callback is not None:
                 # The contract of diffusers: callback(pipeline, step, timestep, tensors) -> tensors to go on with.
                 tensors = {name: {"latents": x}[name] for name in callback_inputs}
@@ -578,17 +748,11 @@ class _SamplingPipeline(DiffusionPipeline):
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict,
         callback_on_step_end, callback_inputs, return_all_timesteps, timesteps,
     ):  # fmt: skip
-        self._check(batch_size, generator, output_type, latents)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"callback_on_step_end must be callable, got {callback_on_step_end!r}")
-        names = callback_inputs if isinstance(callback_inputs, (list, tuple)) else [callback_inputs]
-        if not all(isinstance(name, str) and name in self._callback_tensor_inputs for name in names):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be of {self._callback_tensor_inputs}, got {callback_inputs!r}"
-            )
-        callback_inputs = names
+        """Sample, as the calls of the subclasses say."""
+        self._check_call(batch_size, generator, output_type, latents, callback_on_step_end, callback_inputs)
+        callback_inputs = [callback_inputs] if isinstance(callback_inputs, str) else callback_inputs
         self._set_timesteps(num_inference_steps, timesteps)
-        options = self._step_options(generator, eta)
+        options = _step_options(self.scheduler, generator, eta)
         device, dtype = self._execution_device, self.unet.dtype
         if latents is None:
             shape = (batch_size, self._channels(), *self._size())
@@ -598,16 +762,14 @@ class _SamplingPipeline(DiffusionPipeline):
         x = self._denoise(x, self.scheduler.timesteps, options, trajectory, callback_on_step_end, callback_inputs)
         self.maybe_free_model_hooks()
         samples = self._decode(x, output_type)
-        whole = None
         if trajectory is not None:
-            flat = self._decode(torch.stack(trajectory, dim=1).flatten(0, 1), output_type)
             n = len(trajectory)
-            whole = (
-                [flat[i * n : (i + 1) * n] for i in range(batch_size)]
-                if isinstance(flat, list)
-                else flat.reshape(batch_size, n, *flat.shape[1:])
-            )
-        return self._output(samples, whole, return_dict)
+            flat = self._decode(torch.stack(trajectory, dim=1).flatten(0, 1), output_type)  # the steps of each sample
+            if isinstance(flat, list):
+                trajectory = [flat[i * n : (i + 1) * n] for i in range(batch_size)]
+            else:
+                trajectory = flat.reshape(batch_size, n, *flat.shape[1:])
+        return self._output(samples, trajectory, return_dict)
 
     @torch.no_grad()
     def interpolate(
@@ -622,74 +784,89 @@ class _SamplingPipeline(DiffusionPipeline):
         output_type: str | None = None,
         return_dict: bool = True,
     ):
-        """Noise two pieces of data, mix them, and denoise the mix (DDPM, section 4.3).
+        """Noise two pieces of data, mix them, and denoise the mix (Ho et al., section 4.3).
 
-        Both ends are noised with the same noise, so that the mix has the noise level of its timestep.
+        Both ends get the same noise, so that the mix has the noise level of its timestep.
 
         Args:
-            x1, x2: the ends, in the data's natural range: what the pipeline gives (images: PIL, arrays
-                `(B, H, W, C)` or tensors `(B, C, H, W)` in [0, 1]; sequences `(B, C, length)` in their own units).
+            x1, x2: the ends, in the form in which the pipeline gives its samples (images: PIL, arrays `(B, H, W, C)` or
+                tensors `(B, C, H, W)` in [0, 1]; sequences: `(B, C, length)` in the units of the data).
             strength: share of the chain to go back, in (0, 1]; 1 starts from the last timestep, close to pure noise.
-            num_inference_steps: of the whole chain; `strength` of them are run.
-            weights: of x2, in [0, 1]; several give that many samples a pair, one after the other.
-            generator: of all noise; one, or one per pair.
+            num_inference_steps: number of steps of the whole chain; the share `strength` of them is run.
+            weights: weight of x2, in [0, 1]; several give that many samples for each pair, one after the other.
+            generator: generator of all noise; one, or one per pair.
             eta, output_type, return_dict: as in the call.
 
         Returns:
-            As the call: len(x1) * len(weights) samples.
+            The output of a call, with len(x1) * len(weights) samples.
 
         Raises:
-            ValueError: ends of different or unfitting shapes, or a value outside its range.
+            ValueError: the ends have different or unfitting shapes, or a value is outside its range.
         """
+        weights, strength = _interpolation_numbers(weights, strength)
         output_type = output_type or self._output_types[0]
-        try:
-            weights = [float(w) for w in np.ravel(weights)]
-            strength = float(strength)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"weights and strength must be numbers, got {weights!r} and {strength!r}") from error
-        if not weights or not all(0 <= w <= 1 for w in weights):
-            raise ValueError(f"weights must lie in [0, 1], got {weights}")
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength must lie in (0, 1], got {strength}")
         x1, x2 = self._encode(x1, "x1"), self._encode(x2, "x2")
         if x1.shape != x2.shape:
             raise ValueError(f"x1 and x2 must have the same shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
-        self._check(len(x1), generator, output_type)
+        self._check_call(len(x1), generator, output_type)
         self._set_timesteps(num_inference_steps, None)
-        chain = self.scheduler.timesteps
-        # schedulers of order n take n entries a step, and start at whole steps only
-        order = self.scheduler.order
-        steps = -(-len(chain) // order)
-        if self.is_spaced_by_log_snr():  # the step that begins nearest to that share of the training timesteps
-            aim = strength * self.scheduler.config.num_train_timesteps - 1
-            start = (chain - aim).abs().argmin().item()
-        else:
-            start = (steps - max(1, round(steps * strength))) * order
-        if start and isinstance(self.scheduler, PNDMScheduler):
-            raise ValueError("PNDMScheduler cannot start in the middle of its chain: strength must be 1, "
-                             f"or the scheduler another; got {strength}")  # fmt: skip
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(start)
-
+        chain = self.scheduler.timesteps[self._begin_at(strength) :]
         noise = randn_tensor(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
-        t = chain[start : start + 1].expand(len(x1))
+        t = chain[:1].expand(len(x1))
         noised1, noised2 = (self.scheduler.add_noise(x, noise, t) for x in (x1, x2))
         mixed = torch.stack([torch.lerp(noised1, noised2, w) for w in weights], dim=1).flatten(0, 1)
         if isinstance(generator, (list, tuple)):
             generator = [g for g in generator for _ in weights]
-        x = self._denoise(mixed, chain[start:], self._step_options(generator, eta), None, None, [])
+        x = self._denoise(mixed, chain, _step_options(self.scheduler, generator, eta))
         self.maybe_free_model_hooks()
         return self._output(self._decode(x, output_type), None, return_dict)
 
+    def _begin_at(self, strength: float) -> int:
+        """Let the scheduler begin at the share `strength` of its chain, and return the index of that timestep."""
+        scheduler, chain = self.scheduler, self.scheduler.timesteps
+        # schedulers of order n take n entries a step, and start at whole steps only
+        order = scheduler.order
+        steps = -(-len(chain) // order)
+        if self.is_spaced_by_log_snr():  # the step that begins nearest to that share of the training timesteps
+            aim = strength * scheduler.config.num_train_timesteps - 1
+            start = (chain - aim).abs().argmin().item()
+        else:
+            start = (steps - max(1, round(steps * strength))) * order
+        if start and isinstance(scheduler, PNDMScheduler):
+            raise ValueError("PNDMScheduler cannot start in the middle of its chain: strength must be 1, "
+                             f"or the scheduler another; got {strength}")  # fmt: skip
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(start)
+        return start
+
+
+def _interpolation_numbers(weights, strength) -> tuple[list[float], float]:
+    """Return the weights and the strength of an interpolation as numbers, checked."""
+    try:
+        weights = [float(w) for w in np.ravel(weights)]
+        strength = float(strength)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"weights and strength must be numbers, got {weights!r} and {strength!r}") from error
+    _check_rules(INTERPOLATION_RULES, weights=weights, strength=strength)
+    return weights, strength
+
+
+# ---------------------------------------------------------------------------------------------
+# The two pipelines
+
 
 class DDPMPipeline(_SamplingPipeline):
-    """Unconditional image generation.
+    """Unconditional generation of images.
 
     Args:
-        unet: `UNet2D`, or a stock `UNet2DModel`.
-        scheduler: `GaussianScheduler`, or a stock scheduler.
-        num_inference_steps: steps where a call gives none; None: every training step.
-        log_snr_spacing, steps_before_fast: as `use_fast_sampler` sets them.
+        unet: a `UNet2D`, or a stock `UNet2DModel`. A `UNet2D` is given channels-last weights, for speed.
+        scheduler: a `GaussianScheduler`, or a stock scheduler.
+        num_inference_steps: number of steps of calls that give none; None: every training step.
+        log_snr_spacing, steps_before_fast: settings of `use_fast_sampler`, which sets them.
+
+    Raises:
+        ValueError: the model is one of sequences, the scheduler cannot sample from it, or num_inference_steps is no
+            whole number of at least 1.
     """
 
     model_cpu_offload_seq = "unet"
@@ -729,31 +906,26 @@ class DDPMPipeline(_SamplingPipeline):
         """Sample images.
 
         Args:
-            batch_size: how many.
-            num_inference_steps: 1 to T; None: the pipeline's default.
-            generator: one, or one per sample (a sample then does not depend on the others).
-            latents: x_T, standard normal, `(B, C, H, W)`; None: drawn.
-            eta: DDIM's noise, 0 to 1; None: the scheduler's own.
-            output_type: "pil" (8-bit grey, RGB or RGBA by channels), "np" or "pt" ([0, 1]).
-            return_dict: an `ImageOutput` if true, else the tuple `(images,)`, with the trajectory if asked for.
-            callback_on_step_end: called as (pipeline, step index, timestep, {"latents": x}); may return new latents.
-            return_all_timesteps: give the trajectory x_T ... x_0 too.
-            timesteps: explicit timesteps instead of a number, where the scheduler takes them.
+            batch_size: number of images.
+            num_inference_steps: number of steps, 1 to T; None: the pipeline's default.
+            generator: generator of all noise: one, or one per sample (a sample then does not depend on the others).
+            latents: x_T, standard normal, `(B, C, H, W)`; None: it is drawn.
+            eta: share of DDIM's noise, 0 to 1; None: the scheduler's own.
+            output_type: "pil" (8-bit grey, RGB or RGBA by channels), "np" or "pt" (floats in [0, 1]).
+            return_dict: return an `ImageOutput` if true, else the tuple `(images,)`, with the trajectory if asked for.
+            callback_on_step_end: a function that is called as (pipeline, step index, timestep, {"latents": x}) after
+                each step, and may return new latents in such a dictionary.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback is given; only "latents".
+            return_all_timesteps: return the trajectory from x_T to x_0 too.
+            timesteps: explicit timesteps instead of a number of steps, for schedulers that take them.
 
         Raises:
-            ValueError: a value outside its range, a wrong shape, a number of channels that no PIL mode has.
+            ValueError: a value is outside its range, a shape is wrong, or PIL has no mode for the number of channels.
         """
         return self._generate(
             batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback_on_step_end,
             callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps,
         )  # fmt: skip
-
-    def _check(self, batch_size, generator, output_type, latents=None) -> None:
-        super()._check(batch_size, generator, output_type, latents)
-        if output_type == "pil" and self._channels() not in IMAGE_MODES:
-            raise ValueError(
-                f"output_type 'pil' needs 1, 2, 3 or 4 channels, the model has {self._channels()}: use 'np' or 'pt'"
-            )
 
     def _size(self) -> tuple:
         size = self.unet.config.sample_size
@@ -764,7 +936,7 @@ class DDPMPipeline(_SamplingPipeline):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def _encode(self, images, name: str) -> Tensor:
-        """PIL image(s), arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] -> (B, C, H, W) in [-1, 1]."""
+        """Convert PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to (B, C, H, W) in [-1, 1]."""
         if isinstance(images, Image.Image):
             images = [images]
         if isinstance(images, (list, tuple)) and images and isinstance(images[0], Image.Image):
@@ -784,7 +956,7 @@ class DDPMPipeline(_SamplingPipeline):
         return images.to(self._execution_device, self.unet.dtype) * 2 - 1
 
     def _decode(self, x: Tensor, output_type: str):
-        """(B, C, H, W) in [-1, 1] -> images as `output_type` says."""
+        """Convert (B, C, H, W) in [-1, 1] to images in the form of `output_type`."""
         x = (x.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return x
@@ -805,12 +977,15 @@ class DDPMPipeline1D(_SamplingPipeline):
     """Unconditional generation of sequences, in the units of the data that the model was trained on.
 
     Args:
-        unet: `UNet1D`.
-        scheduler: `GaussianScheduler`, or a stock scheduler.
-        num_inference_steps: steps where a call gives none; None: every training step.
-        data_shift, data_scale: per channel, data = x * scale + shift for the model's x in [-1, 1]; None: x itself. A
-            channel with the scale 0 is the constant `shift`, and its x is 0.
-        log_snr_spacing, steps_before_fast: as `use_fast_sampler` sets them.
+        unet: a `UNet1D`. It is given weights in the memory layout of its activations, for speed.
+        scheduler: a `GaussianScheduler`, or a stock scheduler.
+        num_inference_steps: number of steps of calls that give none; None: every training step.
+        data_shift, data_scale: one number per channel: data = x * scale + shift for the model's x in [-1, 1]; None:
+            the data is x. A channel with the scale 0 is the constant `shift`, and its x is 0.
+        log_snr_spacing, steps_before_fast: settings of `use_fast_sampler`, which sets them.
+
+    Raises:
+        ValueError: the model is one of images, the scheduler cannot sample from it, or a value is outside its range.
     """
 
     model_cpu_offload_seq = "unet"
@@ -857,11 +1032,16 @@ class DDPMPipeline1D(_SamplingPipeline):
         return_all_timesteps: bool = False,
         timesteps: Sequence[int] | None = None,
     ) -> SequenceOutput | tuple:
-        """Sample sequences; the arguments are those of `DDPMPipeline`, with `latents` `(B, C, length)` and
-        `output_type` "np" or "pt".
+        """Sample sequences.
+
+        The arguments are those of a call of `DDPMPipeline`, but `latents` is `(B, C, length)`, and `output_type` is
+        "np" or "pt".
+
+        Returns:
+            A `SequenceOutput`, or with return_dict=False a tuple.
 
         Raises:
-            ValueError: a value outside its range, or a wrong shape.
+            ValueError: a value is outside its range, or a shape is wrong.
         """
         return self._generate(
             batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback_on_step_end,
@@ -876,13 +1056,13 @@ class DDPMPipeline1D(_SamplingPipeline):
         return (self.unet.config.sample_size,)
 
     def _affine(self) -> tuple:
-        """(scale, shift) of data = x * scale + shift, (1, C, 1) in float64."""
+        """Return scale and shift of data = x * scale + shift, each (1, C, 1) in float64."""
         ones = [1.0] * self._channels()
         scale, shift = self.config.data_scale or ones, self.config.data_shift or [0.0] * self._channels()
         return tuple(torch.tensor(v, dtype=torch.float64)[None, :, None] for v in (scale, shift))
 
     def _encode(self, sequences, name: str) -> Tensor:
-        """Arrays or tensors (B, C, length) in the data's units -> the same in the model's."""
+        """Convert arrays or tensors (B, C, length) from the units of the data to those of the model."""
         try:
             x = torch.as_tensor(sequences, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
@@ -894,7 +1074,7 @@ class DDPMPipeline1D(_SamplingPipeline):
         return x.to(self._execution_device, self.unet.dtype)
 
     def _decode(self, x: Tensor, output_type: str):
-        """(B, C, length) of the model -> in the data's units; float64 where float32 has too few digits for them."""
+        """Convert (B, C, length) from the model's units to the data's; float64 where float32 has too few digits."""
         scale, shift = self._affine()
         constant = (scale == 0) & (shift.float() == shift)
         wide_enough = (scale > 1e-4 * shift.abs()) & (scale > 1e-37)

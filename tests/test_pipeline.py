@@ -11,7 +11,7 @@ from conftest import load_program, optimal_prediction
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
-from ddpm_hf.pipeline import log_snr_timesteps
+from ddpm_hf.pipeline import _X0Estimate, log_snr_timesteps
 
 spacing = load_program("studies/spacing")
 SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4}
@@ -174,7 +174,7 @@ def test_the_estimate_for_self_conditioning_is_thresholded_as_configured(name):
     expected = own.clip_x0(own.predict_x0(prediction, 500, x))
     clamped = own.predict_x0(prediction, 500, x).clamp(-1, 1)
     assert (expected - clamped).abs().max() > 0.3
-    torch.testing.assert_close(pipe._estimate_x0(prediction, x, 500), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(_X0Estimate(pipe.scheduler)(prediction, x, 500), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_callback_stops_the_chain():
@@ -415,8 +415,12 @@ def test_bad_parts():
         sequences(data_shift=[1.0])
     with pytest.raises(ValueError, match="num_inference_steps"):
         DDPMPipeline(UNet2D(**SMALL), GaussianScheduler(), 0)
-    with pytest.raises(ValueError, match="sample_size"):
-        DDPMPipeline(UNet2D(**SMALL), GaussianScheduler())(1)
+    unsized = DDPMPipeline(UNet2D(**SMALL), GaussianScheduler())
+    with pytest.raises(ValueError, match="sample_size: give latents"):
+        unsized(1)
+    assert unsized(1, 2, latents=torch.randn(1, 3, 8, 6), output_type="pt").images.shape == (1, 3, 8, 6)
+    with pytest.raises(ValueError, match=r"latents must be a tensor of the shape \(1, 3, 8, 6\)"):
+        unsized(1, 2, latents=torch.randn(1, 2, 8, 6))
     pipe = images()
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="EulerDiscreteScheduler has no eta"):

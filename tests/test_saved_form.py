@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import run_program
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from helpers import make
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ name, folder, again = sys.argv[1:]
 pipe = getattr(diffusers, name).from_pretrained(folder, trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
 out = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="np", return_dict=False)[0]
+assert all(w.movedim(1, -1).is_contiguous() for w in pipe.unet.parameters() if w.ndim > 2)
 print(hashlib.sha256(np.ascontiguousarray(out)).hexdigest())
 pipe.save_pretrained(again)
 """
@@ -47,6 +49,38 @@ def test_the_fast_sampler_is_saved(kind, tmp_path):
         each.set_progress_bar_config(disable=True)
         samples.append(each(2, generator=torch.Generator().manual_seed(0), output_type="np", return_dict=False)[0])
     np.testing.assert_array_equal(*samples)
+
+
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_pipelines_give_our_models_the_layout_of_their_activations(kind, tmp_path):
+    """Weights of convolutions have their channels last, also after a move and loading; numbers and saved files stay."""
+
+    def channels_last(pipe):
+        return all(w.movedim(1, -1).is_contiguous() for w in pipe.unet.parameters() if w.ndim > 2)
+
+    pipe = make(kind)
+    assert channels_last(pipe) and channels_last(pipe.to(torch.float64)) and channels_last(pipe.to(torch.float32))
+    pipe.save_pretrained(tmp_path / "saved")
+    assert channels_last(type(pipe).from_pretrained(tmp_path / "saved"))
+    assert channels_last(type(pipe).from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16))
+
+    usual = type(pipe.unet).from_pretrained(tmp_path / "saved" / "unet")
+    assert all(weight.is_contiguous() for weight in usual.parameters())
+    usual.save_pretrained(tmp_path / "usual")
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "usual" / name).read_bytes() == (tmp_path / "saved" / "unet" / name).read_bytes()
+    x, t = torch.randn(2, usual.config.in_channels, *(8,) * usual.ndim), torch.tensor([3, 900])
+    torch.testing.assert_close(pipe.unet(x, t).sample, usual(x, t).sample, rtol=1e-5, atol=1e-5)
+
+
+def test_other_models_and_offloaded_weights_keep_their_layout():
+    stock = UNet2DModel(8, 1, 1, block_out_channels=(32,), down_block_types=("DownBlock2D",),
+                        up_block_types=("UpBlock2D",))  # fmt: skip
+    offloaded = cpu_offload(UNet2D(sample_size=8, in_channels=1, **SMALL), torch.device("cpu"))
+    for model in (stock, offloaded):
+        layout = [weight.stride() for weight in model.parameters()]
+        DDPMPipeline(model, GaussianScheduler())
+        assert [weight.stride() for weight in model.parameters()] == layout
 
 
 @pytest.mark.parametrize(("kind", "stock"), [("images", "DDPMPipeline"), ("sequences", "DiffusionPipeline")])
