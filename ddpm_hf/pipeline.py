@@ -8,6 +8,7 @@ file of code for a pipeline and no helper files. For the same reason it imports 
 it has the outputs, the saved folder, the schedulers, the pieces of the loop, the loop, and the two pipelines.
 """
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -17,7 +18,8 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,13 +35,14 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     PNDMScheduler,
 )
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo, hf_hub_download, upload_folder
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 from PIL import Image
 from torch import Tensor
 
+logger = logging.get_logger(__name__)
 Generators = torch.Generator | list[torch.Generator] | None
 
 # ---------------------------------------------------------------------------------------------
@@ -145,6 +148,39 @@ INTERPOLATION_RULES = (
         "strength must lie in (0, 1], got {c.strength}",
     ),
 )
+
+
+def _check_call(
+    pipeline, batch_size, generator, output_type, latents=None, callback=None, callback_inputs=("latents",)
+) -> None:
+    """Raise ValueError for arguments of a call that break one of `CALL_RULES`."""
+    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    got, shape = type(latents).__name__, None
+    if isinstance(latents, Tensor):
+        got = tuple(latents.shape)
+    if latents is not None:
+        # a model without a size of its own takes any
+        free = pipeline.unet.config.sample_size is None and isinstance(latents, Tensor)
+        shape = (batch_size, pipeline._channels(), *(latents.shape[2:] if free else pipeline._size()))
+    _check_rules(
+        CALL_RULES, batch_size=batch_size, output_type=output_type, output_types=pipeline._output_types,
+        allowed_output_types=", ".join(pipeline._output_types), generator=generator, generators=generators,
+        number_of_generators=len(generators), latents=latents, shape=shape, shape_of_latents=got,
+        channels=pipeline._channels(), callback=callback, callback_inputs=callback_inputs,
+        callback_names=callback_inputs if isinstance(callback_inputs, (list, tuple)) else [callback_inputs],
+        allowed_inputs=pipeline._callback_tensor_inputs,
+    )  # fmt: skip
+
+
+def _interpolation_numbers(weights, strength) -> tuple[list[float], float]:
+    """Return the weights and the strength of an interpolation as numbers, checked."""
+    try:
+        weights = [float(w) for w in np.ravel(weights)]
+        strength = float(strength)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"weights and strength must be numbers, got {weights!r} and {strength!r}") from error
+    _check_rules(INTERPOLATION_RULES, weights=weights, strength=strength)
+    return weights, strength
 
 
 def _check_steps(steps, total: int | None = None) -> None:
@@ -488,18 +524,22 @@ def _check_variance(scheduler, unet) -> None:
             "give from_config variance_type=None"
         )
     predicted = unet.get("out_channels") or channels * (2 if unet.get("learned_variance") else 1)
-    if hasattr(scheduler, "clip_x0") and predicted != 2 * channels:
+    if _is_own(scheduler) and predicted != 2 * channels:
         raise ValueError(
             f"variance_type={variance!r} needs a model with {2 * channels} output channels "
             f"(learned_variance=True), got one with {predicted}"
         )
 
 
+def _is_own(scheduler) -> bool:
+    """Return True for `GaussianScheduler`, which this file cannot import."""
+    return hasattr(scheduler, "clip_x0")
+
+
 def _takes_variance(scheduler) -> bool:
     """Return True if the scheduler's step reads the half of the channels in which a model predicts its variance."""
-    own = hasattr(scheduler, "clip_x0")
-    stock = isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler))
-    return (own or stock) and scheduler.config.get("variance_type") in LEARNED
+    known = _is_own(scheduler) or isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler))
+    return known and scheduler.config.get("variance_type") in LEARNED
 
 
 def _step_options(scheduler, generator: Generators, eta: float | None) -> dict:
@@ -519,6 +559,29 @@ def _step_options(scheduler, generator: Generators, eta: float | None) -> dict:
             raise ValueError(f"eta must be a number from 0 to 1, got {eta!r}")
         options["eta"] = eta
     return options
+
+
+def _begin_at(scheduler, strength: float, by_timestep: bool) -> int:
+    """Let a scheduler begin at the share `strength` of its chain, and return the index of that timestep.
+
+    Args:
+        by_timestep: take the share of the training timesteps instead of the steps, for steps of unequal length.
+    """
+    chain = scheduler.timesteps
+    # schedulers of order n take n entries a step, and start at whole steps only
+    order = scheduler.order
+    steps = -(-len(chain) // order)
+    if by_timestep:
+        aim = strength * scheduler.config.num_train_timesteps - 1
+        start = (chain - aim).abs().argmin().item()
+    else:
+        start = (steps - max(1, round(steps * strength))) * order
+    if start and isinstance(scheduler, PNDMScheduler):
+        raise ValueError("PNDMScheduler cannot start in the middle of its chain: strength must be 1, "
+                         f"or the scheduler another; got {strength}")  # fmt: skip
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)
+    return start
 
 
 # ---------------------------------------------------------------------------------------------
@@ -591,6 +654,169 @@ def _use_channels_last(model) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# CUDA graphs
+
+WARM_UP_CALLS = 2  # before a capture: libraries choose algorithms and allocate workspaces in a first call
+
+
+class _CudaBackend:
+    """The stream and the memory of one graphics card's graphs."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()  # one for all graphs: only one of them runs at a time
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run what is inside on the stream of the captures, between the work before it and the work after it."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
+
+    def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Record `work` without running it. The returned function runs it; its result is always at the same place."""
+        graph = torch.cuda.CUDAGraph()
+        # other threads (loaders that pin memory) may go on meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            result = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    def free(self) -> None:
+        """Give the memory of graphs that are gone back to the card."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+
+
+class _Graph(NamedTuple):
+    """A captured call: the tensors that it reads, by the names of the arguments, and the function that replays it."""
+
+    inputs: dict[str, Tensor]
+    replay: Callable[[], Tensor]
+
+
+class GraphedModel:
+    """A model whose calls are captured once as CUDA graphs and replayed from then on.
+
+    An ordinary call launches several hundred kernels one by one, which takes the host longer than a small batch takes
+    the card. A replay launches them together, with the same result. One graph is captured for each form of the inputs:
+    their shapes and types, which of the optional ones are given, and the type of autocast. A graph reads the weights
+    at their addresses, so new values are seen, but graphs are captured again after weights have moved or changed type,
+    or the model has changed between training and evaluation.
+
+    Where graphs cannot be used, the model is called as usual: not on a graphics card, with weights that are offloaded
+    or sharded, or if a capture fails. One warning gives the reason.
+
+    Two threads must not call one object at the same time, as the inputs of a graph are shared.
+
+    Args:
+        backend: a function of the device that returns an object with the methods of `_CudaBackend`; None: the graphics
+            card's. Tests give a stand-in, which works on any device.
+        most: number of graphs that are kept. The one that was used longest ago is dropped for a new one.
+    """
+
+    def __init__(self, backend: Callable | None = None, most: int = 8):
+        self.make_backend, self.most = backend, most
+        self.backend, self.model, self.state = None, None, None
+        self.graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self.reason: str | None = None  # why the model is called as usual
+
+    def prepare(self, model, device: torch.device):
+        """Look at the model before a chain of calls, and forget the graphs if it is another or has changed.
+
+        Returns:
+            self
+        """
+        state = self._state_of(model, device)
+        if model is not self.model or state != self.state:
+            self.release()
+            self.model, self.state, self.reason = model, state, None
+            if self.make_backend is None and device.type != "cuda":
+                self.reason = f"the model runs on {device.type}"
+                logger.info("CUDA graphs are not used: %s", self.reason)
+            elif _moves(model):
+                self._give_up("its weights are offloaded or sharded, so they have no fixed place on the card")
+            else:
+                self.backend = (self.make_backend or _CudaBackend)(device)
+        return self
+
+    @staticmethod
+    def _state_of(model, device: torch.device) -> tuple:
+        tensors = [*model.parameters(), *model.buffers()]
+        weights = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+        return device, weights, tuple(part.training for part in model.modules())
+
+    @torch.no_grad()
+    def __call__(self, sample: Tensor, timestep: Tensor, **optional: Tensor | None) -> Tensor:
+        """Return the model's prediction, in memory of its own.
+
+        Args:
+            sample, timestep: those of the model's call, on its device.
+            optional: further arguments of the model's call: tensors, or None for those that are not given.
+        """
+        inputs = {"sample": sample, "timestep": timestep, **{k: x for k, x in optional.items() if x is not None}}
+        if self.reason is not None:
+            return self._call(inputs)
+        kind = sample.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        form = (autocast, *((name, x.shape, x.dtype, x.device) for name, x in inputs.items()))
+        if form not in self.graphs:
+            try:
+                self.graphs[form] = self._capture(inputs)
+            except Exception as error:  # a read by the host, too little memory, a library that allocates, ...
+                lines = str(error).strip().splitlines()
+                self._give_up(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
+                return self._call(inputs)
+            if len(self.graphs) > self.most:
+                self.graphs.popitem(last=False)
+        self.graphs.move_to_end(form)
+        graph = self.graphs[form]
+        for name, x in inputs.items():
+            graph.inputs[name].copy_(x, non_blocking=True)
+        # the next replay, of this or of another graph in the same memory, writes over the result
+        return graph.replay().clone()
+
+    def _call(self, inputs: dict[str, Tensor]) -> Tensor:
+        optional = dict(inputs)
+        return self.model(optional.pop("sample"), optional.pop("timestep"), **optional).sample
+
+    def _capture(self, inputs: dict[str, Tensor]) -> _Graph:
+        held = {name: x.clone() for name, x in inputs.items()}
+        kind = held["sample"].device.type
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+        def work() -> Tensor:
+            # autocast must not keep casts of the weights from one call to the next: their memory is the graph's
+            with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+                return self._call(held)
+
+        with self.backend.aside():
+            for _ in range(WARM_UP_CALLS):
+                work()
+        return _Graph(held, self.backend.capture(work))
+
+    def _give_up(self, reason: str) -> None:
+        state = self.state  # no new attempt for this one
+        self.release()
+        self.state, self.reason = state, reason
+        warnings.warn(f"the model is called without CUDA graphs: {reason}", stacklevel=2)
+
+    def release(self) -> None:
+        """Forget the graphs and free their memory. The next `prepare` begins afresh."""
+        self.graphs.clear()
+        if self.backend is not None:
+            self.backend.free()
+        self.backend = self.state = None
+
+
+# ---------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -600,6 +826,7 @@ class _SamplingPipeline(_SavedWithCode):
     _output_types: tuple
     _callback_tensor_inputs = ["latents"]
     _interrupt = False
+    _graphs: GraphedModel | None = None
 
     @property
     def interrupt(self) -> bool:
@@ -658,6 +885,26 @@ class _SamplingPipeline(_SavedWithCode):
         )
         return self
 
+    def use_cuda_graphs(self, enabled: bool = True):
+        """Capture the model's calls as CUDA graphs and replay them, which spares the host its time on a graphics card.
+
+        The first call of each size is slower, as its graph is captured. See `GraphedModel` for when a graph is
+        captured again, and when the model is called as usual; on a CPU it always is. A saved pipeline does not keep
+        this setting, and a pipeline with it must not be called from two threads at the same time.
+
+        Args:
+            enabled: False ends it and frees the memory of the graphs.
+
+        Returns:
+            self
+        """
+        if enabled:
+            self._graphs = self._graphs or GraphedModel()
+        elif self._graphs is not None:
+            self._graphs.release()
+            self._graphs = None
+        return self
+
     def is_spaced_by_log_snr(self) -> bool:
         """Return True if the steps are those of the fast sampler. Another scheduler has its own."""
         return self.config.log_snr_spacing and isinstance(self.scheduler, DPMSolverMultistepScheduler)
@@ -668,67 +915,59 @@ class _SamplingPipeline(_SavedWithCode):
     def _channels(self) -> int:
         return self.unet.config.in_channels
 
-    def _check_call(
-        self, batch_size, generator, output_type, latents=None, callback=None, callback_inputs=("latents",)
-    ) -> None:
-        """Raise ValueError for arguments of a call that break one of `CALL_RULES`."""
-        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
-        got, shape = type(latents).__name__, None
-        if isinstance(latents, Tensor):
-            got = tuple(latents.shape)
-        if latents is not None:
-            # a model without a size of its own takes any
-            free = self.unet.config.sample_size is None and isinstance(latents, Tensor)
-            shape = (batch_size, self._channels(), *(latents.shape[2:] if free else self._size()))
-        _check_rules(
-            CALL_RULES, batch_size=batch_size, output_type=output_type, output_types=self._output_types,
-            allowed_output_types=", ".join(self._output_types), generator=generator, generators=generators,
-            number_of_generators=len(generators), latents=latents, shape=shape, shape_of_latents=got,
-            channels=self._channels(), callback=callback, callback_inputs=callback_inputs,
-            callback_names=callback_inputs if isinstance(callback_inputs, (list, tuple)) else [callback_inputs],
-            allowed_inputs=self._callback_tensor_inputs,
-        )  # fmt: skip
-
     def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> None:
-        """Choose the timesteps of the chain: those given, or as many as a call or the pipeline says."""
-        device, scheduler = self._execution_device, self.scheduler
+        """Choose the timesteps of the chain: those given, or as many as a call or the pipeline says.
+
+        They stay on the CPU, whatever device the model is on. Every scheduler reads them back in its steps, for its
+        tables, and would wait for a graphics card there. No scheduler of docs/samplers.md needs them elsewhere.
+        (`UniPCMultistepScheduler` also copies numbers to the device in each step, and solves a small system there.)
+        """
+        scheduler = self.scheduler
         if timesteps is not None:
             if num_inference_steps is not None:
                 raise ValueError(f"give num_inference_steps or timesteps, not both; got {num_inference_steps} and them")
             if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
                 raise ValueError(f"{type(scheduler).__name__} takes no explicit timesteps; give num_inference_steps")
-            scheduler.set_timesteps(timesteps=timesteps, device=device)
+            scheduler.set_timesteps(timesteps=timesteps, device="cpu")
             return
         total = scheduler.config.num_train_timesteps
         steps = num_inference_steps if num_inference_steps is not None else self.config.num_inference_steps or total
         _check_steps(steps, total)
         if self.is_spaced_by_log_snr():
-            scheduler.set_timesteps(timesteps=log_snr_timesteps(scheduler.alphas_cumprod, steps), device=device)
+            scheduler.set_timesteps(timesteps=log_snr_timesteps(scheduler.alphas_cumprod, steps), device="cpu")
         else:
-            scheduler.set_timesteps(steps, device=device)
+            scheduler.set_timesteps(steps, device="cpu")
+
+    def _model_to_call(self, device: torch.device) -> Callable[..., Tensor]:
+        """Return the function that predicts in one chain: the model, or the graphs of its calls."""
+        if self._graphs is not None:
+            return self._graphs.prepare(self.unet, device)
+        return lambda *inputs, **optional: self.unet(*inputs, **optional).sample
 
     @torch.no_grad()
     def _denoise(
         self, x: Tensor, timesteps, options: dict, trajectory: list | None = None, callback=None, callback_inputs=()
     ) -> Tensor:
-        """Run the chain from x_T to x_0.
+        """Run the chain from x_T to x_0. Nothing is read back from the device.
 
         Args:
             x: x_T, `(B, C, *spatial)`.
-            timesteps: those of the chain, in its order.
+            timesteps: those of the chain, in its order, on the CPU.
             options: further arguments of the scheduler's step.
             trajectory: a list to which the x of each step is appended; None: they are not kept.
         """
         self_condition = self.unet.config.get("self_condition", False)
         estimate_x0 = _X0Estimate(self.scheduler) if self_condition else None
         channels = 2 * x.shape[1] if _takes_variance(self.scheduler) else x.shape[1]
+        model = self._model_to_call(x.device)
+        timesteps_for_model = timesteps.to(x.device)  # one copy for all steps
         self._interrupt = False
         x0 = None
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = self.scheduler.scale_model_input(x, t)
             extra = {"x_self_cond": x0} if self_condition else {}
-            prediction = self.unet(model_input, t, **extra).sample[:, :channels]
-            result = self.scheduler.step(prediction, t, x, **options)
+            prediction = model(model_input, timesteps_for_model[i], **extra)[:, :channels]
+            result = self.scheduler.step(prediction, int(t) if _is_own(self.scheduler) else t, x, **options)
             x = result.prev_sample
             if self_condition:
                 x0 = getattr(result, "pred_original_sample", None)
@@ -749,7 +988,7 @@ class _SamplingPipeline(_SavedWithCode):
         callback_on_step_end, callback_inputs, return_all_timesteps, timesteps,
     ):  # fmt: skip
         """Sample, as the calls of the subclasses say."""
-        self._check_call(batch_size, generator, output_type, latents, callback_on_step_end, callback_inputs)
+        _check_call(self, batch_size, generator, output_type, latents, callback_on_step_end, callback_inputs)
         callback_inputs = [callback_inputs] if isinstance(callback_inputs, str) else callback_inputs
         self._set_timesteps(num_inference_steps, timesteps)
         options = _step_options(self.scheduler, generator, eta)
@@ -808,9 +1047,9 @@ class _SamplingPipeline(_SavedWithCode):
         x1, x2 = self._encode(x1, "x1"), self._encode(x2, "x2")
         if x1.shape != x2.shape:
             raise ValueError(f"x1 and x2 must have the same shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
-        self._check_call(len(x1), generator, output_type)
+        _check_call(self, len(x1), generator, output_type)
         self._set_timesteps(num_inference_steps, None)
-        chain = self.scheduler.timesteps[self._begin_at(strength) :]
+        chain = self.scheduler.timesteps[_begin_at(self.scheduler, strength, self.is_spaced_by_log_snr()) :]
         noise = randn_tensor(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
         t = chain[:1].expand(len(x1))
         noised1, noised2 = (self.scheduler.add_noise(x, noise, t) for x in (x1, x2))
@@ -820,35 +1059,6 @@ class _SamplingPipeline(_SavedWithCode):
         x = self._denoise(mixed, chain, _step_options(self.scheduler, generator, eta))
         self.maybe_free_model_hooks()
         return self._output(self._decode(x, output_type), None, return_dict)
-
-    def _begin_at(self, strength: float) -> int:
-        """Let the scheduler begin at the share `strength` of its chain, and return the index of that timestep."""
-        scheduler, chain = self.scheduler, self.scheduler.timesteps
-        # schedulers of order n take n entries a step, and start at whole steps only
-        order = scheduler.order
-        steps = -(-len(chain) // order)
-        if self.is_spaced_by_log_snr():  # the step that begins nearest to that share of the training timesteps
-            aim = strength * scheduler.config.num_train_timesteps - 1
-            start = (chain - aim).abs().argmin().item()
-        else:
-            start = (steps - max(1, round(steps * strength))) * order
-        if start and isinstance(scheduler, PNDMScheduler):
-            raise ValueError("PNDMScheduler cannot start in the middle of its chain: strength must be 1, "
-                             f"or the scheduler another; got {strength}")  # fmt: skip
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(start)
-        return start
-
-
-def _interpolation_numbers(weights, strength) -> tuple[list[float], float]:
-    """Return the weights and the strength of an interpolation as numbers, checked."""
-    try:
-        weights = [float(w) for w in np.ravel(weights)]
-        strength = float(strength)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"weights and strength must be numbers, got {weights!r} and {strength!r}") from error
-    _check_rules(INTERPOLATION_RULES, weights=weights, strength=strength)
-    return weights, strength
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Pictures: grids of images, plots of sequences beside real ones, metrics over sampling steps."""
+"""Pictures of results: grids of images, generated sequences beside real ones, losses, metrics over sampling steps."""
 
 import math
 from pathlib import Path
@@ -9,14 +9,20 @@ from PIL import Image
 
 
 def save_image_grid(images: list[Image.Image], path: Path, columns: int | None = None) -> None:
-    """A grid as square as it can be, PNG; small images are enlarged (bicubic) to be seen."""
+    """Save images as one PNG, in a grid that is as square as possible; small images are enlarged (bicubic).
+
+    Args:
+        images: PIL images of one size and mode.
+        path: the file to write.
+        columns: number of columns; None: as many as rows, or one more.
+    """
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     zoom = max(1, math.ceil(64 / max(images[0].size)))
     width, height = images[0].width * zoom, images[0].height * zoom
     cells = []
     for image in images:
-        # a border, so that neighbours are told apart
+        # a border separates neighbours
         cell = Image.new(image.mode, (width + 2, height + 2), "white")
         cell.paste(image.resize((width, height), Image.Resampling.BICUBIC), (1, 1))
         cells.append(cell)
@@ -28,7 +34,13 @@ def save_image_grid(images: list[Image.Image], path: Path, columns: int | None =
 
 
 def save_sequence_plot(generated: np.ndarray, real: np.ndarray, path: Path, rows: int = 6) -> None:
-    """Generated sequences (N, C, length) in the left column, real ones in the right, on one scale a channel."""
+    """Save a plot with generated sequences in the left column and real ones in the right, on one scale, as PNG.
+
+    Args:
+        generated, real: `(N, C, length)`; all channels of a sequence are drawn into one panel.
+        path: the file to write.
+        rows: number of sequences of each kind, at most.
+    """
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     rows = min(rows, len(generated), len(real))
@@ -45,7 +57,12 @@ def save_sequence_plot(generated: np.ndarray, real: np.ndarray, path: Path, rows
 
 
 def save_loss_plot(records: list[dict], path: Path) -> None:
-    """The training loss over optimizer steps, on a logarithmic scale, PNG."""
+    """Save a plot of the training loss over optimizer steps, on a logarithmic scale, as PNG.
+
+    Args:
+        records: dictionaries with `step` and `loss`.
+        path: the file to write.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -61,7 +78,14 @@ def save_loss_plot(records: list[dict], path: Path) -> None:
 
 
 def save_steps_plot(steps: list[int], values: dict[str, list[float]], title: str, path: Path) -> None:
-    """Each metric over the number of sampling steps, one panel a metric, PNG."""
+    """Save a plot of metrics over the number of sampling steps, one panel for each metric, as PNG.
+
+    Args:
+        steps: numbers of sampling steps, in any order.
+        values: for each metric, one value for each number of steps.
+        title: title of the whole figure.
+        path: the file to write.
+    """
     from matplotlib.figure import Figure
 
     columns = min(3, len(values))

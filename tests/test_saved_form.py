@@ -28,6 +28,7 @@ name, folder, again = sys.argv[1:]
 pipe = getattr(diffusers, name).from_pretrained(folder, trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
 out = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="np", return_dict=False)[0]
+assert pipe.use_cuda_graphs() is pipe
 assert all(w.movedim(1, -1).is_contiguous() for w in pipe.unet.parameters() if w.ndim > 2)
 print(hashlib.sha256(np.ascontiguousarray(out)).hexdigest())
 pipe.save_pretrained(again)
