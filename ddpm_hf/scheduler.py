@@ -325,6 +325,7 @@ OPTION_RULES = (
 
 
 def _check_options(options: dict) -> None:
+    """Raise ValueError with the first rule of `OPTION_RULES` that the options break."""
     for holds, message in OPTION_RULES:
         if not holds(options):
             raise ValueError(message.format(**options))
@@ -368,9 +369,9 @@ def _checked_timesteps(timesteps, total: int) -> list[int]:
 
 
 def _published(options: dict, betas: Tensor, beta_schedule: str) -> dict:
-    """Return the options that the configuration says otherwise than the constructor's arguments did.
+    """Return the configuration's entries that differ from the constructor's arguments or are added to them.
 
-    A stock scheduler that is made from the configuration then has our schedule, target and clipping.
+    With them a stock scheduler that is made from the configuration has our schedule, target and clipping.
     """
     published = {
         "num_train_timesteps": len(betas),
@@ -390,7 +391,7 @@ def _published(options: dict, betas: Tensor, beta_schedule: str) -> dict:
 
 
 def _without_published_clipping(config: dict) -> dict:
-    """Undo the form in which `_published` says clipping, so that a change of `clip_sample` has an effect."""
+    """Drop the thresholding by which `_published` expresses clipping; then a change of `clip_sample` takes effect."""
     clips = config.get("clip_sample", True) and config.get("clip_sample_range", 1) == 1
     if clips and config.get("thresholding") and config.get("sample_max_value", 1) == 1:
         return {name: value for name, value in config.items() if name != "thresholding"}
@@ -398,7 +399,7 @@ def _without_published_clipping(config: dict) -> dict:
 
 
 def _with_own_options(config: dict) -> dict:
-    """Bring back the options that `_published` has set aside in `_gaussian`, if the configuration has any."""
+    """Restore the options that `_published` and the fast sampler keep in `_gaussian`, if the configuration has any."""
     if config.get("variance_type", "") is None:  # set by the fast sampler, which keeps the model's in `_gaussian`
         config = {name: value for name, value in config.items() if name != "variance_type"}
     if "_gaussian" not in config:
@@ -426,7 +427,7 @@ def _without_stale_betas(config: dict, keywords: dict) -> dict:
 
 
 def _read_own_configuration(config: dict, keywords: dict) -> dict:
-    """Return the constructor's arguments that one of our configurations means beside these keywords."""
+    """Return the constructor's arguments for a configuration of ours, which `keywords` will change."""
     return _without_published_clipping(_without_stale_betas(_with_own_options(config), keywords))
 
 
