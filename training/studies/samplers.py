@@ -112,21 +112,19 @@ def collect(folder: Path, counts: dict[str, int]) -> dict[str, dict[str, dict[in
 
 
 def table(samplers: dict[str, dict[int, list[float]]]) -> str:
-    """Markdown: a row a sampler, a column a number of calls; means over the seeds, and how far they lie apart."""
+    """Return a Markdown table with a row for each sampler and a column for each number of calls.
+
+    A cell is the mean over the seeds; where there are several, another row has half the range of their distances.
+    """
     steps = sorted({n for by_steps in samplers.values() for n in by_steps})
     lines = ["| sampler | " + " | ".join(map(str, steps)) + " |", "|---|" + "---|" * len(steps)]
     for name in [name for name in SAMPLERS if name in samplers]:
-        cells = []
-        for n in steps:
-            values = samplers[name].get(n)
-            if not values:
-                cells.append("")
-            elif len(values) == 1:
-                cells.append(f"{values[0]:.3f}")
-            else:
-                half = (max(values) - min(values)) / 2
-                cells.append(f"**{statistics.mean(values):.3f}** ± {half:.3f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        found = [samplers[name].get(n, []) for n in steps]
+        means = [f"{statistics.mean(values):.3f}" if values else "" for values in found]
+        ranges = [f"{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else "" for values in found]
+        lines.append(f"| {name} | " + " | ".join(means) + " |")
+        if any(ranges):
+            lines.append(f"| {name}, half the range of the seeds | " + " | ".join(ranges) + " |")
     return "\n".join(lines)
 
 
