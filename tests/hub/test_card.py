@@ -172,7 +172,7 @@ def test_what_was_not_recorded_is_said(tmp_path):
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     shutil.copyfile(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert text == card_text(tmp_path)  # a variant is not counted twice
-    for sentence in ("No sample picture was recorded", "hardware and time were not recorded", "Nothing was measured",
+    for sentence in ("No samples were recorded", "hardware and time were not recorded", "Nothing was measured",
                      "The loss was not recorded", "Whether it repeats training items was not measured"):  # fmt: skip
         assert sentence in text
 
