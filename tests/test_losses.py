@@ -243,8 +243,8 @@ def draws_and_loss(scheduler, model, x0, numbers, key, sampling, weighting, self
 CASES = [
     pytest.param(target, sampling, weighting, own, id=f"{target}-{sampling}-{weighting}-{own}")
     for target, sampling, weighting, own in (
-        ("epsilon", "uniform", "uniform", False), ("sample", "logit_normal", "uniform", False),
-        ("v_prediction", "uniform", "uniform", True), ("v_prediction", "logit_normal", "uniform", True),
+        ("epsilon", "uniform", "snr", False), ("sample", "logit_normal", "snr", False),
+        ("v_prediction", "uniform", "uniform", True), ("v_prediction", "logit_normal", "snr", True),
     )
 ]  # fmt: skip
 

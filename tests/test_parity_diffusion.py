@@ -211,7 +211,8 @@ def test_ema_is_ema_pytorchs():
             for a, b in zip(model.parameters(), twin.parameters()):
                 a.add_(torch.randn(a.shape, generator=generator, dtype=torch.float64))
                 b.copy_(a)
-        ours.update(step)
+        if (share := ours.share(step)) is not None:
+            ours.update(share)
         ema.update()
         for a, b in zip(ours.ema.shadow_params, ema.ema_model.parameters()):
             # it computes the decay in float32: 6e-8 of weights that have walked some 50 far

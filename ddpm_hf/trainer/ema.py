@@ -1,8 +1,9 @@
-"""The average of the weights, and the model that samples with it, also where the weights are spread over processes.
+"""The exponential moving average of the weights, and the model that samples with it.
 
-Averaging is diffusers' `EMAModel`, its sum torch's (half of the traffic through memory). Under FSDP each process
-averages its own shard; sampling and saving gather the average into a whole model of each process, because processes
-sample different numbers of batches.
+The average and its decay are those of diffusers' `EMAModel`. Its update is one pass over memory here, and takes a share
+on the device too, so that it can be captured as a CUDA graph. Under FSDP each process averages its own shard; for
+sampling and saving, each process gathers the average into a whole model, because processes sample different numbers of
+batches.
 """
 
 import contextlib
@@ -15,14 +16,14 @@ from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def is_sharded(accelerator) -> bool:
     """Return True if the weights are spread over processes (FSDP).
 
     Raises:
-        ValueError: by FSDP's first version or DeepSpeed's ZeRO-3, whose shards cannot be averaged one by one.
+        ValueError: the shards are those of FSDP's first version or DeepSpeed's ZeRO-3, which cannot be averaged one by
+            one.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         if accelerator.state.fsdp_plugin.fsdp_version != 2:
@@ -39,8 +40,9 @@ class WeightAverage:
     """The average of a model's weights in training.
 
     Args:
-        model: before accelerate prepares it.
-        config: the `TrainConfig`: use_ema and ema_*.
+        model: the model before accelerate prepares it.
+        accelerator: says whether the weights are spread over processes.
+        config: the `TrainConfig`, whose options use_ema and ema_* are used.
     """
 
     def __init__(self, model: nn.Module, accelerator, config):
@@ -58,26 +60,39 @@ class WeightAverage:
                 power=c.ema_power, update_after_step=c.ema_update_after_step, foreach=not self.sharded,
             )  # fmt: skip
 
-    def update(self, step: int) -> None:
-        """Take in the weights after a step, counted from 0 as ema-pytorch does: the first, and every
-        `ema_update_every`-th from there."""
+    def share(self, step: int) -> float | None:
+        """Return the share that the new weights have in the average after a step; None if the step leaves it alone.
+
+        Args:
+            step: counted from 0, as ema-pytorch does. The average takes in the weights after step 0 and after every
+                `ema_update_every`-th step from there.
+        """
         if self.ema is None or step % self.config.ema_update_every:
-            return
-        self.ema.optimization_step = step
-        if self.sharded:
-            self.ema.step(self.model.parameters())
-            return
-        self.ema.optimization_step += 1
-        decay = self.ema.get_decay(self.ema.optimization_step)
-        get_ema_multi_avg_fn(decay)(self.ema.shadow_params, list(self.model.parameters()), None)
+            return None
+        return 1 - self.ema.get_decay(step + 1)
+
+    @torch.no_grad()
+    def update(self, share: float | Tensor) -> None:
+        """Take in the new weights: average + share * (weights - average).
+
+        Args:
+            share: in [0, 1], from `share`; a 0-d tensor on the device of the weights if the update is to be captured.
+        """
+        averages, weights = self.ema.shadow_params, list(self.model.parameters())
+        if isinstance(share, Tensor):  # torch's lerp of lists would read it
+            changes = torch._foreach_sub(weights, averages)
+            torch._foreach_mul_(changes, share)
+            torch._foreach_add_(averages, changes)
+        else:
+            torch._foreach_lerp_(averages, weights, share)
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[nn.Module]:
-        """A whole model, without wrappers, in eval mode and with the average (or, without one, the weights) for the
-        time being. All processes must enter together.
+        """Give a whole model without wrappers, in eval mode, which has the average of the weights inside the context.
 
-        It computes as the saved model does, in the type of its weights: accelerate's autocast is set aside, and with it
-        what was compiled of it.
+        Without an average it has the weights. All processes must enter together. The model computes as the saved one
+        does, in the type of its weights: accelerate's autocast is set aside, and its compiled form with it. The weights
+        are exchanged in place, so a captured step stays valid.
         """
         model = self.accelerator.unwrap_model(self.model)
         inner = getattr(model, "_orig_mod", model)
@@ -103,13 +118,13 @@ class WeightAverage:
             model.train()
 
     def state(self) -> dict[str, Tensor]:
-        """The average by number of the parameter, whole; to be called on all processes."""
+        """Return the average by number of the parameter, whole. All processes must call it."""
         if self.ema is None:
             return {}
         return {f"{i:05d}": whole(p).contiguous() for i, p in enumerate(self.ema.shadow_params)}
 
     def load(self, file: Path) -> None:
-        """Take up what `state()` gave, from a safetensors file."""
+        """Load a safetensors file with what `state()` returned."""
         if self.ema is None:
             return
         stored = load_file(file)
@@ -123,12 +138,12 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole(p: Tensor) -> Tensor:
-    """p, gathered where it is spread over processes (FSDP)."""
+    """Return p without its history, gathered if it is spread over processes (FSDP)."""
     return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
 
 
 def spread_as(x: Tensor, like: Tensor) -> Tensor:
-    """x, the same on all processes, spread over them as `like` is."""
+    """Spread x, which is the same on all processes, over them as `like` is."""
     if not hasattr(like, "device_mesh"):
         return x
     from torch.distributed.tensor import distribute_tensor

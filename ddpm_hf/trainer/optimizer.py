@@ -1,91 +1,82 @@
-"""AdamW and gradient clipping as torch has them, without the passes over memory that they do not need on CPU; Muon; the
-learning rate over the steps."""
+"""The optimizer (torch's AdamW, or Muon) and the learning rate over the steps.
+
+Nothing here reads a number back from the device, and a step can be captured as a CUDA graph: states stay in their
+memory, and `rates_from` lets a step read its learning rates from a tensor.
+
+torch has a Muon too, since version 2.9. It takes matrices only, so not the kernels of convolutions, which are most of a
+U-Net's weights; it computes in bfloat16 and one matrix at a time. The one here takes kernels, computes in the type of
+the weights and in one batch for all matrices of a shape, and runs on torch 2.6.
+"""
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from ddpm_hf.trainer.ema import spread_as, whole
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch names AdamW's states
+
+def _fused(parameters: list[nn.Parameter]) -> dict[str, bool]:
+    """Return the options of torch's AdamW for one kernel over all weights; on a card it can also be captured."""
+    return {"fused": True, "capturable": any(p.is_cuda for p in parameters)}
 
 
-class DenseAdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW(fused=True)` for weights in any layout; same numbers, states and arguments.
+def _after_loading(optimizer: torch.optim.Optimizer) -> None:
+    """Fit loaded states to this device and to the memory layout of the weights.
 
-    torch's fused kernel of CPU goes through memory in one line: it copies each gradient whose layout is not the default
-    one (of channels-last weights that is most of the step), and where a gradient or a state lies in another layout than
-    its weight it pairs wrong elements, in silence (torch 2.15). Here it is given contiguous views of the same memory.
-
-    Raises:
-        ValueError: at a step, a weight that has gaps in memory (every second column of a matrix, say).
+    A checkpoint says whether its optimizer could be captured, which depends on the device. On CPU, torch's fused kernel
+    goes through memory in one line, so it would pair wrong elements of a weight and of moments in another layout.
     """
-
-    def __init__(self, params, lr: float, betas: tuple, eps: float = 1e-8, weight_decay: float = 0.0):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        with self._contiguous():
-            super().step()
-        return loss
-
-    @contextlib.contextmanager
-    def _contiguous(self) -> Iterator[None]:
-        """Weights, gradients and states as contiguous views meanwhile; off the CPU the kernel minds the layout."""
-        changed = []
-        try:
-            for p in (p for group in self.param_groups for p in group["params"]):
-                if p.grad is None or p.device.type != "cpu":
-                    continue
-                state, data, gradient = self.state.get(p, {}), p.data, p.grad
-                moments = {name: state[name] for name in MOMENTS if name in state}
-                if all(x.is_contiguous() for x in (p, gradient, *moments.values())):
-                    continue
-                order = sorted(range(p.ndim), key=p.stride, reverse=True)
-                if not data.permute(order).is_contiguous():
-                    raise ValueError(
-                        "weights must lie in memory without gaps, got one of shape "
-                        f"{tuple(p.shape)}, strides {p.stride()}"
-                    )
-                changed.append((p, data, gradient, sorted(range(p.ndim), key=order.__getitem__)))
-                for name, moment in moments.items():
-                    if moment.stride() != p.stride():  # of a checkpoint of another layout
-                        moment = torch.empty_like(data).copy_(moment)
-                    state[name] = moment.permute(order)
-                p.grad, p.data = None, data.permute(order)  # a gradient must have its weight's shape
-                p.grad = gradient.permute(order).contiguous()
-            yield
-        finally:
-            for p, data, gradient, order in changed:
-                p.grad, p.data = None, data
-                p.grad = gradient
-                for name in MOMENTS:
-                    if name in self.state.get(p, {}):
-                        self.state[p][name] = self.state[p][name].permute(order)
+    for group in optimizer.param_groups:
+        group.update(_fused(group["params"]))
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state and state[name].stride() != p.stride():
+                    state[name] = torch.empty_like(p).copy_(state[name])
 
 
-# a, b, c of X <- (a + b A + c A^2) X, A = X X^T: Jordan's, which lift small singular values fast
+@contextlib.contextmanager
+def rates_from(optimizer: torch.optim.Optimizer, rates: Tensor) -> Iterator[None]:
+    """Let steps of the optimizer read their learning rates from a tensor on the device, meanwhile.
+
+    A captured step has the addresses of its inputs, not their values: if the host writes other rates into the tensor,
+    the next replay uses them. Outside, the rates are numbers again, which the schedule sets.
+
+    Args:
+        optimizer: from `make_optimizer`, also as accelerate has prepared it.
+        rates: (groups,) float32, one rate for each of the optimizer's parameter groups.
+    """
+    groups = optimizer.param_groups
+    numbers = [group["lr"] for group in groups]
+    for group, rate in zip(groups, rates.unbind(), strict=True):
+        group["lr"] = rate
+    try:
+        yield
+    finally:
+        for group, number in zip(groups, numbers):
+            group["lr"] = number
+
+
+# a, b, c of X <- (a + b A + c A^2) X, A = X X^T: Jordan's coefficients, which raise small singular values fast
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, roughly: same singular vectors, singular values moved to about 1.
+    """Return roughly the nearest (semi-)orthogonal matrices: the same singular vectors, singular values near 1.
 
-    Newton-Schulz iteration with the coefficients of Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in
-    neural networks"). All iterates are polynomials in A = X X^T times X, so they are kept as matrices of the shorter
-    side, and X is multiplied twice only: for the 9 times longer kernels of convolutions a third of the multiplications.
+    This is the Newton-Schulz iteration with the coefficients of Muon (Jordan et al. 2024, "Muon: An optimizer for
+    hidden layers in neural networks"). Every iterate is a polynomial in A = X X^T, times X. Only the polynomial, a
+    matrix of the shorter side, is iterated, and X is multiplied twice; for kernels of convolutions, which are 9 times
+    as long as they are wide, that is a third of the multiplications.
 
     Args:
         x: (..., rows, columns), at least float32; zero stays zero.
-        steps: iterations; after 5, singular values of 0.002 of x's norm and more lie in 0.68 to 1.21.
+        steps: iterations. After 5, singular values of at least 0.002 of x's norm lie in 0.68 to 1.21.
     """
     a, b, c = NEWTON_SCHULZ
     if x.shape[-2] > x.shape[-1]:
@@ -101,21 +92,24 @@ def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
     return product @ x
 
 
-class Muon(DenseAdamW):
-    """Muon (Jordan et al. 2024) for the weights of linear layers and convolutions; `DenseAdamW` for all others.
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for the weights of linear layers and convolutions; AdamW for all other weights.
 
     A matrix moves by its momentum (Nesterov's, 0.95) made orthogonal, times 0.2 * sqrt(longer side) * its rate: an
     update whose root mean square is 0.2 of the rate, whatever the size (Liu et al., arXiv:2502.16982, equation 4). A
-    convolution's kernel is the matrix (out, positions * in). Sides below `SHORTEST` stay with AdamW.
+    convolution's kernel is the matrix (out, positions * in). Weights with a side shorter than `SHORTEST` stay with
+    AdamW.
 
     Args:
-        model: whose weights that need gradients are trained.
-        lr: peak rate of AdamW; betas, eps: of AdamW alone.
-        muon_lr: peak rate of the matrices; both follow the same schedule.
-        weight_decay: decoupled, of both.
+        model: the model to train; weights that need no gradient are left out.
+        lr: peak learning rate of AdamW.
+        muon_lr: peak learning rate of the matrices. Both rates follow the same schedule.
+        betas: AdamW's betas.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled weight decay of all weights.
     """
 
-    SHORTEST = 8  # an image's channels at the ends of the network are not mixed by it
+    SHORTEST = 8  # the channels of an image, at the ends of the network, are not mixed by it
     MOMENTUM = 0.95
 
     def __init__(self, model: nn.Module, lr: float, muon_lr: float, betas: tuple, eps: float = 1e-8,
@@ -128,8 +122,9 @@ class Muon(DenseAdamW):
             {"params": [p for p in trained if id(p) not in chosen], "matrices": False},
             {"params": [p for p in trained if id(p) in chosen], "matrices": True, "lr": muon_lr},
         ]
-        super().__init__([group for group in groups if group["params"]], lr, betas, eps, weight_decay)
-        # so that a GradScaler leaves a step with infinite gradients out, instead of leaving that to AdamW's kernel
+        groups = [group for group in groups if group["params"]]
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **_fused(trained))
+        # A GradScaler leaves steps with infinite gradients to AdamW's kernel; Muon's part needs them left out whole.
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
@@ -138,7 +133,7 @@ class Muon(DenseAdamW):
         groups = [group for group in self.param_groups if group["matrices"]]
         gradients = [(p, p.grad) for group in groups for p in group["params"] if p.grad is not None]
         for p, _ in gradients:
-            p.grad = None  # AdamW leaves alone what has none
+            p.grad = None  # AdamW leaves weights without a gradient alone
         try:
             super().step()
         finally:
@@ -153,9 +148,8 @@ class Muon(DenseAdamW):
             return
         for p in weights:
             if not self.state[p]:
-                # AdamW's own loading asks every state for its step
-                self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
-            self.state[p]["step"] += 1
+                # AdamW expects a step in every state that it loads; it is not used here
+                self.state[p].update(step=torch.zeros((), device=p.device), momentum_buffer=torch.zeros_like(p))
         gradients, buffers = [p.grad for p in weights], [self.state[p]["momentum_buffer"] for p in weights]
         torch._foreach_lerp_(buffers, gradients, 1 - self.MOMENTUM)
         ahead = torch._foreach_lerp(gradients, buffers, self.MOMENTUM)
@@ -166,31 +160,46 @@ class Muon(DenseAdamW):
             matrix = whole(update).movedim(1, -1).flatten(1)
             matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
             by_shape.setdefault((tuple(matrix.shape), matrix.dtype, matrix.device), []).append((p, matrix))
-        for (shape, *_), found in by_shape.items():  # one batched product for all of a shape
+        for (shape, *_), found in by_shape.items():  # one batched product for all matrices of a shape
             scale = 0.2 * math.sqrt(max(shape)) * group["lr"]
-            for (p, _), move in zip(found, orthogonalized(torch.stack([matrix for _, matrix in found]))):
+            moves = orthogonalized(torch.stack([matrix for _, matrix in found])) * scale
+            for (p, _), move in zip(found, moves):
                 move = move.unflatten(1, (*p.shape[2:], p.shape[1])).movedim(-1, 1) if p.ndim > 2 else move
-                p.sub_(spread_as(move.to(p.dtype), p), alpha=scale)
+                p.sub_(spread_as(move.to(p.dtype), p))
 
 
-def make_optimizer(model: nn.Module, config) -> DenseAdamW:
-    """Build the optimizer that a `TrainConfig` asks for."""
+def make_optimizer(model: nn.Module, config) -> torch.optim.AdamW:
+    """Build the optimizer that a `TrainConfig` asks for. The model must be on its device already.
+
+    Raises:
+        ValueError: a weight has gaps in memory (every second column of a matrix, say), which torch's fused kernel would
+            get wrong on CPU without a message.
+    """
+    for p in model.parameters():
+        if not p.permute(sorted(range(p.ndim), key=p.stride, reverse=True)).is_contiguous():
+            raise ValueError(
+                f"weights must lie in memory without gaps, got one of shape {tuple(p.shape)}, strides {p.stride()}"
+            )
     c = config
     options = {"lr": c.learning_rate, "betas": (c.adam_beta1, c.adam_beta2), "eps": c.adam_epsilon,
                "weight_decay": c.adam_weight_decay}  # fmt: skip
     if c.optimizer == "muon":
-        return Muon(model, muon_lr=c.muon_learning_rate, **options)
-    return DenseAdamW([p for p in model.parameters() if p.requires_grad], **options)
+        optimizer = Muon(model, muon_lr=c.muon_learning_rate, **options)
+    else:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, **options, **_fused(trained))
+    optimizer.register_load_state_dict_post_hook(_after_loading)
+    return optimizer
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config) -> LambdaLR:
-    """The learning rate of a `TrainConfig`: diffusers' schedule, whose warm-up begins above 0.
+    """Build the learning rate schedule of a `TrainConfig`: diffusers' schedule, whose warm-up begins above 0.
 
-    Step k of a warm-up of n steps, counted from 1, has k / (n + 1) of the peak, and step n + 1 the peak. From there the
-    rates are diffusers'.
+    Step k of a warm-up of n steps, counted from 1, has k / (n + 1) of the peak, and step n + 1 has the peak. From there
+    on the rates are those of diffusers.
     """
     c = config
-    # one step later in a schedule that is one step longer: only the warm-up differs
+    # Taken one step later, from a schedule that is one step longer, only the warm-up differs.
     later = get_scheduler(
         c.lr_scheduler, optimizer, num_warmup_steps=c.lr_warmup_steps + 1, num_training_steps=c.max_train_steps + 1
     )
@@ -198,7 +207,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config) -> LambdaLR:
 
 
 def warmup_warning(config) -> str | None:
-    """A sentence on a warm-up that takes more than half of the run; None for any other."""
+    """Return a sentence of warning if the warm-up takes more than half of the run; None otherwise."""
     c = config
     if c.lr_scheduler == "constant" or 2 * c.lr_warmup_steps <= c.max_train_steps:
         return None
@@ -208,19 +217,3 @@ def warmup_warning(config) -> str | None:
         f"lr_warmup_steps {c.lr_warmup_steps} is more than half of max_train_steps {c.max_train_steps}: {reached}; "
         "give fewer lr_warmup_steps, or more steps"
     )
-
-
-@torch.no_grad()
-def clip_grad_norm(accelerator, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients so that their common L2 norm is at most `max_norm`; returns the norm before, 0-d.
-
-    As accelerate's own, but on CPU, where the comparison costs nothing, gradients within the limit are left alone.
-    """
-    parameters = list(parameters)
-    if accelerator.device.type != "cpu" or accelerator.distributed_type not in ("NO", "MULTI_CPU"):
-        return accelerator.clip_grad_norm_(parameters, max_norm)
-    accelerator.unscale_gradients()
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if not norm <= max_norm:  # also NaN, which then reaches every weight as with torch's own
-        clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm

@@ -13,7 +13,6 @@ from torch import Tensor
 from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.trainer.ema import WeightAverage
-from ddpm_hf.trainer.optimizer import clip_grad_norm
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,12 @@ class TrainingStep:
                 acc.backward(part_loss)
                 loss += part_loss.detach() / len(parts)
                 if acc.sync_gradients:
-                    norm = clip_grad_norm(acc, self.model.parameters(), self.config.max_grad_norm)
+                    norm = acc.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        self.average.update(numbers.step)
+        share = self.average.share(numbers.step)
+        if share is not None:
+            self.average.update(share)
         if hasattr(norm, "full_tensor"):  # the weights are spread over processes
             norm = norm.full_tensor()
         return torch.stack((loss, torch.as_tensor(norm, device=acc.device).detach().float()))

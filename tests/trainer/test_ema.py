@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import run_program
-from helpers import SMALL, config, metrics, weights
+from helpers import SMALL, OnDevice, config, metrics, weights
 from safetensors.torch import load_file
 
 from ddpm_hf import TrainConfig, UNet1D, train
@@ -21,9 +21,9 @@ def test_the_average_follows_its_definition(tmp_path, monkeypatch):
     history = []
     update = WeightAverage.update
 
-    def spy(self, step):
+    def spy(self, share):
         history.append([p.detach().double().clone() for p in self.model.parameters()])
-        update(self, step)
+        update(self, share)
 
     monkeypatch.setattr(WeightAverage, "update", spy)
     train(config(tmp_path, max_train_steps=4, learning_rate=0.01))
@@ -34,6 +34,66 @@ def test_the_average_follows_its_definition(tmp_path, monkeypatch):
     saved = load_file(tmp_path / "checkpoints" / "step-000004" / "ema.safetensors")
     for i, e in enumerate(expected):
         torch.testing.assert_close(saved[f"{i:05d}"].double(), e, rtol=1e-5, atol=1e-7)
+
+
+def test_when_and_how_much_the_average_takes_in():
+    """1 - d_n by the definition above, with every option; None where the step is not one of every so many."""
+    model = torch.nn.Linear(2, 2)
+    options = {"ema_max_decay": 0.9, "ema_inv_gamma": 2.0, "ema_power": 0.5, "ema_update_after_step": 3}
+    average = WeightAverage(model, Accelerator(cpu=True), TrainConfig(ema_update_every=2, **options))
+    average.start(model)
+    for step in range(300):
+        k = max(0, step + 1 - 3 - 1)
+        expected = 1 - min(1 - (1 + k / 2.0) ** -0.5, 0.9) if step % 2 == 0 else None
+        assert average.share(step) == (expected if expected is None else pytest.approx(expected, rel=1e-14))
+    without = WeightAverage(model, Accelerator(cpu=True), TrainConfig(use_ema=False))
+    without.start(model)
+    assert without.share(0) is None
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-4, 0.3, 1.0])
+def test_a_share_in_a_tensor_is_the_number(share):
+    """average + share * (weights - average), both ways, in float64; the averages stay in their memory."""
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 4, 3, dtype=torch.float64)
+    for given in (share, torch.tensor(share, dtype=torch.float64)):
+        average = WeightAverage(model, Accelerator(cpu=True), TrainConfig())
+        average.start(model)
+        before = [p.clone() for p in average.ema.shadow_params]
+        places = [p.data_ptr() for p in average.ema.shadow_params]
+        with torch.no_grad():
+            for p in model.parameters():
+                p += torch.randn_like(p)
+        average.update(given)
+        assert [p.data_ptr() for p in average.ema.shadow_params] == places
+        for p, b, w in zip(average.ema.shadow_params, before, model.parameters()):
+            torch.testing.assert_close(p, b + share * (w.detach() - b), rtol=1e-14, atol=1e-15)
+
+
+def test_an_update_stays_on_its_device():
+    """On the meta device, where a read by the host raises, no tensor of the host takes part."""
+    model = torch.nn.Conv2d(3, 4, 3, device="meta")
+    average = WeightAverage(model, Accelerator(cpu=True), TrainConfig())
+    average.start(model)
+    share = torch.zeros((), device="meta")
+    with OnDevice("meta") as seen:
+        average.update(share)
+    assert seen.operations == 3
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_weights_are_exchanged_in_place(use_ema):
+    model = torch.nn.Conv2d(3, 4, 3)
+    average = WeightAverage(model, Accelerator(cpu=True), TrainConfig(use_ema=use_ema))
+    average.start(model)
+    with torch.no_grad():
+        model.weight += 1
+    kept, places = [p.detach().clone() for p in model.parameters()], [p.data_ptr() for p in model.parameters()]
+    with average.weights() as whole:
+        assert [p.data_ptr() for p in whole.parameters()] == places
+        torch.testing.assert_close(whole.weight + use_ema, kept[0])
+    assert [p.data_ptr() for p in model.parameters()] == places
+    assert all(torch.equal(p, k) for p, k in zip(model.parameters(), kept))
 
 
 @pytest.mark.parametrize(
