@@ -1,4 +1,4 @@
-"""Command lines: every program answers an unknown option with the nearest one, in one line and with status 2."""
+"""Command lines: for an unknown option every program names the nearest one, in one line, and exits with status 2."""
 
 import pytest
 from conftest import load_program

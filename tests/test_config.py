@@ -98,19 +98,21 @@ def test_presets_are_valid():
 
 
 def test_differences():
-    """A resumed run may change what does not alter the weights, and the length of a constant schedule."""
+    """A resumed run may change options that do not alter the weights, and the length of a constant schedule."""
     earlier = yaml.safe_load(TrainConfig().to_yaml())
     assert TrainConfig().differences(earlier) == []
     assert TrainConfig(num_samples=4, checkpointing_steps=7).differences(earlier) == []
     assert TrainConfig(dim=32).differences(earlier) == ["dim: 64 -> 32"]
     assert "max_train_steps" in TrainConfig(max_train_steps=5).differences(earlier)[0]
-    off = {**earlier, "min_snr_gamma": None}  # how runs said it that had no such default
+    off = {**earlier, "min_snr_gamma": None}  # as in runs of earlier versions
     assert TrainConfig(min_snr_gamma=0).differences(off) == [] and TrainConfig(**off).min_snr_gamma == 0
     assert TrainConfig(min_snr_gamma=5.0).differences(off) == [
         "loss_weighting: uniform -> snr",
         "min_snr_gamma: 0.0 -> 5.0",
     ]
-    before = {name: value for name, value in earlier.items() if name != "loss_weighting"}  # of runs without that option
+    before = {
+        name: value for name, value in earlier.items() if name != "loss_weighting"
+    }  # as in runs from before that option
     assert TrainConfig(loss_weighting="snr").differences(before) == []
     assert TrainConfig().differences(before) == ["loss_weighting: snr -> uniform"]
     for without_effect, with_effect in [
@@ -119,7 +121,7 @@ def test_differences():
     ]:
         with pytest.raises(ValueError, match="applies to runs with"):
             TrainConfig(**without_effect)
-        assert TrainConfig().differences({**earlier, **without_effect}) == []  # of a run of an earlier version
+        assert TrainConfig().differences({**earlier, **without_effect}) == []  # a run of an earlier version
         assert len(TrainConfig(**without_effect, **with_effect).differences(earlier)) == 2
     plain = yaml.safe_load(TrainConfig(use_ema=False).to_yaml())
     assert TrainConfig(use_ema=False).differences({**plain, "ema_power": 0.6}) == []
@@ -142,7 +144,7 @@ def test_help_has_every_option_under_its_heading(capsys):
 
 
 def test_numbers_without_a_rule():
-    """The numbers that TrainConfig leaves to the model's constructor, or that may be anything; others have bounds."""
+    """All numbers have bounds, except those that the model's constructor checks and one that may be anything."""
     numbers = {name for name, (kind, _) in kinds().items() if kind in (int, float)}
     free = {f.name for f in dataclasses.fields(TrainConfig) if f.name in numbers and declared(f).rule is None}
     assert free == {"num_mem_kv", "fourier_dim", "logit_mean"}

@@ -1,7 +1,8 @@
-"""The pages do what they say: their Python runs, their commands are accepted, their links lead somewhere."""
+"""The pages are right: their Python runs, their commands are accepted, their links lead somewhere."""
 
 import dataclasses
 import re
+import runpy
 import shlex
 
 import pytest
@@ -20,7 +21,7 @@ SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 1, "attn_dim_head": 4}
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A folder with small pipelines where the pages have the demos', and training of two steps."""
+    """A working folder with small pipelines at the paths of the demos' pipelines, and training cut to two steps."""
     scheduler = GaussianScheduler()
     DDPMPipeline(UNet2D(8, in_channels=1, **SMALL), scheduler, num_inference_steps=3).save_pretrained(
         tmp_path / "runs/digits/pipeline"
@@ -43,7 +44,7 @@ def work(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "own_loop.md"], ids=lambda page: page.name)
 def test_python_of_the_pages_runs(page, work):
     document = Sybil([PythonCodeBlockParser()]).parse(page)
-    # what a page takes as given
+    # names that pages use without defining them
     document.namespace["my_dataset"] = [torch.zeros(3, 8, 8)] * 4
     document.namespace["pipe"] = DDPMPipeline.from_pretrained("runs/digits/pipeline")
     for example in document.examples():
@@ -51,7 +52,7 @@ def test_python_of_the_pages_runs(page, work):
 
 
 def commands(page):
-    """The commands in a page's blocks of code, continued lines joined."""
+    """Yield the commands in a page's blocks of code, with continued lines joined."""
     for block in re.findall(r"^```(?:\w*)\n(.*?)^```", page.read_text(), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             if "training/" in line and not line.lstrip().startswith("#"):
@@ -60,7 +61,7 @@ def commands(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_the_pages_are_accepted(page, monkeypatch):
-    """Each program is there, and takes the options of each command."""
+    """Each program exists, and training accepts the options of each command."""
     monkeypatch.chdir(ROOT)
     for command in commands(page):
         command = command.split("&&")[-1]
@@ -122,3 +123,13 @@ def test_the_options_that_moving_names_exist():
     known |= set(re.findall(r'"--(\w+)"', source))
     named = set(re.findall(r"--(\w+)", text))
     assert len(named) > 30 and named - known - {"no_auto_normalize"} == set()
+
+
+def test_generated_pages():
+    """The page of options has every option, and the first page is README with links of the site."""
+    on_page_markdown = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_page_markdown"]
+    options = on_page_markdown((ROOT / "docs" / "options.md").read_text(encoding="utf-8"))
+    for field in dataclasses.fields(TrainConfig):
+        assert f"\n| `{field.name}` |" in options
+    first = on_page_markdown((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    assert first.startswith("# ddpm_hf") and "](images.md)" in first and "](docs/" not in first

@@ -9,13 +9,13 @@ from importlinter.cli import lint_imports
 
 
 def test_imports_point_downwards(capsys):
-    """The contract of pyproject.toml: each room imports from lower ones only, and every room has its floor."""
+    """Each room imports from lower ones only, and every room has its place in the contract of pyproject.toml."""
     status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
     assert status == 0, capsys.readouterr().out
 
 
 def test_the_programs_work_from_a_wheel(tmp_path):
-    """Built and installed beside nothing of the repository, training runs from another folder."""
+    """Training runs from another folder with the installed wheel alone, without the repository."""
     source = tmp_path / "source"  # building writes beside the sources
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -56,7 +56,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def test_the_layout_page_names_every_file():
-    """docs/layout.md is the tree that a newcomer reads."""
+    """docs/layout.md, the tree that a newcomer reads, is complete."""
     page = (ROOT / "docs" / "layout.md").read_text()
     for file in (ROOT / "ddpm_hf").rglob("*.py"):
         if file.name not in ("__init__.py", "version.py") and file.parent.name != "commands":

@@ -1,4 +1,4 @@
-"""Every option of training against every kind of data, model and setting: it applies, or it is refused by name."""
+"""Each option of training with each kind of data, model and setting: it applies, or an error names it."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from ddpm_hf.trainer.loop import Trainer
 
 train_script = load_program("train")
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
-# Options that always apply, whatever the data, the model and the other options.
+# Options that apply with any data, model and other options.
 ALWAYS = {
     "output_dir", "num_cpu_threads", "seed", "resume_from_checkpoint", "dry_run", "dataloader_num_workers",
     "self_condition", "gradient_checkpointing", "ddpm_num_steps", "ddpm_beta_schedule", "prediction_type",
@@ -30,7 +30,7 @@ ALWAYS = {
     "holdout", "eval_steps", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_license",
     "dataset_name", "train_data_dir", "train_data_file",  # one source of data at most, which has its own check
 }  # fmt: skip
-# The others: a value that is not the default, and what brings the option in.
+# The other options: a value that is not the default, and the options that make this one apply.
 VALUES = {
     "dataset_config_name": ("plain", {}), "dataset_split": ("test", {}), "image_column": ("image", {}),
     "sequence_columns": (["wave"], {}), "resolution": ([16], {}), "image_channels": (3, {}), "center_crop": (False, {}),
@@ -54,7 +54,7 @@ VALUES = {
         "hub_model_id": "a/b", "hub_every_save": True, "hub_upload_state": True, "hub_private_repo": False,
         "hub_revision": "next", "create_pr": True}.items()},
 }  # fmt: skip
-# What takes an option out, where another one can.
+# Options that make another one have no effect.
 AGAINST = {
     **{name: {"norm": "rms"} for name in ("norm_groups",)}, "fourier_dim": {"time_embedding": "sinusoidal"},
     "theta": {"time_embedding": "random_fourier"}, "lr_warmup_steps": {"lr_scheduler": "constant"},
@@ -74,7 +74,7 @@ TABLE = {"dataset_config_name", "dataset_split"}
 DATA = IMAGE | SEQUENCE | FEATURES | TABLE | {
     "image_column", "sequence_columns", "streaming", "shuffle_buffer", "cache_gb", "on_bad_image",
 }  # fmt: skip
-# What each kind of data has of them.
+# Those that apply to each kind of data.
 HAS = {
     "digits": IMAGE | FEATURES | {"cache_gb", "on_bad_image"},
     "folder": IMAGE | FEATURES | {"cache_gb", "on_bad_image"},
@@ -101,7 +101,7 @@ def test_every_option_is_in_the_matrix():
 
 
 def check(kind, model=None, **options):
-    """Construct the options as a run of this kind has them; True where they are refused."""
+    """Return True if a run with this kind of data refuses the options."""
     source = {"dataset_name": "somewhere"} if kind in ("image table", "image stream", "sequence table") else {}
     try:
         config = TrainConfig(**source, **options)
@@ -114,7 +114,7 @@ def check(kind, model=None, **options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_options_against_kinds_of_data(kind):
-    """Each option, at another value than its default and at its default where that asks for something."""
+    """Each option is given at another value than its default, and at its default if that asks for something."""
     for name, (value, also) in VALUES.items():
         also = {**also, **({"streaming": True} if kind == "image stream" and name != "streaming" else {})}
         if kind != "image stream" and name == "shuffle_buffer":
@@ -132,13 +132,13 @@ def test_options_against_kinds_of_data(kind):
 @pytest.mark.parametrize("name", VALUES)
 def test_options_against_a_given_model(name):
     value, also = VALUES[name]
-    model = torch.nn.Identity()  # a model that says nothing of itself
+    model = torch.nn.Identity()  # a model without a configuration
     assert check(None, model=model, dataset_name="somewhere", **also, **{name: value}) == (name in NEW_MODEL)
 
 
 @pytest.mark.parametrize("name", AGAINST)
 def test_options_that_another_takes_out(name):
-    """Refused where they are given, at another value or at the default; left alone where they are not."""
+    """They are refused if they are given, at another value or at the default, and ignored if they are not."""
     value, also = VALUES[name]
     for given in (value, default_of(FIELDS[name])):
         if given is None or given == declared(FIELDS[name]).off:
@@ -157,7 +157,7 @@ def test_options_that_ask_for_nothing_are_let_be():
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """The options, and the data from Python, of each kind."""
+    """The options, and the dataset from Python if there is one, for each kind of data."""
     import datasets
     from PIL import Image
 
@@ -189,7 +189,7 @@ def sources(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_are_told_apart_and_checked(kind, sources):
-    """Real data of each kind; one option of images and one of sequences is refused or taken by the door to the data."""
+    """With real data of each kind, `open_data` accepts or refuses options of images, of sequences and of tables."""
     options, dataset = sources[kind]
     assert open_data(TrainConfig(**options), dataset).kind == kind
     for more in ({"random_flip": True}, {"sequence_norm": "meanstd"}, {"image_column": "image"}):
@@ -220,7 +220,7 @@ def test_splits_and_configurations_of_one_saved_table(sources):
         (["--train_data_file=waves.npy", "--image-column=image"], "image_column"),
         (["--dataset_name=digits", "--sequence_length=16", "--stride=2"], "sequence_length"),
         (["--dataset_name=digits", "--no_use_ema", "--ema_power=0.75"], "ema_power"),
-        (["--feature_resolution=299"], "feature_resolution"),  # of the demo, which measures with pixels
+        (["--feature_resolution=299"], "feature_resolution"),  # the demo measures with pixels
     ],
 )
 def test_the_program_refuses(arguments, name, tmp_path, monkeypatch, capsys):
@@ -232,7 +232,7 @@ def test_the_program_refuses(arguments, name, tmp_path, monkeypatch, capsys):
 
 
 def test_what_the_command_line_takes_out_of_a_file(tmp_path):
-    """The demo's evaluation is left out whole by --eval_steps 0; a value of a file can be taken back to its default."""
+    """--eval_steps 0 turns off the demo's whole evaluation, and an option can undo a file's value."""
     config = train_script.parse(["--eval_steps=0"])
     assert (config.eval_steps, config.eval_num_samples, config.feature_network) == (0, 1000, "inception")
     file = tmp_path / "run.yaml"
@@ -244,7 +244,7 @@ def test_what_the_command_line_takes_out_of_a_file(tmp_path):
 
 
 def test_a_dataset_from_python(tmp_path):
-    """Options of images that the trainer reads are refused; the card says none of them."""
+    """Options for reading images are refused, and the card has none of them."""
     data = list(torch.rand(8, 1, 8, 8))
     with pytest.raises(ValueError, match=r"resolution applies to images.*got \[16\] with images given from Python"):
         train(TrainConfig(resolution=16, random_flip=True, image_channels=1, output_dir=str(tmp_path)), dataset=data)
@@ -257,7 +257,7 @@ def test_a_dataset_from_python(tmp_path):
 
 
 def test_options_of_a_given_model(tmp_path):
-    """They may say what the model is, and nothing else; the card leaves them to the model."""
+    """They may be given if they describe the model as it is, and the card leaves them out."""
     model = UNet2D(dim=16, dim_mults=(1, 2), sample_size=8, in_channels=1)
     shared = {"dataset_name": "digits", "output_dir": str(tmp_path / "run")}
     with pytest.raises(ValueError, match="dim applies to the model that training builds.*got 64"):
@@ -271,7 +271,7 @@ def test_options_of_a_given_model(tmp_path):
 
 
 def test_a_run_with_an_option_that_had_no_effect_is_resumed():
-    """Earlier versions took and kept such options; a run that has them goes on without."""
+    """Earlier versions accepted and saved such options; a run that has them can be resumed without them."""
     earlier = {**dataclasses.asdict(TrainConfig()), "random_flip": True, "dim": 128}
     assert TrainConfig().differences(earlier, "given images", given_model=True) == []
     assert len(TrainConfig().differences(earlier, "digits")) == 2
