@@ -1,8 +1,11 @@
-"""The training objective: draws, targets, weights; one loss a sample.
+"""The training objective: draws, targets and weights, and one loss for each sample.
 
-Ho et al. (arXiv:2006.11239), equation 14; the weights of denoising-diffusion-pytorch and min-SNR (Hang et al.,
-arXiv:2303.09556); offset noise; immiscible diffusion (Li et al., arXiv:2406.12303); self-conditioning (Chen et al.,
-arXiv:2208.04202).
+Sources: the objective is equation 14 of Ho et al. (arXiv:2006.11239). The weights are those of
+denoising-diffusion-pytorch, or min-SNR (Hang et al., arXiv:2303.09556). Offset noise adds one number to a channel;
+immiscible diffusion is that of Li et al. (arXiv:2406.12303) and self-conditioning that of Chen et al.
+(arXiv:2208.04202).
+
+Nothing here reads a number back from the device, except immiscible diffusion, which assigns the noise on the host.
 """
 
 import math
@@ -19,7 +22,12 @@ from ddpm_hf.randomness import normal_numbers, random_words, uniform_integers
 
 @dataclass
 class DiffusionLoss:
-    """`loss`: (B,), weighted squared error, mean over channels and positions; `timesteps`: (B,)."""
+    """The loss of a batch.
+
+    Attributes:
+        loss: (B,) weighted squared error of each sample, the mean over channels and positions.
+        timesteps: (B,) the timesteps of the samples.
+    """
 
     loss: Tensor
     timesteps: Tensor
@@ -42,8 +50,8 @@ def training_draws(
     """Draw a timestep and noise for each sample.
 
     A sample's draws follow from its number and the key alone, so they do not depend on the batch that it is in. For one
-    key, samples with different numbers never share a random word (see `ddpm_hf.randomness.random_words`), which makes
-    their draws independent.
+    key, samples with different numbers never share a random word (see `ddpm_hf.randomness.random_words`), and the words
+    of the generator behave as independent ones.
 
     Args:
         scheduler: a `GaussianScheduler`; T is its number of training timesteps.
@@ -86,10 +94,10 @@ def training_draws(
 
 
 def first_step_warning(config) -> str | None:
-    """A sentence where sampling begins at a timestep that training will hardly see; None elsewhere.
+    """Return a sentence of warning if sampling begins at a timestep that training will hardly see; None otherwise.
 
-    With zero terminal SNR no other timestep shows the model what to answer to pure noise. (Weights that would be 0
-    there are dealt with in `GaussianScheduler.loss_weights`.)
+    With zero terminal SNR, no other timestep shows the model what to answer to pure noise. (The loss weights, which
+    would be 0 there, are dealt with in `GaussianScheduler.loss_weights`.)
     """
     c = config
     if not c.rescale_betas_zero_snr or c.timestep_sampling != "logit_normal" or c.ddpm_num_steps < 2:
@@ -106,7 +114,17 @@ def first_step_warning(config) -> str | None:
 
 
 def immiscible_assignment(x0: Tensor, noise: Tensor) -> Tensor:
-    """(B,) indices i of the noise for each x0, so that noise[i] is nearest in total (Li et al., algorithm 1)."""
+    """Assign the noise of a batch to its samples so that the sum of their distances is least (Li et al., algorithm 1).
+
+    The assignment is computed on the host, so a step that uses it cannot be captured as a CUDA graph.
+
+    Args:
+        x0: (B, C, *spatial).
+        noise: shaped as x0.
+
+    Returns:
+        (B,) indices i on the device of the noise: sample k takes noise[i[k]].
+    """
     distance = torch.cdist(x0.flatten(1).float(), noise.flatten(1).float())
     _, columns = linear_sum_assignment(distance.cpu().numpy())
     return torch.from_numpy(columns).to(noise.device)
@@ -124,22 +142,23 @@ def diffusion_loss(
     immiscible: bool = False,
     self_condition: bool = False,
 ) -> DiffusionLoss:
-    """The loss of each sample; none of the given tensors is changed.
+    """Compute the loss of each sample. None of the given tensors is changed.
 
     Args:
-        model: called as model(x_t, t) (and x_self_cond), gives `.sample`.
-        scheduler: `GaussianScheduler`; its `prediction_type` is the target.
+        model: called as model(x_t, t), with x_self_cond if `self_condition`; returns its prediction in `.sample`.
+        scheduler: a `GaussianScheduler`, whose `prediction_type` says what the target is.
         x0: data in [-1, 1], `(B, C, *spatial)`.
         timesteps: (B,) integers in [0, T).
-        noise: standard normal, shaped as x0.
-        min_snr_gamma: clip the weight's SNR at gamma; None: not.
-        weighting: "snr": as `GaussianScheduler.loss_weights` says; "uniform": 1 at every timestep, whatever the target
-            and `min_snr_gamma` (of v that is more of the noisy timesteps: SNR + 1 in units of the error of x0).
-        immiscible: re-assign the noise within the batch; x_t and the target both use the assigned one.
-        self_condition: let the model see its own estimate of x0 in this step (half of the steps, by the paper).
+        noise: standard normal noise, shaped as x0.
+        min_snr_gamma: upper bound of the SNR in the weight; None: no bound.
+        weighting: "snr" for the weights of `GaussianScheduler.loss_weights`; "uniform" for 1 at every timestep, for any
+            target and `min_snr_gamma`. For v, "uniform" favours noisy timesteps: in units of the error of x0 its weight
+            is SNR + 1.
+        immiscible: assign the noise anew within the batch; x_t and the target both use the assigned noise.
+        self_condition: give the model its own estimate of x0 in this step (the paper does so in half of the steps).
 
     Raises:
-        ValueError: shapes that do not fit, or a model output that is not shaped as the target.
+        ValueError: shapes do not fit, `weighting` is unknown, or the model's output is not shaped as the target.
     """
     if noise.shape != x0.shape or timesteps.shape != x0.shape[:1]:
         raise ValueError(
@@ -158,9 +177,9 @@ def diffusion_loss(
         with torch.no_grad():
             estimate = model(x_t, timesteps).sample
             extra["x_self_cond"] = scheduler.predict_x0(estimate.to(x_t.dtype), timesteps, x_t)
-    # Autocast keeps the weights that it has cast. Those of a call without gradients (the estimate, or a sampler before)
-    # have no history, and until torch 2.9 at least the call below took them: most weights got no gradient. With the
-    # cache off around the estimate, a model's own autocast (accelerate's) would turn it on again.
+    # Autocast keeps the weights that it has cast. Those of a call without gradients (the estimate above, or a sampler)
+    # have no history, and the call below would take them, at least up to torch 2.9: most weights would get no gradient.
+    # Turning the cache off around the estimate does not help: a model's own autocast (accelerate's) turns it on again.
     torch.clear_autocast_cache()
     prediction = model(x_t, timesteps, **extra).sample
     if prediction.shape != target.shape:
