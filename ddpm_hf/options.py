@@ -54,6 +54,13 @@ class DataOptions:
         None, "Columns of the sequences in a table. Needed to read sequences with dataset_name.",
         none="all columns", applies=scope.SEQUENCE_TABLES,
     )  # fmt: skip
+    class_labels: str | None = option(
+        None, "The classes of the items: 'folder' for a folder of images (the names of its subfolders); 'label' for "
+        "the digits; the column of a table (ClassLabel, whole numbers or texts); the name of an array in a .npz file; "
+        "a file (.npy, .csv, .txt) with a class for each sequence of an array; for a dataset from Python, the entry of "
+        "items that are dicts (any name for items (x, y)).",
+        Rule(bool, "a name or a file"), scope.CLASSES, none="no classes",
+    )  # fmt: skip
     holdout: int = option(
         0, "Number of items that are kept out of training, drawn by the seed, for the held-out loss. If items are "
         "windows, whole sequences are kept out, or stretches of a single sequence; a window's length before and after "

@@ -51,6 +51,9 @@ class EvaluateConfig:
 
     pipeline: str = _option("", "Folder or Hub name of a saved DDPMPipeline or DDPMPipeline1D.")
     data: str = _option("", "'digits', 'ecg', a folder or file as training takes, or a data set's name on the Hub.")
+    class_labels: str | None = _option(
+        None, "The classes of the data, as in training. Default: as in the pipeline's run, if --data is its data."
+    )
     metrics: list[str] | None = field(default=None, metadata={"help": "Default: all that the data allows."})
     num_inference_steps: list[int] | None = field(
         default=None, metadata={"help": "One or more. Default: the pipeline's."}
@@ -122,7 +125,8 @@ def real_data(config: EvaluateConfig, run: dict, pipeline):
         source = {"dataset_name": config.data}
     else:
         source = {"train_data_dir" if path.is_dir() else "train_data_file": config.data}
-    shared = ("dataset_config_name", "dataset_split", "image_column", "sequence_columns", "stride", "on_bad_image")
+    shared = ("dataset_config_name", "dataset_split", "image_column", "sequence_columns", "stride", "on_bad_image",
+              "class_labels")  # fmt: skip
     defaults = {f.name: f.default for f in fields(config)}
     options = {name: value for name in shared if (value := getattr(config, name)) != defaults[name]}
     if config.data in BUNDLED and (config.data == "ecg") != (len(size) == 1):
@@ -289,7 +293,8 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     facts = record_of(config)
     run = run_of(config, facts)
     if run:  # read the data as the run did, where nothing else is asked for
-        names = {"stride": None, "sequence_columns": None, "image_column": None, "on_bad_image": "stop"}
+        names = {"stride": None, "sequence_columns": None, "image_column": None, "on_bad_image": "stop",
+                 "class_labels": None}  # fmt: skip
         for name, default in names.items():
             if getattr(config, name) == default and run["options"].get(name) is not None:
                 config = replace(config, **{name: run["options"][name]})

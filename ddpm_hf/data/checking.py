@@ -135,18 +135,20 @@ def _workers(source, config) -> tuple[int, str | None]:
 # Shared memory
 
 
-def worker_memory(workers: int, batch_size: int, shape: tuple, item_size: int) -> int:
+def worker_memory(workers: int, batch_size: int, shape: tuple, item_size: int, labelled: bool = False) -> int:
     """Return the most bytes of shared memory that the workers' batches fill, for all processes of this machine.
 
     Args:
         item_size: bytes of one value: 1 for images, which are handed over as uint8, and 4 for other items.
+        labelled: each item has a class number, of 8 bytes.
     """
     if not workers:
         return 0
     batch = batch_size * item_size
     for size in shape:
         batch *= size
-    batch = -(-batch // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = -(-batch // mmap.PAGESIZE) + (-(-batch_size * 8 // mmap.PAGESIZE) if labelled else 0)
+    batch = pages * mmap.PAGESIZE
     locks = (4 * workers + 16) * mmap.PAGESIZE  # the queues' semaphores take a page each
     return (batch * (workers * PREFETCH + 1) + locks) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 

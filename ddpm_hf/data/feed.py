@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ddpm_hf.data.checking import check_items, check_shared_memory, worker_memory
 from ddpm_hf.data.images import ImageDataset
+from ddpm_hf.data.labels import Labels, class_notes, given_labels
 from ddpm_hf.data.loading import (
     Batch,
     StreamSampler,
@@ -19,6 +20,7 @@ from ddpm_hf.data.loading import (
     collate,
     fingerprint,
     hold_out,
+    item_labels,
     split_record,
     underlying,
 )
@@ -46,6 +48,9 @@ class StoredFeed:
         files: the files that are mapped into memory.
         shared_memory: bytes of shared memory that the loader's workers need.
         kind: the kind of data, of `scope.KINDS`.
+        labels: the classes of the rows of `units`, a `Labels` (see `item_labels`), or None without class_labels.
+        class_names: the names of the classes, whose place is the class number; None without class_labels.
+        class_counts: the number of items to train on in each class; None where it is not known.
 
     Raises:
         ValueError: the dataset is not map-style or is empty, or its first item cannot be loaded.
@@ -58,15 +63,19 @@ class StoredFeed:
             raise ValueError("the data is empty: at least one item is needed")
         self.config, self.dataset, self.held_out, self.split = config, dataset, None, None
         self.files = MappedFiles(mapped_files(underlying(dataset)))
+        self.labels = _labels(underlying(dataset), config, kind)
         if config.holdout:
             self.dataset, self.held_out = hold_out(dataset, config.holdout, config.seed)
             self.split = split_record(self.held_out)
         self.units, self.items = underlying(self.dataset), len(self.dataset)
         self.scaling = scaling_of(self.units)
+        self._item_labels = item_labels(self.dataset, self.labels)
+        self.class_names = None if self.labels is None else list(self.labels.names)
+        self.class_counts = None if self.labels is None else self.labels.counts(self._item_labels)
         first = self._first()
         self.shape = tuple(first.x0.shape[1:])
         self.kind = kind or _given_kind(self.units, self.shape)
-        self.shared_memory = _shared_memory(config, self.shape, first.items.element_size())
+        self.shared_memory = _shared_memory(config, self.shape, first)
         self.notes = self._notes()
         changed = self.files.changed()
         if changed:
@@ -96,10 +105,10 @@ class StoredFeed:
                 f"channel {channel} of {self.units.name} never changes: samples will have its value, {value:g}"
                 for channel, value in self.scaling.constants().items()
             ]
-        return notes
+        return notes + (class_notes(self.class_names, self.class_counts) if self.class_names else [])
 
     def _view(self) -> TrainingView:
-        return TrainingView(self.dataset, self.config.seed, self.config.on_bad_image)
+        return TrainingView(self.dataset, self.config.seed, self.config.on_bad_image, labels=self._item_labels)
 
     def check_items(self) -> None:
         """Read every item, held-out items too, and print a line for each that cannot be used.
@@ -129,7 +138,7 @@ class StoredFeed:
 
     @cached_property
     def _fingerprint(self) -> dict:
-        return fingerprint(self.units, self.shape)
+        return fingerprint(self.units, self.shape, self.labels)
 
     def fingerprint(self) -> dict:
         """Return the fingerprint that tells this data from other data.
@@ -143,14 +152,16 @@ class StoredFeed:
 class StreamedFeed:
     """The feed of an `ImageStream`; attributes and methods are those of `StoredFeed`."""
 
-    held_out = split = None
-    notes: tuple = ()
+    held_out = split = labels = class_counts = None
 
     def __init__(self, stream: ImageStream, config, kind: str | None = None):
         self.config, self.dataset, self.units, self.kind = config, stream, stream, kind or "given ImageDataset"
         self.scaling = scaling_of(stream)
+        self.class_names = stream.class_names
+        self.notes = class_notes(self.class_names, None) if self.class_names else []
         self.items, self.shape = stream.length, probe(stream)
-        self.shared_memory = _shared_memory(config, self.shape, 1)
+        first = Batch(torch.empty(0, dtype=torch.uint8), [], labels=torch.empty(0) if self.class_names else None)
+        self.shared_memory = _shared_memory(config, self.shape, first)
         folder = Path(config.train_data_dir or config.dataset_name or "")
         self.files = MappedFiles(sorted(map(str, folder.rglob("*.arrow"))) if saved_to_disk(folder) else [])
 
@@ -183,14 +194,22 @@ def _given_kind(dataset, shape: tuple) -> str:
     return "given ImageDataset" if isinstance(dataset, ImageDataset) else "given images"
 
 
-def _shared_memory(config, shape: tuple, item_size: int) -> int:
-    """Return the bytes of shared memory that the loader's workers need.
+def _labels(dataset, config, kind: str | None) -> Labels | None:
+    """Return the classes of a dataset that `open_data` built (`kind` is known) or that comes from Python."""
+    if config.class_labels is None:
+        return None
+    return given_labels(dataset, config.class_labels) if kind is None else dataset.labels
+
+
+def _shared_memory(config, shape: tuple, first: Batch) -> int:
+    """Return the bytes of shared memory that the loader's workers need for batches like `first`.
 
     Raises:
         ValueError: there is less.
     """
     workers = config.dataloader_num_workers
-    needed = worker_memory(workers, config.train_batch_size, shape, item_size)
+    size = first.items.element_size()
+    needed = worker_memory(workers, config.train_batch_size, shape, size, labelled=first.labels is not None)
     check_shared_memory(needed, workers)
     return needed
 

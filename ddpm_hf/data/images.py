@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ddpm_hf.data.labels import Labels, as_labels
 from ddpm_hf.data.scaling import EIGHT_BIT
 
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -200,6 +201,7 @@ class ImageDataset(Dataset):
         center_crop: crop from the centre; otherwise at a random place, if `load` is given a random generator.
         random_flip: mirror half of the images left to right, if `load` is given a random generator.
         cache_gb: memory for decoded images, in GB (10^9 bytes).
+        labels: the class of each image, `Labels` or values that `Labels.read` takes; None: no classes.
 
     Attributes:
         scaling: the map between 8-bit levels and model units.
@@ -220,8 +222,10 @@ class ImageDataset(Dataset):
         center_crop: bool = True,
         random_flip: bool = False,
         cache_gb: float = 0.0,
+        labels: Any = None,
     ):
         self.sources = sources
+        self.labels = as_labels(labels, len(sources), "the classes of the images")
         self.resolution, self.channels = tuple(resolution), channels
         self.center_crop, self.random_flip = center_crop, random_flip
         self.cache = None
@@ -324,17 +328,51 @@ def find_images(folder: str) -> tuple[list[Path], list[str]]:
     return sorted(paths), [f"not read in {printable(folder)}: {note}" for note in notes]
 
 
-def image_folder(folder: str, resolution: tuple[int, int], channels: int = 3, **options) -> ImageDataset:
-    """Return a dataset of the images in a folder and its subfolders; `options` are those of `ImageDataset`."""
+def image_folder(
+    folder: str, resolution: tuple[int, int], channels: int = 3, subfolder_classes: bool = False, **options
+) -> ImageDataset:
+    """Return a dataset of the images in a folder and its subfolders; `options` are those of `ImageDataset`.
+
+    Args:
+        subfolder_classes: the names of the first level of subfolders are the classes of the images in them.
+    """
     paths, notes = find_images(folder)
+    if subfolder_classes:
+        options["labels"] = _subfolder_labels(Path(folder), paths)
     dataset = ImageDataset([str(path) for path in paths], resolution, channels, **options)
     dataset.notes = notes
     return dataset
 
 
-def digits(resolution: tuple[int, int] = (8, 8), channels: int = 1, **options) -> ImageDataset:
-    """Return the handwritten digits that scikit-learn bundles: 1,797 grey images of 8x8 pixels (17 levels)."""
+def _subfolder_labels(root: Path, paths: list[Path]) -> Labels:
+    """Return the classes of images by the first level of subfolders below `root`, sorted by name.
+
+    Raises:
+        ValueError: an image is in no subfolder, or each subfolder has a single image.
+    """
+    parts = [path.relative_to(root).parts for path in paths]
+    outside = [path for path, names in zip(paths, parts) if len(names) == 1]
+    if outside:
+        raise ValueError(
+            printable(
+                f"class_labels folder needs each image in a subfolder, whose name is its class; {outside[0]} is in "
+                f"none, one of {len(outside):,} such images"
+            )
+        )
+    return Labels.read([printable(names[0]) for names in parts], printable(f"the subfolders of {root}"))
+
+
+def digits(resolution: tuple[int, int] = (8, 8), channels: int = 1, classes: bool = False, **options) -> ImageDataset:
+    """Return the handwritten digits that scikit-learn bundles: 1,797 grey images of 8x8 pixels (17 levels).
+
+    Args:
+        classes: give each image the digit that it shows as its class.
+        options: those of `ImageDataset`.
+    """
     from sklearn.datasets import load_digits
 
-    arrays = (load_digits().images * (255 / 16)).round().astype(np.uint8)
+    found = load_digits()
+    arrays = (found.images * (255 / 16)).round().astype(np.uint8)
+    if classes:
+        options["labels"] = Labels.read(found.target, "the digits")
     return ImageDataset(list(arrays), resolution, channels, **options)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ddpm_hf.data.images import BadImageError, ImageDataset, to_tensor
+from ddpm_hf.data.labels import Labels
 from ddpm_hf.data.scaling import EIGHT_BIT, scaling_of
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.randomness import Stream, derive_seed
@@ -99,6 +100,19 @@ def load_item(dataset, index: int, rng: np.random.Generator | None = None, raw: 
     return as_tensor(dataset[index], scaling_of(dataset).limit)
 
 
+def item_labels(dataset, labels: Labels | None) -> np.ndarray | None:
+    """Return the class number of each item, int64 (len(dataset),), or None where there are no `labels`.
+
+    Args:
+        labels: the classes of the rows of `underlying(dataset)`: of its images or items, or of its sequences.
+    """
+    if labels is None:
+        return None
+    if isinstance(dataset, Part):
+        return item_labels(dataset.dataset, labels)[dataset.indices]
+    return dataset.per_item(labels.numbers) if isinstance(dataset, SequenceDataset) else labels.numbers
+
+
 # ---------------------------------------------------------------------------------------------
 # Held-out items
 
@@ -149,11 +163,13 @@ class Item(NamedTuple):
             another image of the batch is to stand in for a bad one; the number draws that image.
         skipped: messages of the images that were left out on the way.
         error: the reason why the item cannot be loaded, or None.
+        label: the number of its class; None where classes are not asked for.
     """
 
     x: Tensor | int | None
     skipped: list[str]
     error: str | None = None
+    label: int | None = None
 
 
 @dataclass
@@ -164,11 +180,13 @@ class Batch:
         items: (B, C, *spatial), float32, or uint8 for images. None where the batch could not be made.
         skipped: messages of the images that were left out.
         error: the reason why the batch could not be made, or None.
+        labels: (B,) int64, the numbers of the items' classes; None where classes are not asked for.
     """
 
     items: Tensor | None
     skipped: list[str]
     error: str | None = None
+    labels: Tensor | None = None
 
     @property
     def x0(self) -> Tensor:
@@ -180,8 +198,11 @@ class Batch:
         return Batch(self.items.to(device, non_blocking=True), []).x0
 
     def pin_memory(self) -> "Batch":
-        """Return the batch with its items in pinned memory; the DataLoader calls this."""
-        return self if self.items is None else Batch(self.items.pin_memory(), self.skipped, self.error)
+        """Return the batch with its tensors in pinned memory; the DataLoader calls this."""
+        if self.items is None:
+            return self
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return Batch(self.items.pin_memory(), self.skipped, self.error, labels)
 
 
 class TrainingView(Dataset):
@@ -191,10 +212,13 @@ class TrainingView(Dataset):
         on_bad: an image that cannot be read makes the item an error ("stop"), or another image stands in for it, drawn
             from all images by (seed, epoch, index) ("skip").
         augment: False leaves the items as the dataset has them.
+        labels: the class number of each item (`item_labels`); None: classes are not asked for.
     """
 
-    def __init__(self, dataset, seed: int, on_bad: str = "stop", augment: bool = True):
-        self.dataset, self.seed, self.on_bad, self.augment = dataset, seed, on_bad, augment
+    def __init__(
+        self, dataset, seed: int, on_bad: str = "stop", augment: bool = True, labels: np.ndarray | None = None
+    ):
+        self.dataset, self.seed, self.on_bad, self.augment, self.labels = dataset, seed, on_bad, augment, labels
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -206,7 +230,8 @@ class TrainingView(Dataset):
             try:
                 place = derive_seed(self.seed, Stream.AUGMENTATION, epoch, index)
                 rng = np.random.default_rng(place) if self.augment else None
-                return Item(load_item(self.dataset, index, rng, raw=True), skipped)
+                label = None if self.labels is None else int(self.labels[index])
+                return Item(load_item(self.dataset, index, rng, raw=True), skipped, label=label)
             except BadImageError as error:
                 if self.on_bad == "stop":
                     return Item(None, skipped, f"{error}. To leave such pictures out: --on_bad_image skip")
@@ -238,7 +263,8 @@ def collate(items: Sequence[Item]) -> Batch:
     if errors:
         return Batch(None, skipped, errors[0])
     chosen = [item if isinstance(item.x, Tensor) else good[item.x % len(good)] for item in items]
-    return Batch(torch.stack([item.x for item in chosen]), skipped)
+    labels = None if chosen[0].label is None else torch.tensor([item.label for item in chosen], dtype=torch.int64)
+    return Batch(torch.stack([item.x for item in chosen]), skipped, labels=labels)
 
 
 class StreamSampler(Sampler):
@@ -278,8 +304,8 @@ class StreamSampler(Sampler):
 # Fingerprint
 
 
-def fingerprint(dataset, shape: tuple) -> dict:
-    """Return a fingerprint of the data: number of items, shape, and a digest.
+def fingerprint(dataset, shape: tuple, labels: Labels | None = None) -> dict:
+    """Return a fingerprint of the data: number of items, shape, a digest, and a digest of the classes if there are any.
 
     The digest is that of up to 16 items of an `ImageDataset` or a `SequenceDataset`, and of the scaling. A dataset of
     another class has the digest of nothing.
@@ -294,4 +320,5 @@ def fingerprint(dataset, shape: tuple) -> dict:
             # version 0.2.0 gave channels that never change the scale 1; its runs can be resumed
             shift, scale = list(dataset.scaling.shift), [value or 1.0 for value in dataset.scaling.scale]
         digest.update(repr((shift, scale)).encode())
-    return {"items": len(dataset), "shape": list(shape), "digest": digest.hexdigest()}
+    found = {"items": len(dataset), "shape": list(shape), "digest": digest.hexdigest()}
+    return found if labels is None else {**found, "labels": labels.digest()}

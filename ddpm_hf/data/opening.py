@@ -12,7 +12,8 @@ from ddpm_hf.config import BUNDLED, SOURCES, TrainConfig
 from ddpm_hf.data import tables
 from ddpm_hf.data.feed import StoredFeed, StreamedFeed
 from ddpm_hf.data.images import ImageDataset, digits, image_folder
-from ddpm_hf.data.sequence_files import read_sequences
+from ddpm_hf.data.labels import Labels, table_labels
+from ddpm_hf.data.sequence_files import read_labels, read_sequences
 from ddpm_hf.data.sequences import SequenceDataset, ecg
 from ddpm_hf.data.streaming import ImageStream
 
@@ -83,7 +84,10 @@ def _crops(config: TrainConfig) -> dict[str, Any]:
 
 
 def _open_digits(config: TrainConfig) -> ImageDataset:
-    return digits(_resolution(config, 8), config.image_channels or 1, **_crops(config))
+    if config.class_labels not in (None, "label"):
+        raise ValueError(f"class_labels of the digits must be 'label', got {config.class_labels!r}")
+    classes = config.class_labels is not None
+    return digits(_resolution(config, 8), config.image_channels or 1, classes, **_crops(config))
 
 
 def _open_ecg(config: TrainConfig) -> SequenceDataset:
@@ -91,31 +95,45 @@ def _open_ecg(config: TrainConfig) -> SequenceDataset:
 
 
 def _open_folder(config: TrainConfig) -> ImageDataset:
-    return image_folder(config.train_data_dir, _resolution(config, 64), config.image_channels or 3, **_crops(config))
+    if config.class_labels not in (None, "folder"):
+        raise ValueError(
+            "class_labels of a folder of images must be 'folder', which takes the names of its subfolders; got "
+            f"{config.class_labels!r}"
+        )
+    classes, size = config.class_labels is not None, _resolution(config, 64)
+    return image_folder(config.train_data_dir, size, config.image_channels or 3, classes, **_crops(config))
 
 
 def _open_image_table(config: TrainConfig) -> ImageDataset:
     table, name = open_table(config)
     column = tables.image_column(tables.features(table), config.image_column, name)
-    pictures = tables.ImageColumn(table, column)
-    return ImageDataset(pictures, _resolution(config, 64), config.image_channels or 3, **_crops(config))
+    pictures, labels = tables.ImageColumn(table, column), _table_labels(config, table, name)
+    size = _resolution(config, 64)
+    return ImageDataset(pictures, size, config.image_channels or 3, labels=labels, **_crops(config))
 
 
 def _open_image_stream(config: TrainConfig) -> ImageStream:
     table, name = open_table(config)
     column = tables.image_column(tables.features(table), config.image_column, name)
     form = ImageDataset((), _resolution(config, 64), config.image_channels or 3, config.center_crop, config.random_flip)
-    return ImageStream(table, column, form, config.shuffle_buffer, name)
+    return ImageStream(table, column, form, config.shuffle_buffer, name, config.class_labels)
 
 
 def _open_sequence_file(config: TrainConfig) -> SequenceDataset:
-    array = read_sequences(config.train_data_file, config.sequence_columns, config.stride is not None)
-    return _cut(config, array, config.train_data_file)
+    path, is_table = config.train_data_file, kind_of_source(config) == "sequence file"
+    array = read_sequences(path, config.sequence_columns, config.stride is not None, config.class_labels)
+    labels = None
+    if config.class_labels is not None:
+        _check_not_recording(config, array, path, is_table)
+        labels = read_labels(path, config.class_labels, array.shape[0] if len(array.shape) > 1 else 1)
+    return _cut(config, array, path, labels)
 
 
 def _open_sequence_table(config: TrainConfig) -> SequenceDataset:
     table, name = open_table(config)
-    return _cut(config, tables.table_sequences(table, config.sequence_columns, config.stride is not None, name), name)
+    array = tables.table_sequences(table, config.sequence_columns, config.stride is not None, name, config.class_labels)
+    _check_not_recording(config, array, name)
+    return _cut(config, array, name, _table_labels(config, table, name))
 
 
 OPENERS = {
@@ -138,7 +156,25 @@ def open_table(config: TrainConfig) -> tuple[Any, str]:
     return tables.open_named(name, config.dataset_config_name, config.dataset_split, config.streaming), name
 
 
-def _cut(config: TrainConfig, array: Any, name: str) -> SequenceDataset:
+def _table_labels(config: TrainConfig, table: Any, name: str) -> Labels | None:
+    return None if config.class_labels is None else table_labels(table, config.class_labels, name)
+
+
+def _check_not_recording(config: TrainConfig, array: Any, name: str, is_table: bool = True) -> None:
+    """Check that a table with classes has a sequence in each row.
+
+    Raises:
+        ValueError: its rows are points in time of one recording.
+    """
+    points = is_table and config.stride is not None and not isinstance(array, tables.ListColumns)
+    if config.class_labels is not None and points:
+        raise ValueError(
+            f"class_labels needs a class for each sequence, and with stride the rows of {name} are points in time of "
+            "one recording: leave stride out, or give columns of lists"
+        )
+
+
+def _cut(config: TrainConfig, array: Any, name: str, labels: Labels | None = None) -> SequenceDataset:
     """Cut windows if a stride is given; otherwise take whole sequences, or their first `sequence_length` samples."""
     length = config.sequence_length
     if length is not None and len(array.shape) >= 1 and array.shape[-1] < length:
@@ -147,7 +183,7 @@ def _cut(config: TrainConfig, array: Any, name: str) -> SequenceDataset:
         way_out = f"; to cut windows of {length} from a table whose rows are points in time: --stride" if long else ""
         raise ValueError(f"sequence_length must be at most the data's length {array.shape[-1]}, got {length}{way_out}")
     if config.stride is not None:
-        return SequenceDataset(array, name, config.sequence_norm, length, config.stride)
+        return SequenceDataset(array, name, config.sequence_norm, length, config.stride, labels)
     # a stride as long as the sequence leaves room for a single window, at the start
     stride = None if length is None else array.shape[-1]
-    return SequenceDataset(array, name, config.sequence_norm, length, stride)
+    return SequenceDataset(array, name, config.sequence_norm, length, stride, labels)

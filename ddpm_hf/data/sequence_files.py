@@ -1,4 +1,4 @@
-"""Files of sequences: arrays .npy and .npz, and tables .csv and .parquet."""
+"""Files of sequences: arrays .npy and .npz, and tables .csv and .parquet; and the classes of the sequences."""
 
 import csv
 import re
@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_hf.data.labels import Labels, check_column, table_labels
 from ddpm_hf.data.tables import arrange, choose_columns, open_files, table_sequences
 
 FILE_ENDINGS = (".npy", ".npz", ".csv", ".parquet")
+LABEL_ENDINGS = (".npy", ".csv", ".txt")
 
 
-def read_sequences(path: str, columns: Sequence[str] | None = None, as_recording: bool = False) -> Any:
+def read_sequences(
+    path: str, columns: Sequence[str] | None = None, as_recording: bool = False, leave_out: str | None = None
+) -> Any:
     """Read the array of a file, (N, length) or (N, C, length).
 
     Args:
@@ -22,6 +26,7 @@ def read_sequences(path: str, columns: Sequence[str] | None = None, as_recording
         columns: columns of a table to read; None: all.
         as_recording: each row of a table of numbers is one point in time and each column a channel, and the array is
             (1, C, samples). Otherwise each row is one sequence.
+        leave_out: the column, or the array of a .npz file, that holds classes and no sequences.
 
     Raises:
         ValueError: the file cannot be read, has another ending, or lacks what was asked for.
@@ -35,14 +40,14 @@ def read_sequences(path: str, columns: Sequence[str] | None = None, as_recording
     if columns and suffix in (".npy", ".npz"):
         raise ValueError(f"sequence_columns are columns of a table; {path} holds an array")
     if suffix == ".csv":
-        return arrange(_read_csv(path, columns), as_recording)
+        return arrange(_read_csv(path, columns, leave_out), as_recording)
     if suffix == ".parquet":
-        return table_sequences(open_files("parquet", [path]), columns, as_recording, path)
+        return table_sequences(open_files("parquet", [path]), columns, as_recording, path, leave_out)
     try:
         if suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
         with np.load(path, allow_pickle=False) as archive:
-            names = archive.files
+            names = [name for name in archive.files if name != leave_out]
             if len(names) != 1 and "data" not in names:
                 raise ValueError(f"it must hold one array, or one named 'data'; it has {', '.join(names) or 'none'}")
             return archive[names[0] if len(names) == 1 else "data"]
@@ -50,7 +55,93 @@ def read_sequences(path: str, columns: Sequence[str] | None = None, as_recording
         raise ValueError(f"cannot read the arrays of {path}: {error}") from error
 
 
-def _read_csv(path: str, columns: Sequence[str] | None) -> np.ndarray:
+def read_labels(path: str, class_labels: str, count: int) -> Labels:
+    """Read the classes of the sequences of a file.
+
+    Args:
+        path: file of sequences.
+        class_labels: the column of a table; the name of an array in a .npz file; or the path of a file of classes
+            beside an array: .npy (one array), .txt (a class in each line) or .csv (one column, with or without a name).
+        count: the number of sequences.
+
+    Raises:
+        ValueError: there is no such column, array or file, or it holds something that `Labels.read` refuses.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".csv":
+        return _of_texts(_csv_column(path, class_labels), f"the column {class_labels!r} of {path}")
+    if suffix == ".parquet":
+        return table_labels(open_files("parquet", [path]), class_labels, path)
+    if Path(class_labels).suffix.lower() in LABEL_ENDINGS:
+        return _read_label_file(class_labels, count)
+    if suffix == ".npy":
+        raise ValueError(f"class_labels must be a file ({', '.join(LABEL_ENDINGS)}) for {path}, got {class_labels!r}")
+    with np.load(path, allow_pickle=False) as archive:
+        check_column(class_labels, archive.files, path, "an array")
+        try:
+            values = archive[class_labels]
+        except Exception as error:  # NumPy raises many kinds
+            raise ValueError(f"cannot read the array {class_labels!r} of {path}: {error}") from error
+    return Labels.read(values, f"the array {class_labels!r} of {path}")
+
+
+def _read_label_file(path: str, count: int) -> Labels:
+    """Read a file with one class for each of `count` sequences."""
+    try:
+        if path.lower().endswith(".npy"):
+            return Labels.read(np.load(path, allow_pickle=False), path)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.lower().endswith(".txt"):
+                values = [line.strip() for line in file]
+                while values and not values[-1]:
+                    values.pop()
+                return _of_texts(values, path)
+            rows = [row for row in csv.reader(file, skipinitialspace=True) if row]
+    except (OSError, EOFError, csv.Error) as error:
+        raise ValueError(f"cannot read the classes of {path}: {error}") from error
+    wide = [number for number, row in enumerate(rows) if len(row) > 1]
+    if wide:
+        raise ValueError(f"{path} must have one column, the class of each row; row {wide[0]} has {rows[wide[0]]}")
+    values = [row[0].strip() for row in rows]
+    return _of_texts(values[1:] if len(values) == count + 1 else values, path)
+
+
+def _of_texts(texts: Sequence[str], where: str) -> Labels:
+    """Read classes from the cells of a text file, as numbers if all of them are."""
+    try:
+        return Labels.read(np.array([float(text) for text in texts]), where)
+    except ValueError:
+        if all(map(_is_number, texts)):
+            raise
+        return Labels.read(texts, where)
+
+
+def _csv_options(path: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the options with which pandas reads a table, and the names of its columns."""
+    import pandas
+
+    separator, header = _csv_form(path)
+    options = {"sep": separator, "header": 0 if header else None, "index_col": False, "comment": "#",
+               "skipinitialspace": True, "encoding": "utf-8-sig"}  # fmt: skip
+    first = pandas.read_csv(path, nrows=0 if header else 1, **options)
+    return options, [str(name).strip() for name in first.columns]
+
+
+def _csv_column(path: str, column: str) -> list[str]:
+    """Return the cells of one column of a table."""
+    import pandas
+
+    try:
+        options, present = _csv_options(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the table {path}: {error}") from error
+    check_column(column, present, path)
+    options["usecols"] = [present.index(column)]
+    table = pandas.read_csv(path, dtype=str, keep_default_na=False, **options)
+    return [text.strip() for text in table.iloc[:, 0]]
+
+
+def _read_csv(path: str, columns: Sequence[str] | None, leave_out: str | None = None) -> np.ndarray:
     """Return the numbers of a table, (rows, columns) float64.
 
     Lines that are blank or begin with # are skipped. The first line that is left is a header if one of its cells has a
@@ -59,13 +150,10 @@ def _read_csv(path: str, columns: Sequence[str] | None) -> np.ndarray:
     import pandas
 
     try:
-        separator, header = _csv_form(path)
-        options = {"sep": separator, "header": 0 if header else None, "index_col": False, "comment": "#",
-                   "skipinitialspace": True, "encoding": "utf-8-sig"}  # fmt: skip
-        if columns:
-            first = pandas.read_csv(path, nrows=0 if header else 1, **options)
-            present = [str(name).strip() for name in first.columns]
-            options["usecols"] = [present.index(name) for name in choose_columns(columns, present, path)]
+        options, present = _csv_options(path)
+        if columns or leave_out:
+            columns = choose_columns(columns, present, path, leave_out)
+            options["usecols"] = [present.index(name) for name in columns]
 
         def read(**more):
             with warnings.catch_warnings():

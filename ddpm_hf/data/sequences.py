@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ddpm_hf.data.labels import as_labels
 from ddpm_hf.data.scaling import Scaling
 from ddpm_hf.options import SEQUENCE_NORMS
 from ddpm_hf.randomness import Stream, derive_seed
@@ -30,6 +31,8 @@ class SequenceDataset(Dataset):
         norm: "minmax" scales each channel to [-1, 1] by its range; "meanstd" to mean 0 and standard deviation 1.
         length, stride: items are windows of `length` samples that begin every `stride` samples of each sequence; a
             recording may then also be one-dimensional. None: items are whole sequences.
+        labels: the class of each sequence, `Labels` or values that `Labels.read` takes; windows have the class of their
+            sequence. None: no classes.
 
     Attributes:
         scaling: the map between data units and model units, a `Scaling`.
@@ -48,6 +51,7 @@ class SequenceDataset(Dataset):
         norm: str = "minmax",
         length: int | None = None,
         stride: int | None = None,
+        labels: Any = None,
     ):
         if norm not in SEQUENCE_NORMS:
             raise ValueError(f"sequence_norm must be one of {', '.join(SEQUENCE_NORMS)}, got {norm!r}")
@@ -68,6 +72,7 @@ class SequenceDataset(Dataset):
             raise ValueError(f"{name} must have at least {self.length} samples a sequence, got {array.shape[2]}")
         self.windows = (array.shape[2] - self.length) // self.stride + 1 if stride else 1
         self.norm, self.rows, self.ranges = norm, range(array.shape[0]), [(0, self.windows)]
+        self.labels = as_labels(labels, array.shape[0], f"the classes of {name}")
         self.scaling = self._fit()
 
     def _fit(self) -> Scaling:
@@ -141,6 +146,10 @@ class SequenceDataset(Dataset):
                 break
             window -= stop - first
         return int(self.rows[row]), first + window
+
+    def per_item(self, values: np.ndarray) -> np.ndarray:
+        """Spread one value for each sequence of the array over the items, (len(self),)."""
+        return np.repeat(values[np.asarray(self.rows)], sum(b - a for a, b in self.ranges))
 
     def hold_out(self, count: int, seed: int) -> tuple["SequenceDataset", "SequenceDataset"]:
         """Split into a part to train on and a part of at least `count` items that shares no data with it.

@@ -18,17 +18,25 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ddpm_hf.data.images import IMAGE_MODES, BadImageError, ImageDataset, decode
+from ddpm_hf.data.labels import check_column, feature_names
 from ddpm_hf.data.loading import Item
 from ddpm_hf.data.scaling import EIGHT_BIT
-from ddpm_hf.data.tables import undecoded
+from ddpm_hf.data.tables import features, undecoded
 from ddpm_hf.randomness import Stream, derive_seed
 
 OPEN_SHARDS = 16  # shards that are read side by side
 CHUNK = 16  # rows of a shard that are read at once
 
 
+class Labelled(NamedTuple):
+    """An undecoded image with the number of its class, as the stream gives it; None where it has none."""
+
+    image: Any
+    label: int | None
+
+
 class Row(NamedTuple):
-    """An undecoded image and its place in the stream."""
+    """An undecoded image, `Labelled` if the stream has classes, and its place in the stream."""
 
     epoch: int
     shard: int
@@ -86,19 +94,25 @@ class ImageStream:
             used.
         buffer: number of images that are shuffled together.
         name: name of the data in messages.
+        class_column: column of the classes, a ClassLabel feature; None: no classes.
 
     Attributes:
         scaling: the map between 8-bit levels and model units.
         length: number of images, or None where the dataset does not tell it.
+        class_names: the names of the classes, or None.
 
     Raises:
-        ValueError: the data holds no images.
+        ValueError: the data holds no images, or the column of the classes does not name them.
     """
 
     scaling = EIGHT_BIT
 
-    def __init__(self, table: Any, column: str, images: ImageDataset, buffer: int, name: str):
-        self.table, self.column, self.images, self.buffer = undecoded(table, column), column, images, buffer
+    def __init__(self, table: Any, column: str, images: ImageDataset, buffer: int, name: str,
+                 class_column: str | None = None):  # fmt: skip
+        self.class_column = class_column
+        self.class_names = None if class_column is None else stream_classes(features(table), class_column, name)
+        others = () if class_column is None else (class_column,)
+        self.table, self.column, self.images, self.buffer = undecoded(table, column, *others), column, images, buffer
         self.name, self.num_shards = name, table.num_shards
         splits, split = getattr(table.info, "splits", None) or {}, str(table.split or "")
         self.length = splits[split].num_examples if split in splits else None
@@ -110,7 +124,8 @@ class ImageStream:
         """Yield the undecoded images of one shard, from row `skip` on."""
         table = self.table.shard(num_shards=self.num_shards, index=shard)
         for row in table.skip(skip) if skip else table:
-            yield row[self.column]
+            image = row[self.column]
+            yield image if self.class_column is None else Labelled(image, row[self.class_column])
 
     def sources(self) -> Iterator[tuple[int, int, Any]]:
         """Yield (shard, row, undecoded image) of all images, shard by shard."""
@@ -125,8 +140,26 @@ class ImageStream:
             BadImageError: the image cannot be read.
         """
         images, name = self.images, f"number {row.row} of shard {row.shard}"
-        image = decode(row.source, IMAGE_MODES[images.channels], images.resolution, name)
+        source = row.source.image if isinstance(row.source, Labelled) else row.source
+        image = decode(source, IMAGE_MODES[images.channels], images.resolution, name)
         return images.finish(np.asarray(image).reshape(image.height, image.width, images.channels), rng)
+
+    def label(self, row: Row) -> int | None:
+        """Return the number of a row's class; None where the stream has no classes.
+
+        Raises:
+            ValueError: the row has no class.
+        """
+        if not isinstance(row.source, Labelled):
+            return None
+        label = row.source.label
+        if label is None or not 0 <= label < len(self.class_names):
+            raise ValueError(
+                f"the column {self.class_column!r} of {self.name} must hold the number of a class, at least 0 and less "
+                f"than {len(self.class_names)}; row {row.row} of shard {row.shard} has "
+                f"{'no value' if label is None else label}"
+            )
+        return label
 
     def fingerprint(self, shape: tuple) -> dict:
         """Return a fingerprint of the data: number of shards, shape, and a digest of the first image as stored."""
@@ -149,11 +182,13 @@ class StreamingView(Dataset):
         place = (row.epoch, row.shard, row.row)
         rng = np.random.default_rng(derive_seed(self.seed, Stream.AUGMENTATION, *place))
         try:
-            return Item(self.stream.load(row, rng), [])
+            return Item(self.stream.load(row, rng), [], label=self.stream.label(row))
         except BadImageError as error:
             if self.on_bad == "stop":
                 return Item(None, [], f"{error}. To leave such pictures out: --on_bad_image skip")
             return Item(derive_seed(self.seed, Stream.STAND_IN, *place), [str(error)])
+        except ValueError as error:  # it has no class
+            return Item(None, [], str(error))
 
 
 class OpenShard:
@@ -314,8 +349,28 @@ def probe(stream: ImageStream) -> tuple:
         ValueError: none of the first 100 images can be read.
     """
     for shard, number, source in islice(stream.sources(), 100):
+        row = Row(0, shard, number, source)
         try:
-            return tuple(stream.load(Row(0, shard, number, source), None).shape)
+            shape = tuple(stream.load(row, None).shape)
+            stream.label(row)  # a first row without a class is told before training
+            return shape
         except BadImageError as error:
             last = error
     raise ValueError(f"none of the first pictures of {stream.name} can be read: {last}")
+
+
+def stream_classes(columns: Any, column: str, name: str) -> list[str]:
+    """Return the names of the classes in a column of a stream.
+
+    Raises:
+        ValueError: there is no such column, or it is not a ClassLabel feature; others are known only at the end.
+    """
+    check_column(column, list(columns), name)
+    names = feature_names(columns[column])
+    if names is None:
+        raise ValueError(
+            f"class_labels of streamed data must be a ClassLabel column, whose classes are known beforehand; "
+            f"{column!r} of {name} is {columns[column]}: train without --streaming, or save the table with "
+            f"dataset.class_encode_column({column!r})"
+        )
+    return names

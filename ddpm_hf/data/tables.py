@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_hf.data.labels import check_column
+
 # Builders of the datasets library for the files of a folder, by their ending.
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "jpg", "jpeg", "png", "webp")
@@ -146,12 +148,12 @@ def features(table: Any) -> Any:
     return table._resolve_features().features
 
 
-def undecoded(table: Any, column: str) -> Any:
-    """Return a table of that column alone, whose images stay files or bytes; workers decode them."""
+def undecoded(table: Any, column: str, *others: str) -> Any:
+    """Return a table of that column (and others), whose images stay files or bytes; workers decode them."""
     import datasets
 
     is_image = isinstance((features(table) or {}).get(column), datasets.Image)
-    table = table.select_columns([column])
+    table = table.select_columns([column, *others])
     if is_image:
         table = table.cast_column(column, datasets.Image(decode=False))
     return table
@@ -179,16 +181,20 @@ def arrange(table: np.ndarray, as_recording: bool) -> np.ndarray:
     return np.ascontiguousarray(table.T)[None] if as_recording else table
 
 
-def choose_columns(columns: Sequence[str] | None, present: Sequence[str], name: str) -> list[str]:
-    """Return the columns asked for, or all that are present.
+def choose_columns(
+    columns: Sequence[str] | None, present: Sequence[str], name: str, leave_out: str | None = None
+) -> list[str]:
+    """Return the columns asked for, or all that are present but the one to leave out.
 
     Raises:
-        ValueError: a column that was asked for is not there.
+        ValueError: a column that was asked for, or the one to leave out, is not there.
     """
+    if leave_out is not None:
+        check_column(leave_out, present, name)
     missing = [column for column in columns or () if column not in present]
     if missing:
         raise ValueError(f"sequence_columns must be columns of {name}: {', '.join(present)}; got {', '.join(missing)}")
-    return list(columns or present)
+    return list(columns or [column for column in present if column != leave_out])
 
 
 class ListColumns:
@@ -225,7 +231,9 @@ class ListColumns:
         return np.stack(channels, axis=1)
 
 
-def table_sequences(table: Any, columns: Sequence[str] | None, as_recording: bool, name: str) -> Any:
+def table_sequences(
+    table: Any, columns: Sequence[str] | None, as_recording: bool, name: str, leave_out: str | None = None
+) -> Any:
     """Return the sequences of a `datasets.Dataset`, an array (N, length), or an array or `ListColumns` (N, C, length).
 
     Columns of lists are channels; columns of numbers are read as those of a CSV file (see `arrange`).
@@ -235,7 +243,7 @@ def table_sequences(table: Any, columns: Sequence[str] | None, as_recording: boo
     """
     import pyarrow
 
-    columns = choose_columns(columns, table.column_names, name)
+    columns = choose_columns(columns, table.column_names, name, leave_out)
     if not len(table):
         raise ValueError(f"{name} has no rows")
     types = {column: table.data.schema.field(column).type for column in columns}
