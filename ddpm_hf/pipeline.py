@@ -1,7 +1,7 @@
 """Sampling pipelines: `DDPMPipeline` (images) and `DDPMPipeline1D` (sequences).
 
 The loop is algorithm 2 of Ho et al. (arXiv:2006.11239), with the step of any diffusers scheduler in the place of its
-update. Self-conditioning follows Chen et al. (arXiv:2208.04202).
+update. Self-conditioning follows Chen et al. (arXiv:2208.04202), guidance Ho & Salimans (arXiv:2207.12598).
 
 This file is longer than 600 lines because it ships inside every saved pipeline: from the Hub, diffusers fetches one
 file of code for a pipeline and no helper files. For the same reason it imports nothing from ddpm_hf. From top to bottom
@@ -34,6 +34,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     PNDMScheduler,
+    UNet2DModel,
 )
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -44,6 +45,7 @@ from torch import Tensor
 
 logger = logging.get_logger(__name__)
 Generators = torch.Generator | list[torch.Generator] | None
+ClassLabels = int | str | Sequence[int | str | None] | None
 
 # ---------------------------------------------------------------------------------------------
 # Outputs
@@ -99,6 +101,10 @@ def _is_whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 CALL_RULES = (
     (
         lambda c: _is_whole(c.batch_size) and c.batch_size >= 1,
@@ -136,6 +142,32 @@ CALL_RULES = (
     (
         lambda c: all(isinstance(name, str) and name in c.allowed_inputs for name in c.callback_names),
         "callback_on_step_end_tensor_inputs must be of {c.allowed_inputs}, got {c.callback_inputs!r}",
+    ),
+)
+GUIDANCE_RULES = (
+    (
+        lambda c: c.classes or c.class_labels is None,
+        "class_labels needs a model with classes (num_class_embeds), and this one has none; got {c.class_labels!r}",
+    ),
+    (
+        lambda c: _is_number(c.scale) and c.scale >= 0,
+        "guidance_scale must be a finite number of at least 0, got {c.scale!r}",
+    ),
+    (
+        lambda c: c.classes or c.scale == 1,
+        "guidance_scale needs a model with classes (num_class_embeds), and this one has none; got {c.scale!r}",
+    ),
+    (
+        lambda c: _is_number(c.rescale) and 0 <= c.rescale <= 1,
+        "guidance_rescale must be a number from 0 to 1, got {c.rescale!r}",
+    ),
+    (
+        lambda c: isinstance(c.interval, (list, tuple)) and len(c.interval) == 2 and all(map(_is_number, c.interval)),
+        "guidance_interval must be two numbers, got {c.interval!r}",
+    ),
+    (
+        lambda c: 0 <= c.interval[0] <= c.interval[1] <= 1,
+        "guidance_interval must ascend and lie in [0, 1], got {c.interval!r}",
     ),
 )
 INTERPOLATION_RULES = (
@@ -181,6 +213,14 @@ def _interpolation_numbers(weights, strength) -> tuple[list[float], float]:
         raise ValueError(f"weights and strength must be numbers, got {weights!r} and {strength!r}") from error
     _check_rules(INTERPOLATION_RULES, weights=weights, strength=strength)
     return weights, strength
+
+
+def _check_parts(pipeline, unet, num_inference_steps: int | None, ndim: int, other: str) -> None:
+    """Check the arguments of a pipeline's constructor; `other` is the name of the pipeline of other data."""
+    if getattr(unet, "ndim", ndim) != ndim:
+        raise ValueError(f"{type(pipeline).__name__} was given a {type(unet).__name__}: use {other}")
+    if num_inference_steps is not None:
+        _check_steps(num_inference_steps)
 
 
 def _check_steps(steps, total: int | None = None) -> None:
@@ -654,6 +694,114 @@ def _use_channels_last(model) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Classes and guidance. In what a model is given, the number `num_class_embeds` stands for "no class".
+
+
+def _class_names(id2label: dict | None, classes: int | None) -> dict[int, str] | None:
+    """Return the names of a model's classes by their numbers, checked. Keys that JSON has made texts become numbers."""
+    if id2label is None:
+        return None
+    if not classes:
+        raise ValueError(
+            f"id2label needs a model with classes (num_class_embeds), and this one has none; got {id2label}"
+        )
+    try:
+        names = {int(number): str(name) for number, name in dict(id2label).items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"id2label must map numbers of classes to names, got {id2label!r}") from error
+    if sorted(names) != list(range(classes)) or len(set(names.values())) != classes:
+        raise ValueError(f"id2label must give each of the {classes} classes a name of its own, got {id2label!r}")
+    return names
+
+
+def _class_number(label: int | str | None, classes: int, names: dict[int, str] | None) -> int:
+    """Return the number of the class that a number or a name says; that of "no class" for None."""
+    if label is None:
+        return classes
+    if isinstance(label, str):
+        numbers = {name: number for number, name in (names or {}).items()}
+        if label in numbers:
+            return numbers[label]
+        known = f"the classes are {', '.join(list(numbers)[:20])}" if numbers else "its classes have no names"
+        raise ValueError(f"class_labels has a name that the model does not know: {label!r}; {known}")
+    if not _is_whole(label) or not 0 <= label < classes:
+        raise ValueError(f"class_labels must be names, None, or whole numbers from 0 to {classes - 1}; got {label!r}")
+    return label
+
+
+class _Guidance:
+    """Predictions of a model with classes, with classifier-free guidance (Ho & Salimans, arXiv:2207.12598).
+
+    A guided prediction is u + scale * (c - u) with the prediction c for the class and u for no class. Both come from
+    one call of the model. Scale 1 is c alone, from a call without u, and so is every step outside of the interval.
+
+    Args:
+        numbers: the number of each sample's class.
+        classes: number of classes of the model.
+        scale, rescale, interval: as in the call of a pipeline.
+        device: where the model runs.
+    """
+
+    def __init__(self, numbers: list[int], classes: int, scale: float, rescale: float, interval, device):
+        self.scale = 1 if all(number == classes for number in numbers) else scale  # without a class, c is u
+        self.rescale, self.interval = rescale, interval
+        self.labels = torch.tensor(numbers, dtype=torch.int64, device=device)
+        self.labels_twice = torch.tensor(numbers + [classes] * len(numbers), dtype=torch.int64, device=device)
+
+    def __call__(
+        self, model: Callable[..., Tensor], x: Tensor, t: Tensor, level: float, channels: int, **optional: Tensor | None
+    ) -> Tensor:
+        """Return the guided prediction, `(B, C, *spatial)` or with a predicted variance `(B, 2 * C, *spatial)`.
+
+        Args:
+            x, t, optional: the inputs of the model.
+            level: the noise level, from 0 (data) to 1 (the last training timestep).
+            channels: C, those that are guided. A predicted variance is that of the class.
+        """
+        if self.scale == 1 or not self.interval[0] <= level <= self.interval[1]:
+            return model(x, t, class_labels=self.labels, **optional)
+        twice = {name: None if value is None else torch.cat((value, value)) for name, value in optional.items()}
+        both = model(torch.cat((x, x)), t, class_labels=self.labels_twice, **twice)
+        of_class, of_none = both.chunk(2)
+        c, u = of_class[:, :channels], of_none[:, :channels]
+        guided = u + self.scale * (c - u)
+        if self.rescale:  # Lin et al., arXiv:2305.08891, equations 15 and 16
+            axes = tuple(range(1, c.ndim))
+            deviation = guided.float().std(axes, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            ratio = c.float().std(axes, keepdim=True) / deviation
+            guided = guided * (self.rescale * ratio + 1 - self.rescale).to(guided.dtype)
+        return torch.cat((guided, of_class[:, channels:]), dim=1)
+
+
+def _make_guidance(pipeline, batch_size: int, class_labels=None, scale=1.0, rescale=0.0, interval=(0.0, 1.0)):
+    """Return the `_Guidance` of a call, checked; None for a model without classes."""
+    classes = _classes(pipeline.unet)
+    _check_rules(
+        GUIDANCE_RULES, classes=classes, class_labels=class_labels, scale=scale, rescale=rescale, interval=interval
+    )
+    if not classes:
+        return None
+    labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels] * batch_size
+    if len(labels) != batch_size:
+        raise ValueError(
+            f"class_labels must be one, or one per sample: batch_size is {batch_size}, got {len(labels)} labels"
+        )
+    names = pipeline.config.get("id2label")
+    numbers = [_class_number(label, classes, names) for label in labels]
+    if isinstance(pipeline.unet, UNet2DModel) and (classes in numbers or scale != 1):
+        raise ValueError(
+            "a stock UNet2DModel with classes knows no prediction without a class: class_labels must be a class for "
+            f"each sample, and guidance_scale 1; got {class_labels!r} and {scale!r}"
+        )
+    return _Guidance(numbers, classes, scale, rescale, interval, pipeline._execution_device)
+
+
+def _classes(unet) -> int | None:
+    """Return the number of classes of a model; None for a model without."""
+    return getattr(unet.config, "num_class_embeds", None)
+
+
+# ---------------------------------------------------------------------------------------------
 # CUDA graphs
 
 WARM_UP_CALLS = 2  # before a capture: libraries choose algorithms and allocate workspaces in a first call
@@ -833,12 +981,6 @@ class _SamplingPipeline(_SavedWithCode):
         """Set `pipe._interrupt = True` in a callback to stop after that step; the next call starts afresh."""
         return self._interrupt
 
-    def _check_parts(self, unet, num_inference_steps: int | None, ndim: int, other: str) -> None:
-        if getattr(unet, "ndim", ndim) != ndim:
-            raise ValueError(f"{type(self).__name__} was given a {type(unet).__name__}: use {other}")
-        if num_inference_steps is not None:
-            _check_steps(num_inference_steps)
-
     def __setattr__(self, name: str, value) -> None:
         """Set an attribute. A new scheduler is checked, and ends the fast sampler.
 
@@ -946,8 +1088,9 @@ class _SamplingPipeline(_SavedWithCode):
 
     @torch.no_grad()
     def _denoise(
-        self, x: Tensor, timesteps, options: dict, trajectory: list | None = None, callback=None, callback_inputs=()
-    ) -> Tensor:
+        self, x: Tensor, timesteps, options: dict, trajectory: list | None = None, callback=None, callback_inputs=(),
+        guidance: _Guidance | None = None,
+    ) -> Tensor:  # fmt: skip
         """Run the chain from x_T to x_0. Nothing is read back from the device.
 
         Args:
@@ -955,18 +1098,25 @@ class _SamplingPipeline(_SavedWithCode):
             timesteps: those of the chain, in its order, on the CPU.
             options: further arguments of the scheduler's step.
             trajectory: a list to which the x of each step is appended; None: they are not kept.
+            guidance: predictions of a model with classes; None: the model has none.
         """
         self_condition = self.unet.config.get("self_condition", False)
         estimate_x0 = _X0Estimate(self.scheduler) if self_condition else None
         channels = 2 * x.shape[1] if _takes_variance(self.scheduler) else x.shape[1]
         model = self._model_to_call(x.device)
         timesteps_for_model = timesteps.to(x.device)  # one copy for all steps
+        last = max(self.scheduler.config.num_train_timesteps - 1, 1)
         self._interrupt = False
         x0 = None
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = self.scheduler.scale_model_input(x, t)
             extra = {"x_self_cond": x0} if self_condition else {}
-            prediction = model(model_input, timesteps_for_model[i], **extra)[:, :channels]
+            if guidance is None:
+                prediction = model(model_input, timesteps_for_model[i], **extra)
+            else:
+                level = float(t) / last
+                prediction = guidance(model, model_input, timesteps_for_model[i], level, x.shape[1], **extra)
+            prediction = prediction[:, :channels]
             result = self.scheduler.step(prediction, int(t) if _is_own(self.scheduler) else t, x, **options)
             x = result.prev_sample
             if self_condition:
@@ -985,11 +1135,16 @@ class _SamplingPipeline(_SavedWithCode):
 
     def _generate(
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict,
-        callback_on_step_end, callback_inputs, return_all_timesteps, timesteps,
+        callback_on_step_end, callback_inputs, return_all_timesteps, timesteps, class_labels, *guidance,
     ):  # fmt: skip
-        """Sample, as the calls of the subclasses say."""
+        """Sample, as the calls of the subclasses say; `guidance` is its scale, rescaling and interval."""
+        if hasattr(class_labels, "tolist"):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, (list, tuple)) and batch_size == 1:
+            batch_size = len(class_labels)
         _check_call(self, batch_size, generator, output_type, latents, callback_on_step_end, callback_inputs)
         callback_inputs = [callback_inputs] if isinstance(callback_inputs, str) else callback_inputs
+        guidance = _make_guidance(self, batch_size, class_labels, *guidance)
         self._set_timesteps(num_inference_steps, timesteps)
         options = _step_options(self.scheduler, generator, eta)
         device, dtype = self._execution_device, self.unet.dtype
@@ -998,7 +1153,9 @@ class _SamplingPipeline(_SavedWithCode):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         x = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
         trajectory = [x] if return_all_timesteps else None
-        x = self._denoise(x, self.scheduler.timesteps, options, trajectory, callback_on_step_end, callback_inputs)
+        x = self._denoise(
+            x, self.scheduler.timesteps, options, trajectory, callback_on_step_end, callback_inputs, guidance
+        )
         self.maybe_free_model_hooks()
         samples = self._decode(x, output_type)
         if trajectory is not None:
@@ -1025,7 +1182,8 @@ class _SamplingPipeline(_SavedWithCode):
     ):
         """Noise two pieces of data, mix them, and denoise the mix (Ho et al., section 4.3).
 
-        Both ends get the same noise, so that the mix has the noise level of its timestep.
+        Both ends get the same noise, so that the mix has the noise level of its timestep. A model with classes denoises
+        without one.
 
         Args:
             x1, x2: the ends, in the form in which the pipeline gives its samples (images: PIL, arrays `(B, H, W, C)` or
@@ -1056,7 +1214,8 @@ class _SamplingPipeline(_SavedWithCode):
         mixed = torch.stack([torch.lerp(noised1, noised2, w) for w in weights], dim=1).flatten(0, 1)
         if isinstance(generator, (list, tuple)):
             generator = [g for g in generator for _ in weights]
-        x = self._denoise(mixed, chain, _step_options(self.scheduler, generator, eta))
+        options = _step_options(self.scheduler, generator, eta)
+        x = self._denoise(mixed, chain, options, guidance=_make_guidance(self, len(mixed)))
         self.maybe_free_model_hooks()
         return self._output(self._decode(x, output_type), None, return_dict)
 
@@ -1073,6 +1232,7 @@ class DDPMPipeline(_SamplingPipeline):
         scheduler: a `GaussianScheduler`, or a stock scheduler.
         num_inference_steps: number of steps of calls that give none; None: every training step.
         log_snr_spacing, steps_before_fast: settings of `use_fast_sampler`, which sets them.
+        id2label: names of the classes, by their numbers, of a model with classes; None: they have no names.
 
     Raises:
         ValueError: the model is one of sequences, the scheduler cannot sample from it, or num_inference_steps is no
@@ -1089,14 +1249,17 @@ class DDPMPipeline(_SamplingPipeline):
         num_inference_steps: int | None = None,
         log_snr_spacing: bool = False,
         steps_before_fast: int | None = None,
+        id2label: dict[int, str] | None = None,
     ):
         super().__init__()
-        self._check_parts(unet, num_inference_steps, 2, "DDPMPipeline1D")
+        _check_parts(self, unet, num_inference_steps, 2, "DDPMPipeline1D")
+        names = _class_names(id2label, _classes(unet))
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(
             num_inference_steps=num_inference_steps,
             log_snr_spacing=log_snr_spacing,
             steps_before_fast=steps_before_fast,
+            **({} if names is None else {"id2label": names}),  # other pipelines are saved as they always were
         )
 
     def __call__(
@@ -1112,6 +1275,10 @@ class DDPMPipeline(_SamplingPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_all_timesteps: bool = False,
         timesteps: Sequence[int] | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
     ) -> ImageOutput | tuple:
         """Sample images.
 
@@ -1128,13 +1295,22 @@ class DDPMPipeline(_SamplingPipeline):
             callback_on_step_end_tensor_inputs: names of the tensors that the callback is given; only "latents".
             return_all_timesteps: return the trajectory from x_T to x_0 too.
             timesteps: explicit timesteps instead of a number of steps, for schedulers that take them.
+            class_labels: number or name of the class, or None for no class, of a model with classes: one for all
+                samples, or a list with one per sample. batch_size may then be left out.
+            guidance_scale: weight of classifier-free guidance, at least 0: 1 is none, more follows the class more
+                closely, 0 ignores it. Other values than 1 take twice the time.
+            guidance_rescale: share, in [0, 1], to which the deviation of a guided prediction is put back to that of the
+                prediction for the class (Lin et al., arXiv:2305.08891, section 3.4).
+            guidance_interval: lowest and highest noise level that is guided, as shares of the training timesteps, from
+                0 (data) to 1 (noise) (Kynkäänniemi et al., arXiv:2404.07724).
 
         Raises:
             ValueError: a value is outside its range, a shape is wrong, or PIL has no mode for the number of channels.
         """
         return self._generate(
             batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback_on_step_end,
-            callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps,
+            callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps, class_labels, guidance_scale,
+            guidance_rescale, guidance_interval,
         )  # fmt: skip
 
     def _size(self) -> tuple:
@@ -1193,6 +1369,7 @@ class DDPMPipeline1D(_SamplingPipeline):
         data_shift, data_scale: one number per channel: data = x * scale + shift for the model's x in [-1, 1]; None:
             the data is x. A channel with the scale 0 is the constant `shift`, and its x is 0.
         log_snr_spacing, steps_before_fast: settings of `use_fast_sampler`, which sets them.
+        id2label: names of the classes, by their numbers, of a model with classes; None: they have no names.
 
     Raises:
         ValueError: the model is one of images, the scheduler cannot sample from it, or a value is outside its range.
@@ -1210,9 +1387,11 @@ class DDPMPipeline1D(_SamplingPipeline):
         data_scale: Sequence[float] | None = None,
         log_snr_spacing: bool = False,
         steps_before_fast: int | None = None,
+        id2label: dict[int, str] | None = None,
     ):
         super().__init__()
-        self._check_parts(unet, num_inference_steps, 1, "DDPMPipeline")
+        _check_parts(self, unet, num_inference_steps, 1, "DDPMPipeline")
+        names = _class_names(id2label, _classes(unet))
         channels = unet.config.in_channels
         for name, values in (("data_shift", data_shift), ("data_scale", data_scale)):
             if values is not None and (len(values) != channels or not np.isfinite(values).all()):
@@ -1226,6 +1405,7 @@ class DDPMPipeline1D(_SamplingPipeline):
             steps_before_fast=steps_before_fast,
             data_shift=None if data_shift is None else [float(v) for v in data_shift],
             data_scale=None if data_scale is None else [float(v) for v in data_scale],
+            **({} if names is None else {"id2label": names}),  # other pipelines are saved as they always were
         )
 
     def __call__(
@@ -1241,6 +1421,10 @@ class DDPMPipeline1D(_SamplingPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_all_timesteps: bool = False,
         timesteps: Sequence[int] | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
     ) -> SequenceOutput | tuple:
         """Sample sequences.
 
@@ -1255,7 +1439,8 @@ class DDPMPipeline1D(_SamplingPipeline):
         """
         return self._generate(
             batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback_on_step_end,
-            callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps,
+            callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps, class_labels, guidance_scale,
+            guidance_rescale, guidance_interval,
         )  # fmt: skip
 
     def _size(self) -> tuple:
