@@ -914,7 +914,12 @@ class GraphedModel:
             return self._call(inputs)
         kind = sample.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        form = (autocast, *((name, x.shape, x.dtype, x.device) for name, x in inputs.items()))
+        # tensors of inference mode cannot be written to outside of it
+        form = (
+            autocast,
+            torch.is_inference_mode_enabled(),
+            *((name, x.shape, x.dtype, x.device) for name, x in inputs.items()),
+        )
         if form not in self.graphs:
             try:
                 self.graphs[form] = self._capture(inputs)

@@ -105,6 +105,21 @@ def test_stock_schedulers_read_nothing_back(name, self_condition):
     assert mode.copies > 1 if name == "UniPCMultistepScheduler" else mode.copies == 1
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["GaussianScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_interpolation_reads_nothing_back(name, monkeypatch):
+    """Its noising too. Only the ends are looked at, before it."""
+    pipe = pipeline(Model().to("meta"), GaussianScheduler(100))
+    if name != "GaussianScheduler":
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    monkeypatch.setattr(pipe, "_encode", lambda x, name: x)
+    monkeypatch.setattr(pipe, "_decode", lambda x, output_type: x)
+    x = torch.randn(2, 3, 8, 8, device="meta")
+    with DeviceWork(scalars=True):
+        out = pipe.interpolate(x, x, 0.5, 6, weights=[0.2, 0.7], output_type="pt").images
+    assert out.device.type == "meta" and len(out) == 4
+
+
 # ---------------------------------------------------------------------------------------------
 # Graphs
 
@@ -188,6 +203,16 @@ def test_autocast_has_graphs_of_its_own():
         assert torch.equal(sample(pipe), sample(pipeline(unet)))
     assert torch.equal(sample(pipe), single)
     assert tape.events.count("capture") == 2
+
+
+def test_inference_mode_has_graphs_of_its_own():
+    """The inputs of a graph that was captured in inference mode could not be written to outside of it."""
+    pipe, tape = graphed(Model())
+    tape.capture = lambda work: work  # recording works outside of inference mode only
+    with torch.inference_mode():
+        inside = sample(pipe)
+    assert torch.equal(sample(pipe), inside) and torch.equal(inside, sample(pipeline(pipe.unet)))
+    assert len(pipe._graphs.graphs) == 2 and pipe._graphs.reason is None
 
 
 class Reading(Model):
