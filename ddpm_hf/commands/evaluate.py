@@ -249,8 +249,8 @@ def first_shape(dataset, on_bad_image: str) -> tuple:
             return tuple(load_item(dataset, index).shape)
         except BadImageError as error:
             if on_bad_image != "skip":
-                raise ValueError(f"{error}. To leave such pictures out: --on_bad_image skip") from error
-    raise ValueError("none of the pictures can be read")
+                raise ValueError(f"{error}. To leave such images out: --on_bad_image skip") from error
+    raise ValueError("none of the images can be read")
 
 
 def trained_mirrored(config: EvaluateConfig, facts: dict) -> bool:

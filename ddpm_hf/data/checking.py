@@ -89,13 +89,13 @@ def check_items(datasets: Sequence[Dataset], config) -> None:
     if wrong:
         raise ValueError(f"{wrong + bad:,} of the {total:,} items of the data, listed above, cannot be used")
     if bad == total:
-        raise ValueError(f"none of the {total:,} pictures can be read")
+        raise ValueError(f"none of the {total:,} images can be read")
     if bad and config.on_bad_image == "stop":
         raise ValueError(
-            f"{bad:,} of the {total:,} pictures, listed above, cannot be read. To leave such pictures out: "
+            f"{bad:,} of the {total:,} images, listed above, cannot be read. To leave such images out: "
             "--on_bad_image skip"
         )
-    left_out = f"{bad:,} of the {total:,} pictures cannot be read and will be left out (on_bad_image: skip)"
+    left_out = f"{bad:,} of the {total:,} images cannot be read and will be left out (on_bad_image: skip)"
     print(left_out if bad else f"all {total:,} items can be read")
 
 

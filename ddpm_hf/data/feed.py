@@ -167,7 +167,7 @@ class StreamedFeed:
 
     def check_items(self) -> None:
         if PartialState().is_main_process:
-            print("note: the pictures are streamed, so that only the first one was read")
+            print("note: the images are streamed, so that only the first one was read")
 
     def check(self, state: dict) -> None:
         Place.from_json(state)

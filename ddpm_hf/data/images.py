@@ -55,7 +55,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
         limit = 65535.0 if image.mode.startswith("I") else 1.0
         if not (values.min() >= 0 and values.max() <= limit):  # also NaN
             raise ValueError(
-                f"values of a picture of mode {image.mode} must lie in [0, {limit:g}]; "
+                f"values of an image of mode {image.mode} must lie in [0, {limit:g}]; "
                 f"got {values.min():g} to {values.max():g}"
             )
         levels = np.empty(values.shape, np.uint8)
@@ -128,8 +128,8 @@ def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Im
     except Exception as error:  # decoders raise any kind on damaged files: struct.error, IndexError, RuntimeError, ...
         # Pillow's own text has the address of an object in memory, which differs each time
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "its content is no picture that Pillow knows" if unknown else error or type(error).__name__
-        message = f"cannot read the picture {name}: {reason}"
+        reason = "its content is no image that Pillow knows" if unknown else error or type(error).__name__
+        message = f"cannot read the image {name}: {reason}"
         raise BadImageError(printable(message)) from error
     scale = max(width / image.width, height / image.height)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
@@ -276,7 +276,7 @@ class ImageDataset(Dataset):
         It is resized, and cropped already if crops are taken from the centre.
         """
         if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} of {len(self)} pictures")
+            raise IndexError(f"index {index} of {len(self)} images")
         index %= len(self)
         array = self.cache.get(index, self.channels) if self.cache else None
         if array is None:

@@ -234,11 +234,11 @@ class TrainingView(Dataset):
                 return Item(load_item(self.dataset, index, rng, raw=True), skipped, label=label)
             except BadImageError as error:
                 if self.on_bad == "stop":
-                    return Item(None, skipped, f"{error}. To leave such pictures out: --on_bad_image skip")
+                    return Item(None, skipped, f"{error}. To leave such images out: --on_bad_image skip")
                 skipped.append(str(error))
             except ValueError as error:
                 return Item(None, skipped, f"item {index} of the data: {error}")
-        return Item(None, skipped, "none of the pictures can be read")
+        return Item(None, skipped, "none of the images can be read")
 
     def _candidates(self, epoch: int, first: int) -> Iterator[int]:
         """Yield the image asked for, then all images in a random order.
@@ -256,7 +256,7 @@ def collate(items: Sequence[Item]) -> Batch:
     errors = [item.error for item in items if item.error]
     good = [item for item in items if isinstance(item.x, Tensor)]
     if not errors and not good:
-        errors = ["none of the pictures of a batch can be read"]
+        errors = ["none of the images of a batch can be read"]
     shapes = sorted({tuple(item.x.shape) for item in good})
     if not errors and len(shapes) > 1:
         errors = [f"items must all have one shape, got {shapes}"]

@@ -60,7 +60,7 @@ def kind_of_source(config: TrainConfig) -> str:
     if config.train_data_dir and not tables.table_folder(config.train_data_dir):
         if config.streaming:
             raise ValueError(
-                f"streaming is for tables; the pictures of {config.train_data_dir} are read as needed anyway"
+                f"streaming is for tables; the images of {config.train_data_dir} are read as needed anyway"
             )
         return "folder"
     if not (config.train_data_dir or config.dataset_name):
@@ -107,9 +107,9 @@ def _open_folder(config: TrainConfig) -> ImageDataset:
 def _open_image_table(config: TrainConfig) -> ImageDataset:
     table, name = open_table(config)
     column = tables.image_column(tables.features(table), config.image_column, name)
-    pictures, labels = tables.ImageColumn(table, column), _table_labels(config, table, name)
+    images, labels = tables.ImageColumn(table, column), _table_labels(config, table, name)
     size = _resolution(config, 64)
-    return ImageDataset(pictures, size, config.image_channels or 3, labels=labels, **_crops(config))
+    return ImageDataset(images, size, config.image_channels or 3, labels=labels, **_crops(config))
 
 
 def _open_image_stream(config: TrainConfig) -> ImageStream:

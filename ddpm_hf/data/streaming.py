@@ -118,7 +118,7 @@ class ImageStream:
         self.length = splits[split].num_examples if split in splits else None
         self.first = next((source for _, _, source in self.sources()), None)
         if self.first is None:
-            raise ValueError(f"{name} holds no pictures")
+            raise ValueError(f"{name} holds no images")
 
     def read(self, shard: int, skip: int) -> Iterator[Any]:
         """Yield the undecoded images of one shard, from row `skip` on."""
@@ -185,7 +185,7 @@ class StreamingView(Dataset):
             return Item(self.stream.load(row, rng), [], label=self.stream.label(row))
         except BadImageError as error:
             if self.on_bad == "stop":
-                return Item(None, [], f"{error}. To leave such pictures out: --on_bad_image skip")
+                return Item(None, [], f"{error}. To leave such images out: --on_bad_image skip")
             return Item(derive_seed(self.seed, Stream.STAND_IN, *place), [str(error)])
         except ValueError as error:  # it has no class
             return Item(None, [], str(error))
@@ -251,7 +251,7 @@ class Blocks:
                 self.number += 1
                 return place, [rows[i] for i in np.random.default_rng(order).permutation(len(rows))]
             if self.number == 0:
-                raise ValueError(f"{self.stream.name} holds no pictures")
+                raise ValueError(f"{self.stream.name} holds no images")
             self.epoch, self.number, self.opened, self.turn = self.epoch + 1, 0, 0, 0
 
     def _read(self) -> list[Row]:
@@ -356,7 +356,7 @@ def probe(stream: ImageStream) -> tuple:
             return shape
         except BadImageError as error:
             last = error
-    raise ValueError(f"none of the first pictures of {stream.name} can be read: {last}")
+    raise ValueError(f"none of the first images of {stream.name} can be read: {last}")
 
 
 def stream_classes(columns: Any, column: str, name: str) -> list[str]:

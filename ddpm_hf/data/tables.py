@@ -131,13 +131,13 @@ def image_column(features: Any, asked: str | None, name: str) -> str:
         if asked not in columns:
             raise ValueError(f"image_column must be a column of {name}: {', '.join(columns)}; got {asked!r}")
         return asked
-    pictures = [column for column in columns if isinstance(features[column], datasets.Image)]
-    named = [column for column in pictures or columns if column.lower() in IMAGE_COLUMNS]
-    for found in (pictures, named):
+    images = [column for column in columns if isinstance(features[column], datasets.Image)]
+    named = [column for column in images or columns if column.lower() in IMAGE_COLUMNS]
+    for found in (images, named):
         if len(found) == 1:
             return found[0]
     raise ValueError(
-        f"{name} has the columns {', '.join(columns)}, and it is not clear which holds the pictures: --image_column"
+        f"{name} has the columns {', '.join(columns)}, and it is not clear which holds the images: --image_column"
     )
 
 

@@ -102,7 +102,7 @@ class Items:
         self.bad = []
         for batch in loader:
             if batch.skipped and self.on_bad == "stop":
-                batch.error = f"{batch.skipped[0]}. To leave such pictures out: --on_bad_image skip"
+                batch.error = f"{batch.skipped[0]}. To leave such images out: --on_bad_image skip"
             if batch.error:
                 raise ValueError(f"evaluation: {batch.error}")
             self.bad += batch.skipped

@@ -38,20 +38,20 @@ def dry_run(tmp_path, dataset=None, **options):
 def named(capsys):
     """The lines that begin as the messages of items do."""
     lines = capsys.readouterr().out.splitlines()
-    return [line for line in lines if line.startswith(("cannot read the picture", "item "))]
+    return [line for line in lines if line.startswith(("cannot read the image", "item "))]
 
 
 @pytest.mark.parametrize("options", [{}, {"dataloader_num_workers": 2}, {"holdout": 2}], ids=["", "workers", "holdout"])
 def test_a_dry_run_lists_every_damaged_picture(options, folder, tmp_path, capsys):
     options = {"train_data_dir": str(folder), "resolution": [8], **options}
-    with pytest.raises(ValueError, match="2 of the 6 pictures, listed above.*--on_bad_image skip"):
+    with pytest.raises(ValueError, match="2 of the 6 images, listed above.*--on_bad_image skip"):
         dry_run(tmp_path, **options)
     lines = sorted(named(capsys))
     assert len(lines) == 2 and "a.png" in lines[0] and "e.png" in lines[1]
 
     assert dry_run(tmp_path, on_bad_image="skip", **options) is None
     out = capsys.readouterr().out
-    assert "a.png" in out and "e.png" in out and "2 of the 6 pictures cannot be read and will be left out" in out
+    assert "a.png" in out and "e.png" in out and "2 of the 6 images cannot be read and will be left out" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -67,7 +67,7 @@ def test_nothing_to_train_on(folder, tmp_path, capsys):
     for name in "bcdf":
         (folder / f"{name}.png").write_bytes(b"")
     for choice in ("stop", "skip"):
-        with pytest.raises(ValueError, match="none of the 6 pictures can be read"):
+        with pytest.raises(ValueError, match="none of the 6 images can be read"):
             dry_run(tmp_path, train_data_dir=str(folder), resolution=[8], on_bad_image=choice)
         assert len(named(capsys)) == 6
 
@@ -114,7 +114,7 @@ def test_tables_streams_and_sequences(tmp_path, capsys):
     rows = [{"bytes": b"no", "path": None}, {"bytes": b"", "path": None}]
     broken = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
     datasets.concatenate_datasets([table(PICTURES[:3]), broken]).save_to_disk(str(tmp_path / "table"))
-    with pytest.raises(ValueError, match="2 of the 5 pictures"):
+    with pytest.raises(ValueError, match="2 of the 5 images"):
         dry_run(tmp_path, train_data_dir=str(tmp_path / "table"), resolution=[8])
     lines = named(capsys)
     assert len(lines) == 2 and "number 3" in lines[0] and "number 4" in lines[1]

@@ -128,7 +128,7 @@ def test_bad_pictures(tmp_path):
     skip = collate([TrainingView(data, 0, "skip")[0, 0]])
     assert torch.equal(skip.x0[0], data[1]) and len(skip.skipped) == 1
     (tmp_path / "b.png").write_bytes(b"")
-    assert "none of the pictures" in collate([TrainingView(data, 0, "skip")[0, 0]]).error
+    assert "none of the images" in collate([TrainingView(data, 0, "skip")[0, 0]]).error
 
 
 def test_a_line_of_pixels_needs_little_memory(tmp_path):
@@ -313,7 +313,7 @@ def test_a_bad_row_of_a_table_has_the_same_message_every_time():
     """The list of pictures that were left out names each once."""
     rows = [{"bytes": b"no", "path": None}, {"bytes": b"", "path": None}, None, b""]
     data = ImageDataset(rows, (8, 8))
-    reasons = ["no picture that Pillow knows"] + ["there is no content"] * 3
+    reasons = ["no image that Pillow knows"] + ["there is no content"] * 3
     for number, reason in enumerate(reasons):
         messages, kept = set(), []
         for _ in range(3):

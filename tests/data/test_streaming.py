@@ -114,7 +114,7 @@ def test_shuffling_is_as_good_as_the_buffer_allows():
 def test_memory_holds_the_pictures_of_own_samples_only():
     rows = next(iter(StreamingSampler(Shards([50, 50], 100), 5, 1, 0, process=1, processes=2)))
     assert all(row.source == 100 * row.shard + row.row for row in rows)
-    with pytest.raises(ValueError, match="the stream holds no pictures"):
+    with pytest.raises(ValueError, match="the stream holds no images"):
         order(Shards([0, 0], 10), 1)
     with pytest.raises(ValueError, match="0.2.0 or earlier"):
         StreamingSampler(Shards([5], 5), 1, 1, 0, step=3, state={"0": [1, 0, 0, 0, 2]})
@@ -158,7 +158,7 @@ def test_a_bad_picture_is_replaced_within_its_batch():
     a, b = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
     batch = collate([Item(a, []), Item(4, ["bad"]), Item(b, []), Item(7, ["worse"])])
     assert torch.equal(batch.x0, torch.stack((a, a, b, b))) and batch.skipped == ["bad", "worse"]
-    assert "none of the pictures" in collate([Item(1, ["bad"])]).error
+    assert "none of the images" in collate([Item(1, ["bad"])]).error
 
 
 def test_the_stand_ins_are_spread_over_the_batch(tars):
@@ -215,11 +215,11 @@ def test_what_cannot_be_streamed(tars, tmp_path):
     empty = datasets.Dataset.from_dict({"image": []}, features=datasets.Features({"image": datasets.Image()}))
     (tmp_path / "empty").mkdir()
     empty.to_parquet(str(tmp_path / "empty" / "x.parquet"))
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         stream(str(tmp_path / "empty"))
     rows = {"image": [{"bytes": b"no", "path": None}] * 3}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "bad"))
-    with pytest.raises(ValueError, match="none of the first pictures of .*number 2 of shard 0"):
+    with pytest.raises(ValueError, match="none of the first images of .*number 2 of shard 0"):
         train(config(tmp_path / "run", dataset_name=None, train_data_dir=str(tmp_path / "bad"), streaming=True))
 
 

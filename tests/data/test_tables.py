@@ -78,7 +78,7 @@ def test_a_bad_picture_in_a_table_is_named(tmp_path):
         "image", datasets.Image()
     )
     bad.save_to_disk(str(tmp_path / "bad"))
-    with pytest.raises(ValueError, match="cannot read the picture number 1"):
+    with pytest.raises(ValueError, match="cannot read the image number 1"):
         build_dataset(TrainConfig(train_data_dir=str(tmp_path / "bad")))[1]
 
 

@@ -320,7 +320,7 @@ def test_truncated_pictures_in_the_middle(workers, tmp_path):
     bad.write_bytes(bad.read_bytes()[:100])
     options = {"dataset_name": None, "train_data_dir": str(tmp_path / "photos"), "resolution": [8]}
     options.update(max_train_steps=2, dataloader_num_workers=workers)
-    with pytest.raises(TrainingError, match=r"step [12]: cannot read the picture .*07.png.*--on_bad_image skip"):
+    with pytest.raises(TrainingError, match=r"step [12]: cannot read the image .*07.png.*--on_bad_image skip"):
         train(config(tmp_path / "a", **options))
     train(config(tmp_path / "b", on_bad_image="skip", **options))
     assert metrics(tmp_path / "b")[-1]["skipped_images"] >= 1
