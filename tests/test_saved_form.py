@@ -226,3 +226,20 @@ def test_a_stock_configuration_is_read(tmp_path):
     ours = GaussianScheduler.from_pretrained(tmp_path / "stock")
     ours.save_pretrained(tmp_path / "ours")
     assert torch.equal(GaussianScheduler.from_pretrained(tmp_path / "ours").betas, GaussianScheduler().betas)
+
+
+def test_loading_without_einops_says_so(tmp_path):
+    """The model's code needs einops; where it is missing, the error's last line names it."""
+    make("images").save_pretrained(tmp_path / "saved")
+    program = """
+import sys
+from importlib.machinery import PathFinder
+sys.modules["ddpm_hf"] = None
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.startswith("einops") else find(name, *rest))
+from diffusers import DiffusionPipeline
+DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+"""
+    done = run_program("-c", program, tmp_path / "saved", cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'einops'", done.stderr

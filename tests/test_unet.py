@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from ddpm_hf.unet import (
-    CONVS,
     FullAttention,
     LinearAttention,
     RMSNorm,
@@ -17,6 +16,7 @@ from ddpm_hf.unet import (
     UNet1D,
     UNet2D,
     Upsample,
+    _conv,
     _convolve_as_product,
     _NormalizeCPU,
 )
@@ -139,7 +139,7 @@ def test_a_convolution_as_one_product(kernel, double):
 @pytest.mark.parametrize("ndim, few, many", [(2, (4, 8), (5, 8)), (1, (1, 32), (1, 33))])
 def test_few_positions_in_bfloat16_need_no_convolution(ndim, few, many, monkeypatch):
     """32 channels: a product of matrices up to 32 positions of the batch, PyTorch's convolution above."""
-    layer = CONVS[ndim](32, 16, 3, padding=1)
+    layer = _conv(ndim, 32, 16, 3, padding=1)
     x = [torch.randn(1, 32, *size) for size in (few, many)]
     expected = [layer(v) for v in x]
     layer.bfloat16()
@@ -169,7 +169,7 @@ def test_linear_attention_by_its_definition(size, memory, double):
     layer = LinearAttention(12, heads=2, dim_head=5, num_mem_kv=memory)
     x = torch.randn(3, 12, *size)
     normal = layer.norm(x).flatten(2)
-    q, k, v = (layer.to_qkv()[0] @ normal).reshape(3, 3, 2, 5, -1).unbind(1)  # (B, heads, dim_head, N)
+    q, k, v = (layer.to_qkv.weight @ normal).reshape(3, 3, 2, 5, -1).unbind(1)  # (B, heads, dim_head, N)
     if memory:
         k, v = (torch.cat((m.expand(3, -1, -1, -1), w), dim=-1) for m, w in zip(layer.mem_kv, (k, v)))
     # out_i = sum_j (softmax_features(q_i) . softmax_positions(k)_j) v_j / sqrt(d)
