@@ -407,6 +407,7 @@ _RULES = (
     ("init_dim", _is_optional_count, _COUNT),
     ("mid_attn_heads", _is_optional_count, _COUNT),
     ("mid_attn_dim_head", _is_optional_count, _COUNT),
+    ("num_class_embeds", _is_optional_count, _COUNT),
     ("dim_mults", lambda v: isinstance(v, (list, tuple)) and len(v) > 0, "be a list of at least one whole number"),
     ("norm", lambda v: v in NORMS, f"be one of {NORMS}"),
     ("time_embedding", lambda v: v in TIME_EMBEDDINGS, f"be one of {TIME_EMBEDDINGS}"),
@@ -566,6 +567,10 @@ class UNetBody(ModelMixin, ConfigMixin):
             self.up_stages.append(UpStage(block, attention(stage), inner, outer, resize))
         out_channels = o.out_channels or o.in_channels * (2 if o.learned_variance else 1)
         self.out_stage = OutStage(block, ndim, widths[0], out_channels)
+        # last, so that the other weights begin with the same random numbers as without classes
+        self.class_embedding = None
+        if o.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(o.num_class_embeds + 1, 4 * o.dim)
 
     def channels_last(self):
         """Put the convolutions' weights into the layout of the activations, for speed; numbers stay. Returns self."""
@@ -574,12 +579,49 @@ class UNetBody(ModelMixin, ConfigMixin):
                 module.weight.data = module.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
         return self.to(memory_format=torch.channels_last)
 
+    def _with_self_condition(self, sample: Tensor, x_self_cond: Tensor | None) -> Tensor:
+        """Put the previous estimate of x0, or zeros, before the channels of the sample if the model takes it."""
+        if not self.config.self_condition:
+            if x_self_cond is not None:
+                raise ValueError("x_self_cond was given to a model whose configuration has self_condition=False")
+            return sample
+        x_self_cond = torch.zeros_like(sample) if x_self_cond is None else x_self_cond
+        if x_self_cond.shape != sample.shape:
+            raise ValueError(
+                f"x_self_cond must have sample's shape {tuple(sample.shape)}, got {tuple(x_self_cond.shape)}"
+            )
+        return torch.cat((x_self_cond, sample), dim=1)
+
+    def _checked_labels(self, labels: Tensor | None, sample: Tensor) -> Tensor | None:
+        """Return the labels on the sample's device, (1,) "no class" for None; None for a model without classes."""
+        none = self.config.num_class_embeds
+        if none is None:
+            if labels is not None:
+                raise ValueError("class_labels was given to a model whose configuration has num_class_embeds=None")
+            return None
+        if labels is None:
+            return torch.full((1,), none, device=sample.device)
+        labels = torch.as_tensor(labels)
+        if labels.shape != sample.shape[:1] or labels.dtype not in (torch.uint8, torch.int32, torch.int64):
+            raise ValueError(
+                f"class_labels must be whole numbers of the shape ({len(sample)},), got {tuple(labels.shape)} of "
+                f"{labels.dtype}"
+            )
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = labels[(labels < 0) | (labels > none)]
+            if len(outside):
+                raise ValueError(
+                    f'class_labels must lie in [0, {none}], where {none} means "no class", got {outside[0].item()}'
+                )
+        return labels.to(sample.device, torch.int64)
+
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor | int | float,
         x_self_cond: Tensor | None = None,
         return_dict: bool = True,
+        class_labels: Tensor | None = None,
     ) -> UNetOutput | tuple:
         """Predict epsilon, x0 or v, as trained.
 
@@ -588,37 +630,39 @@ class UNetBody(ModelMixin, ConfigMixin):
             timestep: t, a number, a 0-d tensor or `(B,)`; integer or float, in [0, num_train_timesteps).
             x_self_cond: the previous estimate of x0, shaped as `sample` (zeros if None); self-conditioned models only.
             return_dict: a `UNetOutput` if true, else a tuple of one tensor.
+            class_labels: the class of each sample, `(B,)` whole numbers in [0, num_class_embeds], where
+                num_class_embeds means "no class", as None does for all; models with `num_class_embeds` only.
 
         Raises:
             ValueError: a wrong number of dimensions or channels, a size that cannot be halved often enough,
-                a timestep of another length, `x_self_cond` for a model without self-conditioning.
+                a timestep of another length, `x_self_cond` for a model without self-conditioning, `class_labels` for a
+                model without classes, of another shape or type, or outside their range (checked on CPU only: on a card
+                PyTorch's embedding stops with an assertion, because checking would wait for the card).
         """
         if sample.ndim != self.ndim + 2 or sample.shape[1] != self.config.in_channels:
             shape = f"(batch, {self.config.in_channels}, {'height, width' if self.ndim == 2 else 'length'})"
             raise ValueError(f"sample must have the shape {shape}, got {tuple(sample.shape)}")
         check_size(sample.shape[2:], self.downsample_factor)
+        if isinstance(timestep, (int, float)):
+            timestep = torch.full((), timestep, device=sample.device)  # nothing is copied to a card
         timestep = torch.as_tensor(timestep, device=sample.device)
         if timestep.ndim > 1 or timestep.numel() not in (1, len(sample)):
             raise ValueError(
                 f"timestep must be a number or have the shape ({len(sample)},), got {tuple(timestep.shape)}"
             )
         timestep = timestep.reshape(-1)  # one for all: its embedding is made once
-        if self.config.self_condition:
-            x_self_cond = torch.zeros_like(sample) if x_self_cond is None else x_self_cond
-            if x_self_cond.shape != sample.shape:
-                raise ValueError(
-                    f"x_self_cond must have sample's shape {tuple(sample.shape)}, got {tuple(x_self_cond.shape)}"
-                )
-            sample = torch.cat((x_self_cond, sample), dim=1)
-        elif x_self_cond is not None:
-            raise ValueError("x_self_cond was given to a model whose configuration has self_condition=False")
+        class_labels = self._checked_labels(class_labels, sample)
+        sample = self._with_self_condition(sample, x_self_cond)
 
         if self.ndim == 1:
             sample = sample.unsqueeze(2)
         # every norm and attention works on the last axis in memory; convolutions keep the format
         sample = sample.contiguous(memory_format=torch.channels_last)
         x = first = self.conv_in(sample)
-        temb = F.silu(self.time_embed(timestep)).to(x.dtype)  # in float32 when loaded in half precision
+        temb = self.time_embed(timestep)  # in float32 when loaded in half precision
+        if self.class_embedding is not None:
+            temb = temb + self.class_embedding(class_labels)
+        temb = F.silu(temb).to(x.dtype)
         skips = []
         for stage in self.down_stages:
             x, skip1, skip2 = stage(x, temb)
@@ -649,6 +693,8 @@ _OPTIONS_DOC = """
         full_attn: full attention instead of linear, one bool or one per stage; None: {full}.
         num_mem_kv: learned key-values in every attention.
         time_embedding: "sinusoidal" (with `theta`), "learned_fourier" or "random_fourier" (`fourier_dim` features).
+        num_class_embeds: number of classes, for models that are told the class of each sample; one further learned
+            embedding stands for "no class" (Ho & Salimans, arXiv:2207.12598). None: a model without classes.
 
     Raises:
         ValueError: an option outside its range; the message has the rule and the value.
@@ -683,6 +729,7 @@ class UNet2D(UNetBody):
         time_embedding: str = "sinusoidal",
         fourier_dim: int = 16,
         theta: float = 10000,
+        num_class_embeds: int | None = None,
     ):
         super().__init__()
         self._build(2)
@@ -714,6 +761,7 @@ class UNet1D(UNetBody):
         time_embedding: str = "sinusoidal",
         fourier_dim: int = 16,
         theta: float = 10000,
+        num_class_embeds: int | None = None,
     ):
         super().__init__()
         self._build(1)

@@ -87,7 +87,7 @@ def test_few_operations(kind, call, step, dtype, card_kernels):
 
 @pytest.mark.parametrize("options", [
     {}, {"self_condition": True, "norm": "group", "time_embedding": "learned_fourier"},
-    {"full_attn": True, "dropout": 0.1, "num_mem_kv": 2},
+    {"full_attn": True, "dropout": 0.1, "num_mem_kv": 2, "num_class_embeds": 5},
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", [UNet1D, UNet2D])
 def test_nothing_is_read_by_the_host(kind, options):
@@ -131,15 +131,16 @@ def test_under_autocast_norms_convert_nothing_but_weights():
 @pytest.mark.parametrize("kind", [UNet1D, UNet2D])
 def test_one_graph_takes_the_whole_model(kind):
     """`torch.compile(fullgraph=True)` finds nothing that it must leave out, in forward and in backward."""
-    model = kind(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=4, num_mem_kv=2)
+    model = kind(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=4, num_mem_kv=2, num_class_embeds=5)
     x, t = torch.randn(2, 3, *(8, 8)[: model.ndim]), torch.tensor([3, 700])
-    expected = model(x, t).sample
+    labels = torch.tensor([5, 0])
+    expected = model(x, t, class_labels=labels).sample
     expected.square().sum().backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     torch._dynamo.reset()
     try:
-        out = torch.compile(model, fullgraph=True, backend="aot_eager")(x, t).sample
+        out = torch.compile(model, fullgraph=True, backend="aot_eager")(x, t, class_labels=labels).sample
         out.square().sum().backward()
     finally:
         torch._dynamo.reset()

@@ -256,6 +256,7 @@ def test_device_map_auto(tmp_path):
         ({"sample_size": 7}, "6 and 8"), ({"sample_size": (8, 9)}, "8 and 10"), ({"sample_size": (8,)}, "sample_size"),
         ({"dropout": "a"}, "dropout must be a number"),
         ({"fourier_dim": 3}, "fourier_dim"), ({"in_channels": 0}, "in_channels"), ({"theta": 0}, "theta"),
+        ({"num_class_embeds": 0}, "num_class_embeds must be a whole number of at least 1, got 0"),
     ],
 )  # fmt: skip
 def test_bad_options(options, message):
@@ -277,6 +278,47 @@ def test_bad_inputs():
             model(*arguments)
     with pytest.raises(ValueError, match="x_self_cond"):
         small(self_condition=True)(x, 1, x[:1])
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_classes_add_one_embedding(ndim, tmp_path):
+    """Where the class embeddings are zero, a model with classes is the model without; each class changes its sample."""
+    start = torch.random.get_rng_state()
+    plain = small(ndim).eval()
+    plain_start = torch.random.get_rng_state()
+    torch.random.set_rng_state(start)
+    model = small(ndim, num_class_embeds=3).eval()
+    assert not torch.equal(torch.random.get_rng_state(), plain_start)  # the embedding was drawn, after the rest
+    states = plain.state_dict(), model.state_dict()
+    assert set(states[1]) - set(states[0]) == {"class_embedding.weight"}
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert model.class_embedding.weight.shape == (4, 4 * SMALL["dim"])
+
+    x, t = torch.randn(4, 3, *(8, 8)[:ndim]), torch.tensor([1, 2, 3, 4])
+    labels = torch.arange(4)
+    with torch.no_grad():
+        out = model(x, t, class_labels=labels).sample
+        assert torch.equal(model(x, t).sample, model(x, t, class_labels=torch.full((4,), 3)).sample)
+        torch.testing.assert_close(model(x, t).sample[3], out[3])
+        assert all((model(x, t).sample[i] - out[i]).norm() > 1e-3 * out[i].norm() for i in range(3))
+        model.save_pretrained(tmp_path)
+        assert torch.equal(type(model).from_pretrained(tmp_path)(x, t, class_labels=labels).sample, out)
+        model.class_embedding.weight.zero_()
+        assert torch.equal(model(x, t, class_labels=labels).sample, plain(x, t).sample)
+
+
+def test_labels_that_do_not_fit():
+    model, x = small(num_class_embeds=3), torch.randn(2, 3, 8, 8)
+    for labels, message in [
+        (torch.tensor([0, 4]), r"\[0, 3\].*got 4"),
+        (torch.tensor([-1, 0]), "got -1"),
+        (torch.tensor([0, 1, 2]), r"\(2,\), got \(3,\)"),
+        (torch.tensor([0.0, 1.0]), "whole numbers.*float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(x, 1, class_labels=labels)
+    with pytest.raises(ValueError, match="num_class_embeds=None"):
+        small()(x, 1, class_labels=torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("ndim", [1, 2])
