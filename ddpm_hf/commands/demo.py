@@ -2,7 +2,7 @@
 
     python training/demo.py --pipeline runs/digits/pipeline
 
---pipeline is a folder, or the name of a repo on the Hub.
+--pipeline is the folder of a saved pipeline, or the name of a repo on the Hub.
 """
 
 import argparse
@@ -13,10 +13,15 @@ from ddpm_hf.arguments import SuggestingParser
 
 
 def main(arguments: list) -> int:
+    """Serve the page as the arguments say, and return the exit status."""
     parser = SuggestingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True, help="Folder of a saved pipeline, or a name on the Hub.")
-    parser.add_argument("--host", default="127.0.0.1", help="Address to serve on; 0.0.0.0: to other machines too.")
-    parser.add_argument("--port", type=int, help="Default: the first free one from 7860.")
+    parser.add_argument("--pipeline", required=True, help="Folder of a saved pipeline, or name of a repo on the Hub.")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="Address to serve on; 0.0.0.0 serves other machines too. Default: %(default)s.",
+    )
+    parser.add_argument("--port", type=int, help="Port to serve on. Default: the first free one from 7860.")
     given = parser.parse_args(arguments)
     try:
         from ddpm_hf.hub.page import build_page, serve

@@ -2,8 +2,7 @@
 
     python training/publish.py runs/digits/pipeline --hub_model_id user/digits
 
-The token is that of `hf auth login`, or of HF_TOKEN. A card that someone has edited, here or on the Hub, is
-kept.
+The token is that of `hf auth login`, or of HF_TOKEN. A card that someone has edited, here or on the Hub, is kept.
 """
 
 import argparse
@@ -16,16 +15,23 @@ from ddpm_hf.hub.publish import Target, open_repo, publish_space, publish_with_p
 
 
 def main(arguments: list) -> int:
+    """Publish as the arguments say, and return the exit status."""
     parser = SuggestingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", type=Path, help="Folder of the pipeline: runs/x/pipeline, or runs/x/best.")
-    parser.add_argument("--hub_model_id", required=True, help="The repo, 'user/name' or 'name'; made if not there.")
-    parser.add_argument("--hub_revision", help="Branch; made if it is not there. Default: the main one.")
-    parser.add_argument("--create_pr", action="store_true", help="Open a pull request instead of writing.")
-    parser.add_argument("--hub_private_repo", action="store_true", default=None, help="Make a new repo private.")
+    parser.add_argument("pipeline", type=Path, help="Folder of the pipeline, such as runs/x/pipeline or runs/x/best.")
+    parser.add_argument(
+        "--hub_model_id", required=True, help="Repo, 'user/name' or 'name'; it is made if it does not exist."
+    )
+    parser.add_argument("--hub_revision", help="Branch; it is made if it does not exist. Default: the main one.")
+    parser.add_argument(
+        "--create_pr", action="store_true", help="Open a pull request instead of writing to the branch."
+    )
+    parser.add_argument(
+        "--hub_private_repo", action="store_true", default=None, help="Make the repo private if it is new."
+    )
     parser.add_argument("--hub_license", help="Licence of the weights, by its name on the Hub. Default: not stated.")
     parser.add_argument("--hub_upload_state", action="store_true",
-                        help="The newest checkpoint of its run too, in training_state/.")  # fmt: skip
-    parser.add_argument("--space", help="Make this Space, 'user/name' or 'name', with a page to try the pipeline too.")
+                        help="Upload the newest checkpoint of the run too, in training_state/.")  # fmt: skip
+    parser.add_argument("--space", help="Also make this Space, 'user/name' or 'name', with a page to try the pipeline.")
     parser.add_argument("--message", default="Upload pipeline", help="Message of the commit. Default: %(default)s.")
     given = parser.parse_args(arguments)
     target = Target(given.hub_model_id, given.hub_revision, given.create_pr, given.hub_private_repo, given.hub_license)

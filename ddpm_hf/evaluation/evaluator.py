@@ -63,7 +63,7 @@ class Evaluator:
         order = np.random.default_rng(derive_seed(settings.seed, Stream.EVALUATION, 0)).permutation(len(dataset))
         self.real = Part(dataset, np.sort(order[:count]))
         self.items = Items(self.real, settings.on_bad_image, settings.batch_size, settings.workers)
-        self.num_real = count  # those that can be read, once they were
+        self.num_real = count  # after `prepare`, the number of those that could be read
         self.pictures = self.sequences = self.memorization = None
         self.held_out = None if held_out is None else HeldOutLoss(held_out, settings, self.shares)
         if self._any("fid", "kid"):

@@ -1,7 +1,7 @@
-"""Statistics of real pictures kept on disk, in files named by a digest of everything that they follow from.
+"""Statistics of real pictures are kept on disk, in files named by a digest of everything that they depend on.
 
-Every picture's content is in the digest (sizes and times of files are the same for other contents now and then), so a
-moved folder finds its file again. Reading and hashing takes a small part of the time that features take.
+The digest covers the content of every picture. Sizes and modification times would not do: different contents can share
+them, and a folder that is moved would lose its file. Hashing takes a small part of the time that the features take.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from ddpm_hf.data.images import ImageDataset
 from ddpm_hf.data.loading import Part, fingerprint
 from ddpm_hf.version import __version__
 
-NAMES = ("mean", "root", "features", "bad")  # of the arrays in a file
-THREADS = 8  # that read files
+NAMES = ("mean", "root", "features", "bad")  # the arrays in a file
+THREADS = 8  # the number of threads that read pictures
 
 
 def content_digests(part: Part, numbers: range) -> Tensor | None:
-    """Digests of the pictures of `part` with these numbers as they are before decoding, uint8 (n, 32).
+    """Return digests of the pictures of `part` with these numbers as they are before decoding, uint8 (n, 32).
 
-    None where the data set is none of ours, or holds pictures in another form than files, bytes and arrays.
+    It is None if the dataset is not an `ImageDataset`, or holds pictures in another form than files, bytes and arrays.
     """
     indices = part.indices[numbers.start : numbers.stop]
     dataset = part.dataset
@@ -49,6 +49,7 @@ def content_digests(part: Part, numbers: range) -> Tensor | None:
 
 
 def _digest(source: Any) -> bytes | None:
+    """Return the digest of one picture before decoding, or None for a form whose content cannot be read."""
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
     digest = hashlib.blake2b(digest_size=32)
@@ -57,7 +58,7 @@ def _digest(source: Any) -> bytes | None:
             with open(source, "rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
-        except OSError as error:  # a picture that cannot be read
+        except OSError as error:  # the picture cannot be read
             digest.update(f"{type(error).__name__} {source}".encode())
     elif isinstance(source, bytes):
         digest.update(source)
@@ -76,27 +77,34 @@ def _digest(source: Any) -> bytes | None:
 
 
 def file_name(data: ImageDataset, shape: tuple, digests: Tensor, *more: Any) -> str:
-    """The name for pictures with these contents, decoded as `data` decodes them, and whatever else counts."""
+    """Return the name of the file for pictures.
+
+    Args:
+        data: the dataset that decodes the pictures.
+        shape: the shape (C, H, W) of a decoded picture.
+        digests: the digests of the pictures, in order.
+        more: everything else that the statistics depend on.
+    """
     key = hashlib.sha256(digests.numpy().tobytes())
-    # versions stand for how pictures are decoded; the fingerprint decodes some
+    # the versions stand for the way of decoding, and the fingerprint contains some decoded pictures
     key.update(repr((fingerprint(data, shape), __version__, PIL.__version__, *more)).encode())
     return f"{key.hexdigest()[:32]}.npz"
 
 
 def load(file: Path, say: Callable[[str], None]) -> dict[str, np.ndarray] | None:
-    """The arrays of a file; None where there is none or it is damaged, which is said."""
+    """Return the arrays of a file, or None if there is no file, or if it is damaged; `say` is then told why."""
     try:
         if not file.exists():
             return None
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in NAMES}
-    except Exception as error:  # NumPy raises many kinds for damaged files
-        say(f"{file} cannot be read ({error}); computing it again")
+    except Exception as error:  # NumPy raises many kinds of errors for damaged files
+        say(f"{file} cannot be read ({error}): the statistics are computed again")
         return None
 
 
 def save(file: Path, arrays: dict[str, np.ndarray], say: Callable[[str], None]) -> None:
-    """Write a file whole; where that cannot be done it is said, and the run goes on without."""
+    """Write the arrays to a file, whole or not at all. If that fails, `say` gets a warning and the run goes on."""
     aside = file.with_name(f"{file.stem}.{os.getpid()}.npz")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Features of pictures for FID and KID: clean-fid's resizing and Inception, any TorchScript network, or plain pixels.
 
-A network is had, or refused with what to do, before any long work.
+The network is loaded before any long work; an error says which file is missing and where to put it.
 """
 
 import hashlib
@@ -15,23 +15,25 @@ from torch import Tensor
 
 INCEPTION = "inception-2015-12-05.pt"
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/" + INCEPTION
-PIXELS = 8  # side of the pictures whose values are the features of "pixels"
+PIXELS = 8  # the features "pixels" are the values of a picture resized to this side
 
 
 class FeatureNetwork:
-    """Pictures -> feature vectors.
+    """A network that turns pictures into feature vectors.
 
     Args:
         name: "inception", clean-fid's network; the path of that file or of any TorchScript file, a network
             (B, 3, S, S) float32 in [0, 255] -> (B, D); or "pixels", the values of the picture at 8x8 pixels, which
-            needs no file and compares runs with each other, not with anything published.
-        resolution: S of a TorchScript file, in pixels.
+            needs no file and compares runs with each other, not with published values.
+        resolution: S, the side in pixels of the input of a TorchScript file.
+        device: the device to compute on.
 
     Attributes:
-        digest: what tells one network from another.
+        digest: the SHA-256 of the network's file (or "pixels") and the resolution, by which networks are told apart.
+        dimensions: D, the number of features.
 
     Raises:
-        ValueError: there is no such file (what to put where is told), or it is not such a network.
+        ValueError: if the file is missing (the error says what to put where), or is not such a network.
     """
 
     def __init__(self, name: str = "inception", resolution: int = 299, device: str | torch.device = "cpu"):
@@ -52,6 +54,7 @@ class FeatureNetwork:
         self.dimensions = self._check(resolution)
 
     def _check(self, resolution: int) -> int:
+        """Run the network on two blank pictures, and return the number of features."""
         blank = torch.zeros(2, 3, resolution, resolution)
         try:
             features = self._run(blank)
@@ -72,10 +75,16 @@ class FeatureNetwork:
         return features.float().cpu()
 
     def __call__(self, images: np.ndarray) -> Tensor:
-        """8-bit pictures (B, H, W, C), C of 1, 3 or 4 -> float32 features (B, D).
+        """Compute the features of pictures.
+
+        Args:
+            images: 8-bit pictures (B, H, W, C) with 1, 3 or 4 channels.
+
+        Returns:
+            The features, float32 (B, D) on the CPU.
 
         Raises:
-            ValueError: another type or number of channels.
+            ValueError: if the pictures have another type or number of channels.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4):
             raise ValueError(f"images must be 8-bit (B, H, W, 1, 3 or 4), got {images.dtype} {images.shape}")
@@ -84,7 +93,7 @@ class FeatureNetwork:
 
 
 def _to_rgb(image: np.ndarray) -> np.ndarray:
-    """Grey in three channels; transparency laid on white."""
+    """Turn a picture (H, W, C) into RGB: grey is repeated three times, and transparent pixels lie on white."""
     if image.shape[2] == 1:
         return image.repeat(3, axis=2)
     if image.shape[2] == 4:
@@ -99,6 +108,7 @@ def _inception_path() -> Path:
 
 
 def _inception(path: Path, name: str, device: torch.device):
+    """Load clean-fid's network, which is downloaded if its file is missing and there is a connection."""
     from cleanfid.inception_torchscript import InceptionV3W
 
     if not path.is_file():
@@ -124,8 +134,11 @@ def _inception(path: Path, name: str, device: torch.device):
 
 
 def _torchscript(path: Path, device: torch.device):
+    """Load a network from a TorchScript file."""
     if not path.is_file():
-        raise ValueError(f"feature_network must be 'inception', 'pixels' or a TorchScript file; {path} is no file")
+        raise ValueError(
+            f"feature_network must be 'inception', 'pixels' or a TorchScript file; there is no file {path}"
+        )
     try:
         return torch.jit.load(str(path), map_location=device).eval()
     except Exception as error:

@@ -11,14 +11,14 @@ from ddpm_hf.evaluation.shares import Items, Shares
 from ddpm_hf.losses import diffusion_loss
 from ddpm_hf.randomness import Stream, derive_seed
 
-BUCKETS = 10  # of timesteps
+BUCKETS = 10  # the number of buckets of timesteps
 
 
 class HeldOutLoss:
     """The mean squared error of a model's output on every held-out item, at one timestep of each bucket.
 
-    Timesteps and noise follow from (seed, item, bucket). The loss is plain in one metric, and weighted by the SNR as
-    `GaussianScheduler.loss_weights` says in the other.
+    Timesteps and noise follow from (seed, item, bucket). The loss is plain in one metric, and weighted in the other,
+    by the weights of `GaussianScheduler.loss_weights`.
 
     Args:
         held_out: the items, map-style.
@@ -26,7 +26,7 @@ class HeldOutLoss:
         shares: the exchange between processes.
 
     Attributes:
-        count: the number of items; those that can be read, once they were.
+        count: the number of items; after a call, the number of those that could be read.
     """
 
     def __init__(self, held_out, settings: EvalSettings, shares: Shares):

@@ -1,4 +1,4 @@
-"""The share of samples that are copies of real items, beside the rate that honest samples would have."""
+"""Memorization is the share of samples that are copies of real items, beside the rate of real items themselves."""
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ class Memorization:
         mirrored_shape: the shape (C, H, W) of the vectors if a picture and its mirror image are one item; None if not.
 
     Attributes:
-        num_drawn: the number of real items that `honest_rate` was measured on.
-        honest_rate: the rate of as many real items as there are samples, each left out of the others in turn.
+        num_drawn: the number of real items that `honest_rate` is measured on: as many as there are samples, or all.
+        honest_rate: the rate of real items, each left out of the others in turn; a sampler that copies nothing would
+            have it.
 
     Raises:
         ValueError: if there are fewer than 3 different items.

@@ -1,6 +1,7 @@
 """Distances between two sets of data, as functions of arrays: Fréchet, sliced Wasserstein, autocorrelation, copies.
 
-All compute in float64 and take sets of different sizes. What the network's features are is told in `features`.
+All of them compute in float64 and take sets of different sizes. `features` has the networks whose features FID and KID
+compare.
 """
 
 import hashlib
@@ -11,55 +12,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LOG_FLOOR = 1e-8  # of the power of a standardized sequence, so that silence has a logarithm
+LOG_FLOOR = 1e-8  # added to the power of a standardized sequence, so that silence has a logarithm
 
 
 class Gaussian(NamedTuple):
-    """`mean` (D,) and a factor `root` (r, D) of the covariance, root' root, in float64."""
+    """A Gaussian distribution, in float64.
+
+    Attributes:
+        mean: (D,).
+        root: a factor (r, D) of the covariance, which is root' root.
+    """
 
     mean: np.ndarray
     root: np.ndarray
 
     @classmethod
     def fit(cls, x: np.ndarray) -> "Gaussian":
-        """Fit mean and covariance (over n - 1) to samples (n, D).
+        """Fit a Gaussian to samples (n, D); the covariance divides by n - 1.
 
         Raises:
-            ValueError: fewer than two samples, or another shape.
+            ValueError: if there are fewer than two samples, or they have another shape.
         """
         x = np.asarray(x, dtype=np.float64)
         if x.ndim != 2 or len(x) < 2:
             raise ValueError(f"samples must be (n, D) with n of at least 2, got {x.shape}")
         root = (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
-        # tall data in the coordinates of its own span: the same covariance from a D x D factor
+        # with more samples than dimensions, QR gives a D x D factor of the same covariance
         return cls(x.mean(axis=0), np.linalg.qr(root, mode="r") if len(root) > root.shape[1] else root)
 
 
 def frechet_distance(x: Gaussian | np.ndarray, y: Gaussian | np.ndarray) -> float:
-    """Fréchet distance of two Gaussians, or of those fitted to two sets (Dowson, Landau 1982; for features: Heusel et
-    al. 2017, equation 6): |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)).
+    """Return the squared Fréchet distance of two Gaussians: |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)).
 
-    With S_x = A'A and S_y = B'B the last trace is the sum of the singular values of A B', which needs no root of a
-    matrix and holds for fewer samples than dimensions.
+    It is due to Dowson and Landau (1982); Heusel et al. (arXiv:1706.08500, equation 6) apply it to features of images.
+    With S_x = A'A and S_y = B'B, the trace of the root is the sum of the singular values of A B'. This needs no root of
+    a matrix, and holds for fewer samples than dimensions.
 
     Args:
-        x, y: `Gaussian`, or samples (n, D) and (m, D).
+        x, y: Gaussians, or samples (n, D) and (m, D), to which Gaussians are fitted.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: if the shapes do not fit each other.
     """
     x, y = (v if isinstance(v, Gaussian) else Gaussian.fit(v) for v in (x, y))
     if x.mean.shape != y.mean.shape:
-        raise ValueError(f"both must have as many dimensions, got {len(x.mean)} and {len(y.mean)}")
+        raise ValueError(f"both must have the same number of dimensions, got {len(x.mean)} and {len(y.mean)}")
     overlap = np.linalg.svd(x.root @ y.root.T, compute_uv=False).sum()
     gap = x.mean - y.mean
-    # the distance is not negative; its rounding can be
+    # rounding can make a distance of 0 negative
     return max(0.0, float(gap @ gap + (x.root**2).sum() + (y.root**2).sum() - 2 * overlap))
 
 
 def log_power_spectrum(x: np.ndarray) -> np.ndarray:
-    """Sequences (n, C, length) -> (n, C * (length // 2 + 1)): log(|X_f|^2 / length + 1e-8), X the discrete Fourier
-    transform. White noise of variance 1 has a mean power of 1 at every frequency.
+    """Return log(|X_f|^2 / length + 1e-8) of sequences (n, C, length), as (n, C * (length // 2 + 1)).
+
+    X is the discrete Fourier transform. White noise of variance 1 has a mean power of 1 at every frequency.
     """
     x = np.asarray(x, dtype=np.float64)
     power = np.abs(np.fft.rfft(x, axis=-1)) ** 2 / x.shape[-1]
@@ -67,16 +74,19 @@ def log_power_spectrum(x: np.ndarray) -> np.ndarray:
 
 
 def sliced_wasserstein(x: np.ndarray, y: np.ndarray, projections: int = 256, seed: int = 0) -> float:
-    """Sliced 2-Wasserstein distance (Bonneel et al. 2015): the root of the mean, over random unit directions, of the
-    squared 2-Wasserstein distance between the projections, which are exact (sorted samples).
+    """Return the sliced 2-Wasserstein distance of two sets (Bonneel et al. 2015).
+
+    It is the root of the mean, over random unit directions, of the squared 2-Wasserstein distance between the
+    projections onto a direction. The distance in one dimension is exact: it compares sorted samples.
 
     Args:
-        x, y: (n, D) and (m, D).
-        projections: directions, drawn by `seed`.
+        x, y: the sets, (n, D) and (m, D).
+        projections: the number of directions.
+        seed: the seed that draws the directions.
     """
     x, y = (np.asarray(v, dtype=np.float64) for v in (x, y))
     directions = unit_directions(x.shape[1], projections, seed)
-    # Quantile functions are steps; between the union of their corners both are constant.
+    # Both quantile functions are step functions: between two neighbours of all their corners they are constant.
     corners = np.union1d(np.arange(len(x) + 1) / len(x), np.arange(len(y) + 1) / len(y))
     middle, widths = (corners[1:] + corners[:-1]) / 2, np.diff(corners)
     places = [(middle * len(v)).astype(int) for v in (x, y)]
@@ -88,14 +98,17 @@ def sliced_wasserstein(x: np.ndarray, y: np.ndarray, projections: int = 256, see
 
 
 def unit_directions(dimensions: int, count: int, seed: int) -> np.ndarray:
-    """(count, dimensions) unit vectors, uniform on the sphere."""
+    """Return unit vectors (count, dimensions), drawn uniformly on the sphere by `seed`."""
     directions = np.random.default_rng(seed).normal(size=(count, dimensions))
     return directions / np.linalg.norm(directions, axis=1, keepdims=True)
 
 
 def autocorrelation(x: np.ndarray, lags: int | None = None) -> np.ndarray:
-    """Sequences (n, C, length) -> (C, lags): rho_k = mean over sequences and times of (x_t - m)(x_{t+k} - m) / s^2, for
-    k = 1 ... lags (length // 2 if not given), m and s^2 the channel's mean and variance over the whole set."""
+    """Return the autocorrelation of sequences (n, C, length), as (C, lags).
+
+    rho_k is the mean, over sequences and times, of (x_t - m)(x_{t+k} - m) / s^2, where m and s^2 are the mean and the
+    variance of the channel over the whole set, for k from 1 to `lags`, which defaults to length // 2.
+    """
     x = np.asarray(x, dtype=np.float64)
     lags = lags or max(1, x.shape[-1] // 2)
     centred = x - x.mean(axis=(0, 2), keepdims=True)
@@ -105,25 +118,31 @@ def autocorrelation(x: np.ndarray, lags: int | None = None) -> np.ndarray:
 
 
 def autocorrelation_error(x: np.ndarray, y: np.ndarray) -> float:
-    """Root mean square, over channels and lags, of the difference between the `autocorrelation` of two sets."""
+    """Return the root mean square, over channels and lags, of the difference of two sets' `autocorrelation`."""
     return float(np.sqrt(((autocorrelation(x) - autocorrelation(y)) ** 2).mean()))
 
 
 class Neighbours(NamedTuple):
-    """`index`: of the nearest row; `distance`: Euclidean, float64."""
+    """The nearest rows of some queries.
+
+    Attributes:
+        index: the index (n,) of each query's nearest row.
+        distance: the Euclidean distance (n,) to it, float64.
+    """
 
     index: Tensor
     distance: Tensor
 
 
-Mirror = Callable[[Tensor], Tensor]  # rows (n, D) -> their mirror images
+Mirror = Callable[[Tensor], Tensor]  # a function from rows (n, D) to their mirror images
 
 
 def distinct(x: Tensor, mirror: Mirror | None = None) -> Tensor:
-    """Indices of the rows of x (N, D) in their order, of equal ones the first only.
+    """Return the indices of the rows of x (N, D) that differ from all rows before them.
 
     Args:
-        mirror: rows that are each other's mirror images are equal too.
+        x: the rows.
+        mirror: if given, rows that are each other's mirror images count as equal.
     """
     rows = (x + 0.0).numpy()  # -0 becomes 0
     keys: list[bytes] = [row.tobytes() for row in rows]
@@ -138,13 +157,16 @@ def distinct(x: Tensor, mirror: Mirror | None = None) -> Tensor:
 def nearest(
     queries: Tensor, reference: Tensor, exclude: Tensor | None = None, mirror: Mirror | None = None, chunk: int = 512
 ) -> Neighbours:
-    """The row of `reference` (N, D) nearest to each of `queries` (n, D).
+    """Find the row of `reference` (N, D) that is nearest to each of `queries` (n, D).
 
     Args:
-        exclude: (n, k) rows that do not count, for each query; k + 1 must be at most N.
-        mirror: the distance is the smaller one of those to a row and to its mirror image.
+        queries: the vectors whose neighbours are looked for.
+        reference: the rows to look among.
+        exclude: the indices (n, k) of rows that do not count for each query; k + 1 must be at most N.
+        mirror: if given, the distance to a row is the smaller one of those to it and to its mirror image.
+        chunk: the number of queries that are compared at once.
     """
-    if mirror is not None:  # mirroring either of two gives the same distance
+    if mirror is not None:  # mirroring the query gives the same distance as mirroring the row
         straight, turned = (nearest(q, reference, exclude, chunk=chunk) for q in (queries, mirror(queries)))
         nearer = turned.distance < straight.distance
         return Neighbours(*(torch.where(nearer, b, a) for a, b in zip(straight, turned)))
@@ -152,7 +174,7 @@ def nearest(
     squares = reference.square().sum(dim=1)
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk]
-        # ranked by |r|^2 - 2 q.r; the first few are then measured without its cancellation
+        # |r|^2 - 2 q.r ranks the rows; the first few are then measured without the cancellation in it
         scores = squares - 2 * part @ reference.T
         if exclude is not None:
             scores.scatter_(1, exclude[start : start + chunk], torch.inf)
@@ -166,16 +188,18 @@ def nearest(
 
 
 def too_close(queries: Tensor, reference: Tensor, own: Tensor | None = None, mirror: Mirror | None = None) -> Tensor:
-    """Which of `queries` lie nearer to a row of `reference` than that row's own nearest neighbour does: (n,) of bool.
+    """Return True for each query that is nearer to its nearest row than that row is to any other row, as (n,).
 
     A copy of training data is near one item and far from what that item resembles (compare the nearest-neighbour test
-    of Meehan, Chaudhuri, Dasgupta 2020). `reference` must be `distinct`: equal rows would be each other's neighbours at
-    distance 0, and no copy of them would be found.
+    of Meehan, Chaudhuri, Dasgupta 2020, arXiv:2004.05675).
 
     Args:
-        own: (n,) the row that each query is, which then counts nowhere: the rate of real data, left out one by one, is
-            what a sampler that copies nothing would have.
-        mirror: a row and its mirror image are one item, so that mirrored copies are copies.
+        queries: the vectors (n, D).
+        reference: the rows (N, D). They must be `distinct`: equal rows would be each other's neighbours at distance 0,
+            and no copy of them would be found.
+        own: the index (n,) of the row that each query is. That row counts nowhere for it, so the result is the rate of
+            real data, each item left out in turn; a sampler that copies nothing would have that rate.
+        mirror: if given, a row and its mirror image are one item, so mirrored copies are copies.
     """
     own = None if own is None else own[:, None]
     found = nearest(queries, reference, own, mirror)

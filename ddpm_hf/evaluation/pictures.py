@@ -1,4 +1,4 @@
-"""FID and KID: features of real pictures, kept on disk, against features of samples."""
+"""FID and KID compare features of samples with those of real pictures, whose statistics are kept on disk."""
 
 import contextlib
 from pathlib import Path
@@ -14,7 +14,7 @@ from ddpm_hf.evaluation.metrics import Gaussian, frechet_distance
 from ddpm_hf.evaluation.settings import EvalSettings
 from ddpm_hf.evaluation.shares import Shares
 
-KID_FEATURES = 10_000  # real features kept for KID, which compares subsets of 1,000
+KID_FEATURES = 10_000  # the number of real features that are kept for KID, which compares subsets of 1,000
 
 
 class PictureDistances:
@@ -27,10 +27,10 @@ class PictureDistances:
         shares: the exchange between processes.
 
     Attributes:
-        bad: after `load` found kept statistics, messages of the pictures that were left out of them.
+        bad: messages of the pictures that were left out of the statistics, if `load` found them in the cache.
 
     Raises:
-        ValueError: if the pictures have other than 1, 3 or 4 channels, or the network cannot be had.
+        ValueError: if the pictures have other than 1, 3 or 4 channels, or the network cannot be loaded.
     """
 
     def __init__(self, real: Part, shape: tuple, settings: EvalSettings, shares: Shares):
@@ -38,7 +38,7 @@ class PictureDistances:
             raise ValueError(f"FID and KID need images of 1, 3 or 4 channels, the data has {shape[0]}")
         self.real, self.shape, self.settings, self.shares = real, shape, settings, shares
         self.accelerator = shares.accelerator
-        with self.accelerator.local_main_process_first():  # it may be downloaded once
+        with self.accelerator.local_main_process_first():  # one process downloads the network if need be
             self.network = FeatureNetwork(
                 settings.feature_network, settings.feature_resolution, self.accelerator.device
             )
@@ -48,7 +48,7 @@ class PictureDistances:
     def load(self) -> bool:
         """Take the statistics from the cache, and return True if they are there; otherwise `fit` must follow."""
         self.file = self.cache_file()
-        # each node of a cluster may have its own cache: all must have it, or none uses it
+        # each node of a cluster may have its own cache, so the statistics count only if all nodes have them
         self.accelerator.wait_for_everyone()
         stored = None if self.file is None else feature_cache.load(self.file, self.accelerator.print)
         if all(self.shares.gather_objects([stored is not None])):

@@ -1,4 +1,4 @@
-"""Distances between generated and real sequences, in units of the real data: each channel is standardized by it."""
+"""Distances between generated and real sequences, both standardized by the real data's mean and deviation."""
 
 import numpy as np
 import torch

@@ -8,8 +8,13 @@ IMAGE_METRICS = ("fid", "kid", "memorization", *HELD_OUT)
 SEQUENCE_METRICS = ("frechet", "spectral_frechet", "sliced_wasserstein", "autocorrelation_error", "memorization",
                     *HELD_OUT)  # fmt: skip
 METRICS = tuple(dict.fromkeys(IMAGE_METRICS + SEQUENCE_METRICS))
-BIASED = ("fid", "frechet", "spectral_frechet", "sliced_wasserstein")  # upwards, the more the fewer samples
-FEW = 10_000  # samples below which that matters
+BIASED = (
+    "fid",
+    "frechet",
+    "spectral_frechet",
+    "sliced_wasserstein",
+)  # biased upwards, the more so the fewer samples there are
+FEW = 10_000  # the number of samples below which the bias is reported
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""Numbered items that several processes measure together: each takes a share, and all get everyone's rows, in order.
+"""Work that processes share: each measures its share of numbered items, and all get the rows of all items.
 
-The order is that of the numbers, so results do not depend on the number of processes or on the size of batches.
+The rows are in the order of the numbers, so results depend neither on the number of processes nor on the batch size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,34 +16,35 @@ from ddpm_hf.data.loading import Batch, load_item
 
 
 class Shares:
-    """The part of this process, and the exchange between processes.
+    """The share of this process, and the exchange between processes.
 
     Args:
-        accelerator: of accelerate; all of its processes must call the methods that gather.
+        accelerator: accelerate's `Accelerator`; all of its processes must call the methods that gather.
     """
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
 
     def of(self, count: int) -> range:
-        """This process' part of the numbers 0 ... count - 1; it may be empty."""
+        """Return this process' share of the numbers 0 ... count - 1; it may be empty."""
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
         return range(count * index // processes, count * (index + 1) // processes)
 
     def gather_objects(self, objects: list) -> list:
-        """The lists of all processes as one."""
+        """Join the lists of all processes."""
         if self.accelerator.num_processes == 1:
             return objects
         return self.accelerator.gather_for_metrics(objects, use_gather_object=True)
 
     def gather(self, rows: Tensor | None) -> Tensor:
-        """The rows of all processes, in order, on every process.
+        """Return the rows of all processes, in order, on every process.
 
         Args:
-            rows: (n, ...), n of each process' own; None: no rows. Type and shape are those of a process that has some.
+            rows: the rows (n, ...) of this process, where n may differ between processes; None means no rows, whose
+                type and shape are then those of a process that has some.
 
         Raises:
-            ValueError: no process has any.
+            ValueError: if no process has any.
         """
         found = self.gather_objects([None if rows is None else (len(rows), tuple(rows.shape[1:]), rows.dtype)])
         known = next((each for each in found if each is not None), None)
@@ -60,7 +61,7 @@ class Shares:
         return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
     def collect(self, batches: Iterator, *looks: Callable[[Any], Tensor]) -> list[Tensor]:
-        """The rows that each of `looks` makes of this process' batches, gathered."""
+        """Apply each function of `looks` to this process' batches, and gather the rows that each of them makes."""
         parts: list[list[Tensor]] = [[] for _ in looks]
         for batch in batches:
             for rows, look in zip(parts, looks):

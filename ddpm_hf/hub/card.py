@@ -1,8 +1,8 @@
-"""The model card of a saved pipeline, from what lies in its folder: nothing is said that was not recorded.
+"""The model card of a saved pipeline is written from the files in its folder, and says only what was recorded there.
 
-`training.json` (how it was trained), `samples.png` and `loss.png` are put there by the trainer, `evaluation.json` by an
-evaluation; the words are in model_cards/template.md. Names from outside (of folders, runs, data, licences) arrive in
-the card as text: every value of the template is escaped for Markdown unless it is marked `Verbatim`.
+The trainer puts `training.json` (how the model was trained), `samples.png` and `loss.png` into the folder, and an
+evaluation `evaluation.json`. The words of the card are in model_cards/template.md. Names of folders, runs, data and
+licences come from outside, so the template escapes every value for Markdown unless it is marked `Verbatim`.
 """
 
 import json
@@ -16,10 +16,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from ddpm_hf.config import BUNDLED
+from ddpm_hf.hub.contents import nearby_hint
 from ddpm_hf.pipeline import CARRIED, is_own_card, sign_card
 from ddpm_hf.run.record import duration
 
-# Beside the package in a checkout, inside it where it is installed.
+# In a checkout the template lies beside the package, and in an installed package inside it.
 TEMPLATES = [folder / "model_cards" / "template.md" for folder in Path(__file__).parents[1:3]]
 IMAGE_TASK, SEQUENCE_TASK = "unconditional-image-generation", "unconditional-sequence-generation"
 PAPERS = {
@@ -33,7 +34,7 @@ PAPERS = {
 
 
 class Verbatim(str):
-    """Markdown that is put into the card as it is: everything else that the template prints is escaped."""
+    """Markdown that the template prints as it is; it escapes everything else."""
 
 
 def as_text(value) -> str:
@@ -42,26 +43,40 @@ def as_text(value) -> str:
         return value
     line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
     line = re.sub(r"[\\`*\[\]<>|~&#$@]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
-    return re.sub(r":(?=//)|(?<=www)\.", r"\\\g<0>", line)  # GitHub's Markdown makes links of bare addresses
+    return re.sub(r":(?=//)|(?<=www)\.", r"\\\g<0>", line)  # GitHub's Markdown turns bare addresses into links
 
 
 def fence(code: str, language: str = "") -> Verbatim:
-    """A block of code, between fences longer than any in it."""
+    """Return a block of code between fences that are longer than any fence in the code."""
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", code)), default=0))
     return Verbatim(f"{ticks}{language}\n{code}\n{ticks}")
 
 
 class Parts:
-    """The content of a saved pipeline's folder, as its card needs it.
+    """The content of a saved pipeline's folder that its card needs.
+
+    Args:
+        folder: the folder of the pipeline.
+
+    Attributes:
+        index: model_index.json.
+        unet, scheduler: the configurations of the model and of the scheduler.
+        training: training.json, or {} if there is none.
+        evaluation: the records in evaluation.json, or [] if there is none.
+        kind: the name of the pipeline's class.
+        is_image: True for images, False for sequences.
+        parameters: the number of the model's parameters.
 
     Raises:
-        ValueError: it is not a saved pipeline, or a file of it is damaged.
+        ValueError: if the folder does not hold a saved pipeline, or a file of it is damaged.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         if not (self.folder / "model_index.json").is_file():
-            raise ValueError(f"{folder} must be the folder of a saved pipeline: it has no model_index.json")
+            raise ValueError(
+                f"{folder} must be the folder of a saved pipeline: it has no model_index.json{nearby_hint(self.folder)}"
+            )
         self.index = self._json("model_index.json")
         self.unet = self._json("unet/config.json")
         self.scheduler = self._json("scheduler/scheduler_config.json")
@@ -77,6 +92,7 @@ class Parts:
         self.parameters = self._count_parameters()
 
     def _json(self, name: str, default=None):
+        """Read a JSON file of the folder; `default` replaces a missing file, and its type is the expected form."""
         file = self.folder / name
         if default is not None and not file.exists():
             return default
@@ -86,13 +102,15 @@ class Parts:
             raise ValueError(f"{file} of the saved pipeline cannot be read: {error}") from error
         form = list if isinstance(default, list) else dict
         if not isinstance(content, form):
-            raise ValueError(f"{file} must be of the form of a JSON {form.__name__}, got {type(content).__name__}")
+            raise ValueError(f"{file} must have the form of a JSON {form.__name__}, got {type(content).__name__}")
         return content
 
     def _count_parameters(self) -> int:
         """Count the parameters from the headers of the weights' files, which also shows a truncated file."""
         files = sorted((self.folder / "unet").glob("*.safetensors"))
-        whole = re.compile(r"[^.]+\.safetensors")  # else a variant of the same weights: .fp16.safetensors
+        whole = re.compile(
+            r"[^.]+\.safetensors"
+        )  # other files are variants of the same weights, such as .fp16.safetensors
         files = [file for file in files if whole.fullmatch(file.name)] or files
         if not files:
             raise ValueError(f"{self.folder} must be the folder of a saved pipeline: it has no weights in unet/")
@@ -106,28 +124,30 @@ class Parts:
         return total
 
     def code_files(self) -> list[str]:
-        """The Python files that the folder carries."""
+        """Return the names of the Python files that the folder carries."""
         return sorted(str(f.relative_to(self.folder)) for f in self.folder.rglob("*.py") if CARRIED.fullmatch(f.stem))
 
     def data_name(self, record: dict | None = None) -> str:
-        """Return the name of the data, of a record of an evaluation or of training."""
+        """Return the name of the data that an evaluation's record or, without one, training names."""
         name = (record or {}).get("data") or self.training.get("data", {}).get("name")
         return BUNDLED.get(name, name) or "data that was not recorded"
 
     def steps(self) -> int:
+        """Return the number of sampling steps that a call takes by default."""
         return self.index.get("num_inference_steps") or self.scheduler["num_train_timesteps"]
 
 
 def card_text(folder: str | Path, repo_id: str | None = None, licence: str | None = None) -> str:
-    """The text of README.md for a saved pipeline: what someone wrote or edited there, else made anew.
+    """Return the text of README.md for a saved pipeline. An edited card is returned as it is.
 
     Args:
-        folder: of the pipeline.
-        repo_id: where it will be published: the name in the snippets of code.
-        licence: of the weights, as the Hub's metadata names it ("mit", "cc-by-4.0", ...).
+        folder: the folder of the pipeline.
+        repo_id: the repo that it will be published to, which the snippets of code then name.
+        licence: the licence of the weights, as the Hub's metadata names it ("mit", "cc-by-4.0", ...); None means the
+            one that training recorded.
 
     Raises:
-        ValueError: the folder is not a saved pipeline, or damaged.
+        ValueError: if the folder does not hold a saved pipeline, or is damaged.
     """
     file, parts = Path(folder) / "README.md", Parts(Path(folder))
     if file.exists() and not is_own_card(text := file.read_text(encoding="utf-8")):
@@ -137,17 +157,18 @@ def card_text(folder: str | Path, repo_id: str | None = None, licence: str | Non
         return sign_card(render(parts, repo_id, licence))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"no card can be made of {folder}: its training.json, evaluation.json or a configuration is not of the form"
-            f" that ddpm_hf writes ({type(error).__name__}: {error})"
+            f"no card can be made of {folder}: its training.json, evaluation.json or a configuration does not have the "
+            f"form that ddpm_hf writes ({type(error).__name__}: {error})"
         ) from error
 
 
 def write_card(folder: str | Path) -> None:
-    """`card_text` into README.md."""
+    """Write `card_text` into README.md of the pipeline's folder."""
     (Path(folder) / "README.md").write_text(card_text(folder), encoding="utf-8")
 
 
 def render(parts: Parts, repo_id: str | None, licence: str | None) -> str:
+    """Return the text of a new card; see `card_text`."""
     place = json.dumps(repo_id or "path/to/this/folder")
     name = repo_id.split("/")[-1] if repo_id else parts.training.get("name") or parts.kind
     title = " ".join(name.split())
@@ -180,7 +201,7 @@ def render(parts: Parts, repo_id: str | None, licence: str | None) -> str:
         "metrics_note": _metrics_note(parts),
         "knows": _knows(parts),
         "memorization": (
-            "Share of samples nearer to a training item than that item's own neighbour is (memorization): "
+            "The share of samples that are nearer to a training item than that item's own neighbour is (memorization): "
             + ", ".join(f"{r['value']:.3g} ({r['metric']})" for r in memorized)
             + "."
             if memorized
@@ -195,6 +216,7 @@ def render(parts: Parts, repo_id: str | None, licence: str | None) -> str:
 
 
 def _metadata(parts: Parts, title: str, licence: str | None) -> ModelCardData:
+    """Return the metadata of the card, with the results of evaluations."""
     data = parts.training.get("data", {})
     task = IMAGE_TASK if parts.is_image else SEQUENCE_TASK
     results = [
@@ -217,7 +239,7 @@ def _metadata(parts: Parts, title: str, licence: str | None) -> ModelCardData:
 
 
 def _metric_name(record: dict) -> str:
-    """The metric with what its value depends on, the number of samples first."""
+    """Return the name of a record's metric with the settings that its value depends on."""
     if "held_out" in record["metric"]:
         return f"{record['metric']} ({_counted(record)})"
     settings = [_counted(record), f"{record['num_inference_steps']} steps", record["scheduler"]]
@@ -227,21 +249,25 @@ def _metric_name(record: dict) -> str:
 
 
 def _slug(name: str | None) -> str:
+    """Return the name of data as the Hub's metadata allows it."""
     return re.sub(r"[^A-Za-z0-9_./-]+", "-", name) if name else "not-recorded"
 
 
 def _counted(record: dict) -> str:
+    """Return the number of samples or items that a record's value comes from."""
     if "held_out" in record["metric"] and "num_held_out" in record:
         return f"{record['num_held_out']:,} held-out items"
     return f"{record['num_samples']:,} samples"
 
 
 def _snippet(first: str, load: str, field: str) -> str:
+    """Return code that loads the pipeline and draws four samples."""
     call = f"{field} = pipe(batch_size=4, generator=torch.Generator().manual_seed(0)).{field}"
     return f"import torch\n{first}\n\npipe = {load}\n{call}"
 
 
 def _shape(parts: Parts) -> str:
+    """Return the shape of a sample, "channels x height x width" or "channels x length"."""
     size, channels = parts.unet.get("sample_size"), parts.unet.get("in_channels")
     if not parts.is_image:
         return f"{channels} x {size}"
@@ -259,6 +285,7 @@ def _summary(parts: Parts) -> str:
 
 
 def _samples(parts: Parts) -> dict | None:
+    """Return the caption of samples.png, or None if there is no such picture."""
     if not (parts.folder / "samples.png").exists():
         return None
     step, steps = parts.training.get("samples_step"), parts.training.get("options", {}).get("ddpm_num_inference_steps")
@@ -267,6 +294,7 @@ def _samples(parts: Parts) -> dict | None:
 
 
 def _model_rows(parts: Parts) -> list[tuple]:
+    """Return the rows of the table of the model, (name, value)."""
     hidden = {"sample_size", "in_channels", "out_channels"}
     rows = [("class", parts.unet["_class_name"]), ("parameters", f"{parts.parameters:,}"),
             ("channels x size", _shape(parts))]  # fmt: skip
@@ -275,6 +303,7 @@ def _model_rows(parts: Parts) -> list[tuple]:
 
 
 def _schedule_rows(parts: Parts) -> list[tuple]:
+    """Return the rows of the table of the schedule, (name, value)."""
     config, hidden = parts.scheduler, {"trained_betas"}
     if config.get("beta_schedule") == "trained":
         hidden = set()
@@ -291,6 +320,7 @@ def _cell(value) -> str:
 
 
 def _training_rows(parts: Parts) -> list[tuple]:
+    """Return the rows of the table of training, (name, value); none if nothing was recorded."""
     facts = parts.training
     if not facts:
         return []
@@ -311,6 +341,7 @@ def _training_rows(parts: Parts) -> list[tuple]:
 
 
 def _metric_row(parts: Parts, record: dict) -> list[str]:
+    """Return the cells of a metric's row."""
     features = record.get("feature_network", "") if record["metric"] in ("fid", "kid") else ""
     compared = f"{record['num_real']:,} items of {parts.data_name(record)}"
     if "held_out" in record["metric"]:
@@ -322,11 +353,12 @@ def _metric_row(parts: Parts, record: dict) -> list[str]:
 
 
 def _metrics_note(parts: Parts) -> str:
+    """Return the sentences that the values of the metrics need."""
     few = [r for r in parts.evaluation if r["metric"] in ("fid", "frechet") and r["num_samples"] < 10_000]
     pixels = [r for r in parts.evaluation if r["metric"] in ("fid", "kid") and r.get("feature_network") == "pixels"]
     notes = ["Fréchet distances of fewer than 10,000 samples are biased upwards."] if few else []
     if pixels:
-        notes.append("Features `pixels` compare runs with each other only: such a FID is not that of papers.")
+        notes.append("A FID of the features `pixels` only compares runs with each other, and is not that of papers.")
     return Verbatim(" ".join(notes))
 
 

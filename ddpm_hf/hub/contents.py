@@ -1,4 +1,4 @@
-"""Files that a saved pipeline consists of: these are published, and other files of its folder are not."""
+"""The files that a saved pipeline consists of. They are published, and other files in its folder are not."""
 
 import fnmatch
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 from ddpm_hf.pipeline import is_own_card
 from ddpm_hf.reading import read_json
 
-# Beside model_index.json; and in the folder of each component that it names.
+# The files beside model_index.json, and those in the folder of each component that it names.
 ROOT_FILES = ("model_index.json", "README.md", "LICENSE*", "training.json", "evaluation.json", "samples.png",
               "loss.png", "steps-versus-metric.png", "pipeline_ddpm_hf_*.py")  # fmt: skip
 COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetensors.index.json", "*_ddpm_hf_*.py")
@@ -19,10 +19,10 @@ def pipeline_files(folder: Path, card: str = "") -> tuple[dict[str, Path], list[
 
     Args:
         folder: the folder of the pipeline.
-        card: text of the model card; pictures that it names belong to the pipeline too.
+        card: the text of the model card; pictures that it names belong to the pipeline too.
 
     Raises:
-        ValueError: model_index.json cannot be read, or a file of a component is a link out of the folder.
+        ValueError: if model_index.json cannot be read, or a file of a component is a link out of the folder.
     """
     index = read_json(folder / "model_index.json")
     components = {name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
@@ -50,12 +50,23 @@ def pipeline_files(folder: Path, card: str = "") -> tuple[dict[str, Path], list[
     return files, others
 
 
+def nearby_hint(folder: Path) -> str:
+    """Return "; did you mean ...?" with a saved pipeline in or around a folder that holds none, or an empty text."""
+    near = (folder / "pipeline", folder / "best", folder.resolve().parent)
+    found = next((path for path in near if (path / "model_index.json").is_file()), None)
+    return f"; did you mean {found}?" if found else ""
+
+
 def carry_over(old: Path, new: Path) -> None:
-    """Copy what someone has put beside the files of a saved pipeline, or an edited card, to the one that replaces it.
+    """Copy other files beside a saved pipeline, and an edited card, into the folder that replaces it.
+
+    Args:
+        old: the folder that is replaced.
+        new: the folder that replaces it.
 
     Raises:
-        ValueError: the old folder is not that of a pipeline.
-        OSError: a file cannot be copied.
+        ValueError: if the old folder does not hold a pipeline.
+        OSError: if a file cannot be copied.
     """
     _, others = pipeline_files(old)
     for name in others:
@@ -72,8 +83,10 @@ def carry_over(old: Path, new: Path) -> None:
 
 
 def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    """Return True if a file's name fits one of the patterns and is not hidden."""
     return not name.startswith(".") and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _inside(path: Path, folder: Path) -> bool:
+    """Return True if a path, after following links, lies in the folder."""
     return path.resolve().is_relative_to(folder.resolve())

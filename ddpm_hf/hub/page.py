@@ -1,6 +1,6 @@
-"""A Gradio page to try a pipeline: samples, the way of each from noise, and what lies between two seeds.
+"""A Gradio page to try a pipeline: samples, their way from noise, and interpolation between two seeds.
 
-This file imports nothing of ddpm_hf: it is part of the Spaces that `ddpm_hf.hub.publish` writes.
+This file imports nothing of ddpm_hf, because the Spaces that `ddpm_hf.hub.publish` writes carry a copy of it.
 """
 
 import contextlib
@@ -23,27 +23,27 @@ FAST = "fast (DPM-Solver++; 5 to 20 steps are enough)"
 STOCK = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
          "DEISMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler")  # fmt: skip
 MOST_SAMPLES, MOST_POINTS = 64, 16
-MOST_WORK = 16_000  # samples x steps of one click
-MOST_BYTES = 50_000_000  # of the frames that are kept of one click, for each visitor
-MOST_VALUES = 2**23  # of all samples of one click together: of larger samples, fewer are allowed
-MOST_VISITORS = 8  # whose frames are kept
-MOST_WAITING = 32  # clicks in the queue
-LARGEST_REQUEST = 2**20  # bytes; what the page's fields send has hundreds
-CLEAN_EVERY, CLEAN_AFTER = 600, 3600  # seconds: pictures in gradio's cache, and frames, are removed
+MOST_WORK = 16_000  # the product of samples and steps of one click
+MOST_BYTES = 50_000_000  # the size of the frames that are kept for one visitor
+MOST_VALUES = 2**23  # the number of values in all samples of one click, so fewer large samples are allowed
+MOST_VISITORS = 8  # the number of visitors whose frames are kept
+MOST_WAITING = 32  # the number of clicks in the queue
+LARGEST_REQUEST = 2**20  # bytes; the page's fields send hundreds
+CLEAN_EVERY, CLEAN_AFTER = 600, 3600  # seconds after which pictures in gradio's cache, and frames, are removed
 LARGEST_SEED = 2**32 - 1
-WIDTH = 768  # pixels of a picture on the page, about
+WIDTH = 768  # the approximate width in pixels of a picture on the page
 
 
 def refused(message: str) -> gr.Error:
-    """The page shows the message and goes on; a user's mistake needs no trace in the server's log."""
+    """Return an error whose message the page shows; it leaves no traceback in the server's log."""
     return gr.Error(message, print_exception=False)
 
 
 def whole(name: str, value, low: int, high: int) -> int:
-    """A field's value as a whole number.
+    """Return the value of a field as a whole number.
 
     Raises:
-        gr.Error: it is none, or outside [low, high].
+        gr.Error: if it is not a whole number, or lies outside [low, high]; `name` stands in the message.
     """
     if value is None or isinstance(value, bool) or value != int(value) or not low <= value <= high:
         raise refused(f"{name} must be a whole number from {low} to {high}, got {value}")
@@ -51,12 +51,20 @@ def whole(name: str, value, low: int, high: int) -> int:
 
 
 def generator_of(seed: int, index: int) -> torch.Generator:
-    """Sample `index` of a seed has a generator of its own, so that it does not change with the number of samples."""
+    """Return the generator of sample `index`, which has its own so that it does not depend on the number of samples."""
     return torch.Generator().manual_seed(seed * MOST_SAMPLES + index)
 
 
 def between(a: torch.Tensor, b: torch.Tensor, points: int) -> torch.Tensor:
-    """`points` noises on the great circle from a to b: (C, ...) each -> (points, C, ...), of the norm of noise."""
+    """Return noises on the great circle from a to b, evenly spaced; all have the norm that noise has.
+
+    Args:
+        a, b: the ends, (C, *spatial).
+        points: the number of noises, with both ends.
+
+    Returns:
+        A tensor (points, C, *spatial).
+    """
     cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1 + 1e-6, 1 - 1e-6)
     angle = torch.arccos(cosine)
     weights = torch.linspace(0, 1, points, dtype=a.dtype).view(-1, *(1,) * a.ndim)
@@ -64,9 +72,17 @@ def between(a: torch.Tensor, b: torch.Tensor, points: int) -> torch.Tensor:
 
 
 class Frames:
-    """Keep what samples look like on their way from noise, as many frames, evenly, as `MOST_BYTES` hold (at least two).
+    """A callback of the pipeline's steps that keeps frames of the samples on their way from noise.
 
-    A callback of the pipeline's steps. `kept`: arrays (N, ...), of 8 bits for images; `total`: the sampler's steps.
+    It keeps as many frames, evenly spaced, as `MOST_BYTES` hold, and at least two.
+
+    Args:
+        page: the page.
+        latents: the noise (N, C, *spatial) that the samples start from.
+
+    Attributes:
+        kept: the frames, arrays (N, ...), of 8 bits for images.
+        total: the number of steps that the sampler takes.
     """
 
     def __init__(self, page, latents: torch.Tensor):
@@ -88,11 +104,11 @@ class Frames:
 
 
 class Page:
-    """The page's use of a pipeline; each method answers one button or slider."""
+    """The pipeline as the page uses it: each public method answers a button or a slider."""
 
     def __init__(self, pipe):
         self.pipe, self.own = pipe, pipe.scheduler
-        # what use_fast_sampler sets; a folder's code may be older than this page
+        # use_fast_sampler sets these; code that a folder carries may be older than this page and lack some
         settings = ("num_inference_steps", "log_snr_spacing", "steps_before_fast")
         self.own_settings = {name: pipe.config[name] for name in settings if name in pipe.config}
         self.is_image = "data_scale" not in pipe.config
@@ -106,10 +122,10 @@ class Page:
 
     @contextlib.contextmanager
     def _sampler(self, sampler: str, steps, eta):
-        """The pipeline with that sampler, until the block ends; gives the options of a call.
+        """Give the pipeline a sampler until the block ends; the block gets the options of a call.
 
         Raises:
-            gr.Error: a value that the sampler, or the call, cannot take.
+            gr.Error: if the sampler or the call cannot take a value.
         """
         scheduler = self.own
         if sampler in STOCK:
@@ -127,7 +143,7 @@ class Page:
                 self.pipe.use_fast_sampler(steps)
             takes_eta = "eta" in inspect.signature(self.pipe.scheduler.step).parameters
             if eta and not takes_eta:
-                raise refused(f"eta is of DDIM: {sampler} has none, set it to 0 (got {eta})")
+                raise refused(f"eta is an option of DDIM, and {sampler} has none: set it to 0 (got {eta})")
             yield {"num_inference_steps": steps, "output_type": "np", "return_dict": False,
                    **({"eta": float(eta)} if takes_eta else {})}  # fmt: skip
         except ValueError as error:
@@ -139,7 +155,12 @@ class Page:
     # -- what the buttons do ---------------------------------------------------------------------
 
     def generate(self, count, steps, sampler, seed, eta):
-        """Return the picture of the samples, frames of the trajectory, their slider set to the end, and the picture."""
+        """Draw samples.
+
+        Returns:
+            The picture of the samples, the frames of their trajectories, the slider of the frames set to the end, and
+            the picture again for the frame that the slider shows.
+        """
         count, seed = whole("samples", count, 1, self.most_samples), whole("seed", seed, 0, LARGEST_SEED)
         steps = whole("steps", steps, 1, self.own.config.num_train_timesteps)
         if count * steps > MOST_WORK:
@@ -162,7 +183,7 @@ class Page:
         return picture, np.stack(frames.kept, axis=1), slider, picture
 
     def look_back(self, trajectory, step):
-        """Return the picture of the samples in frame `step` of those that were kept."""
+        """Return the picture of the samples in the kept frame number `step`."""
         if trajectory is None:
             raise refused("there is no trajectory yet: generate samples first")
         step = whole("step", step, 0, trajectory.shape[1] - 1)
@@ -170,12 +191,12 @@ class Page:
         return self.picture(samples / 255.0 if samples.dtype == np.uint8 else samples)
 
     def interpolate(self, seed, other, points, steps, sampler):
-        """-> the picture of the samples of noises between the first sample of either seed."""
+        """Return the picture of samples that start between the first noises of two seeds."""
         seeds = [whole(name, value, 0, LARGEST_SEED) for name, value in (("seed", seed), ("other seed", other))]
         points = whole("points", points, 2, self.most_points)
         ends = [torch.randn((1, *self.shape), generator=generator_of(s, 0))[0] for s in seeds]
         latents = between(*ends, points)
-        # the noise of samplers that add some is the same for every point
+        # samplers that add noise add the same noise for every point
         generators = [torch.Generator().manual_seed(seeds[0]) for _ in range(points)]
         with self._sampler(sampler, steps, 0.0) as options:
             (samples,) = self.pipe(batch_size=points, latents=latents, generator=generators, **options)
@@ -184,7 +205,7 @@ class Page:
     # -- pictures --------------------------------------------------------------------------------
 
     def picture(self, samples: np.ndarray, columns: int | None = None) -> Image.Image:
-        """Images (N, H, W, C) in [0, 1], or sequences (N, C, length) -> one picture."""
+        """Return one picture of images (N, H, W, C) in [0, 1], or of sequences (N, C, length)."""
         columns = columns or math.ceil(math.sqrt(len(samples)))
         return self._grid(samples, columns) if self.is_image else self._plots(samples, min(columns, 4))
 
@@ -215,7 +236,7 @@ class Page:
 
 
 def build_page(pipe, title: str) -> gr.Blocks:
-    """Return the page of a pipeline of ddpm_hf; `serve` serves it."""
+    """Return the page of a pipeline of ddpm_hf, which `serve` serves, under a title."""
     page = Page(pipe)
     total = page.own.config.num_train_timesteps
     with gr.Blocks(title=title, delete_cache=(CLEAN_EVERY, CLEAN_AFTER)) as blocks:
@@ -249,7 +270,7 @@ def build_page(pipe, title: str) -> gr.Blocks:
 
 
 class SmallRequests:
-    """Refuse files, of which the page takes none, and requests that are larger than what the page's fields send."""
+    """Middleware that refuses uploaded files, and requests that are larger than what the page's fields send."""
 
     def __init__(self, app):
         self.app = app
@@ -276,6 +297,11 @@ class SmallRequests:
 
 
 def serve(blocks: gr.Blocks, **options):
-    """Serve the page, with limits to what visitors send and what is kept of theirs; `options` as gradio's `launch`."""
+    """Serve the page with limits to what visitors send and to what is kept of it.
+
+    Args:
+        blocks: the page.
+        options: further arguments of gradio's `launch`.
+    """
     limits = {"max_file_size": LARGEST_REQUEST, "state_session_capacity": MOST_VISITORS}
     return blocks.launch(**limits, app_kwargs={"middleware": [Middleware(SmallRequests)]}, **options)

@@ -1,4 +1,4 @@
-"""Publishing on the Hub: access is checked first, each upload is one commit, and one that fails is tried again.
+"""Publishing on the Hub: access is checked first, each upload is one commit, and a failed upload is tried again.
 
 A commit has all files or none, so a repo never holds half a pipeline.
 """
@@ -29,14 +29,14 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.hub.card import card_text
-from ddpm_hf.hub.contents import pipeline_files
+from ddpm_hf.hub.contents import nearby_hint, pipeline_files
 from ddpm_hf.pipeline import DDPMPipeline, DDPMPipeline1D, card_to_keep, is_own_card
 from ddpm_hf.reading import is_whole, read_json, read_mapping
 from ddpm_hf.run.checkpoint import ASIDE, CHECKSUMS, damage, list_checkpoints, write_text
 from ddpm_hf.run.record import public_options
 
 RETRY_AFTER = (2, 10, 60)  # seconds
-# Of an earlier upload, where this one has no file of that name: code of another version, shards of other sizes.
+# Files of an earlier upload that are removed if this one has none of that name, such as code of another version.
 STALE = ("pipeline_ddpm_hf_*.py", "*/*_ddpm_hf_*.py", "*/*-?????-of-?????.safetensors", "*/*.safetensors.index.json",
          "training_state/*", "samples.png", "loss.png", "training.json", "evaluation.json")  # fmt: skip
 
@@ -55,11 +55,11 @@ class Target:
     """The place to publish to.
 
     Attributes:
-        repo_id: "user/name"; "name" is of the token's user.
-        revision: a branch, made if it is not there; None: the repo's main one.
+        repo_id: "user/name", or "name" for a repo of the token's user.
+        revision: a branch, which is made if it does not exist; None means the main branch.
         create_pr: open a pull request instead of writing to the branch.
-        private: of a new repo; None: as the account's settings say.
-        licence: of the weights, as the Hub's metadata names it.
+        private: True to make a new repo private; None leaves that to the account's settings.
+        licence: the licence of the weights, as the Hub's metadata names it.
     """
 
     repo_id: str
@@ -70,21 +70,22 @@ class Target:
 
 
 def check_token(target: Target) -> Target:
-    """The target with its user, if the Hub accepts the token.
+    """Check that the Hub accepts the token, and return the target with its user.
 
     Raises:
-        ValueError: no token, a wrong one, one that may only read, a name that no repo can have, or no connection.
+        ValueError: if there is no token, it is wrong or may only read, no repo can have the name, or there is no
+            connection.
     """
     validate_repo_id(target.repo_id)
     if target.create_pr and target.revision is not None:
-        raise ValueError(f"a pull request is for the main branch; got the branch {target.revision!r} too")
+        raise ValueError(f"create_pr opens a pull request to the main branch; got the branch {target.revision!r} too")
     if get_token() is None:
-        raise ValueError("publishing needs a token of the Hub: `hf auth login`, or the environment's HF_TOKEN")
+        raise ValueError("publishing needs a token of the Hub: run `hf auth login`, or set HF_TOKEN in the environment")
     try:
         user = HfApi().whoami()
     except Exception as error:  # the client's own kinds, and those of the HTTP library that it uses
         refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
-        what = "does not accept the token" if refused else "cannot be asked whether it accepts the token"
+        what = "does not accept the token" if refused else "cannot check the token now"
         raise ValueError(f"the Hub {what}: {error}") from error
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(f"publishing needs a token that may write; this one of {user['name']} may only read")
@@ -93,10 +94,10 @@ def check_token(target: Target) -> Target:
 
 
 def open_repo(target: Target) -> Target:
-    """The target with its user, its repo and branch made where they were not there.
+    """Make the repo and the branch if they do not exist, and return the target with its user.
 
     Raises:
-        ValueError: as `check_token`; or the token may not write there.
+        ValueError: if `check_token` raises it, or the token may not write there.
     """
     target, api = check_token(target), HfApi()
     with _as_value_error(f"{target.repo_id} cannot be published to"):
@@ -111,6 +112,7 @@ def open_repo(target: Target) -> Target:
 
 @contextlib.contextmanager
 def _as_value_error(text: str):
+    """Turn every error in the block into a ValueError whose message begins with `text`."""
     try:
         yield
     except Exception as error:  # the client's own kinds, and those of the HTTP library that it uses
@@ -118,22 +120,22 @@ def _as_value_error(text: str):
 
 
 def publish(folder: Path, target: Target, message: str, run: Path | None = None) -> dict:
-    """Make one commit with the files of a saved pipeline, its card made anew; one that someone has edited is kept.
+    """Upload the files of a saved pipeline in one commit, with a new card; a card that someone has edited is kept.
 
-    With `create_pr`, an open pull request that holds these files already is taken for this upload.
+    With `create_pr`, if an open pull request holds these files already, it is taken for this upload.
 
     Args:
-        folder: of the pipeline.
-        target: as `open_repo` gave it.
-        message: of the commit.
+        folder: the folder of the pipeline.
+        target: the target that `open_repo` returned.
+        message: the message of the commit.
         run: the run folder whose training state (options, metrics, newest checkpoint) is uploaded too.
 
     Returns:
-        repo_id, commit (its SHA), url, `pull_request` ("refs/pr/N", or None), and `left_out`, the names of what lies in
-        the folder and does not belong to a pipeline.
+        A dictionary with repo_id, commit (its SHA), url, `pull_request` ("refs/pr/N", or None), and `left_out`, the
+        names of files in the folder that do not belong to a pipeline; after a commit also `uploaded`, its size.
 
     Raises:
-        ValueError: the folder is not a saved pipeline, or damaged.
+        ValueError: if the folder does not hold a saved pipeline, or is damaged.
     """
     folder, api = Path(folder), HfApi()
     if not (folder / "README.md").resolve().is_relative_to(folder.resolve()):
@@ -164,15 +166,16 @@ def publish(folder: Path, target: Target, message: str, run: Path | None = None)
 
 
 def _open_pull_request(api: HfApi, repo_id: str, message: str, files: dict[str, Path | bytes]) -> dict | None:
-    """Return the open pull request that holds these files already: its commit arrived, but the answer did not.
+    """Return the open pull request that holds these files already, or None.
 
-    The newest 50 with that title are compared, file by file, by the digests that the Hub has of them.
+    There is one if an earlier commit arrived but the Hub's answer did not. The newest 50 pull requests with that title
+    are compared, file by file, by the digests that the Hub has of them.
     """
     try:
         requests = api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
         candidates = list(islice((request for request in requests if request.title == message), 50))
     except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (403, 404):  # a repo without discussions
+        if error.response is not None and error.response.status_code in (403, 404):  # the repo has no discussions
             return None
         raise
     for request in candidates:
@@ -185,20 +188,23 @@ def _open_pull_request(api: HfApi, repo_id: str, message: str, files: dict[str, 
 
 
 def _same_file(entry: RepoFile, file: Path | bytes) -> bool:
+    """Return True if a file in a repo has the content of `file`, by its size and digest."""
     size = len(file) if isinstance(file, bytes) else file.stat().st_size
     if entry.size != size:
         return False
     data = file if isinstance(file, bytes) else file.read_bytes()
     if entry.lfs is not None:
         return entry.lfs.sha256 == hashlib.sha256(data).hexdigest()
-    return entry.blob_id == hashlib.sha1(b"blob %d\0" % size + data).hexdigest()  # as Git names contents
+    return (
+        entry.blob_id == hashlib.sha1(b"blob %d\0" % size + data).hexdigest()
+    )  # the name that Git gives to this content
 
 
 def _training_state(run: Path) -> dict[str, Path | bytes]:
-    """Collect the files that a run resumes from: a run folder in the repo's training_state/."""
+    """Return the files that a run resumes from, by their names in the repo's training_state/, which is a run folder."""
     checkpoints = [path for _, path in list_checkpoints(run / "checkpoints")]
     if not checkpoints or not (run / "config.yaml").exists():
-        raise ValueError(f"the training state is that of a run folder with a checkpoint, which {run} is not")
+        raise ValueError(f"the training state must be that of a run folder with a checkpoint, and {run} is not one")
     options = public_options(read_mapping(run / "config.yaml"))
     files: dict[str, Path | bytes] = {"training_state/config.yaml": yaml.safe_dump(options, sort_keys=False).encode()}
     if (run / "metrics.jsonl").exists():
@@ -208,13 +214,13 @@ def _training_state(run: Path) -> dict[str, Path | bytes]:
     for name in (*read_json(checkpoints[-1] / CHECKSUMS), CHECKSUMS):
         file = checkpoints[-1] / name
         if not file.resolve().is_relative_to(checkpoints[-1].resolve()):
-            raise ValueError(f"{file} must be a file of the checkpoint, but lies outside of its folder")
+            raise ValueError(f"{file} must be a file of the checkpoint, but lies outside its folder")
         files[f"training_state/checkpoints/{file.relative_to(checkpoints[-1].parent).as_posix()}"] = file
     return files
 
 
 def publish_with_patience(*arguments, say: Callable[[str], None] = print, **options) -> dict:
-    """`publish`, tried again after RETRY_AFTER where the connection or the server failed."""
+    """Call `publish`, and try again after RETRY_AFTER seconds if the connection or the server failed."""
     for wait in (*RETRY_AFTER, None):
         try:
             done = publish(*arguments, **options)
@@ -222,18 +228,18 @@ def publish_with_patience(*arguments, say: Callable[[str], None] = print, **opti
                 say(f"uploaded: {uploaded}")
             if others := done.pop("left_out"):
                 more = f" and {len(others) - 10} more" if len(others) > 10 else ""
-                say(f"not uploaded, as no part of a pipeline: {', '.join(map(repr, others[:10]))}{more}")
+                say(f"not uploaded, because they are no part of a pipeline: {', '.join(map(repr, others[:10]))}{more}")
             return done
         except Exception as error:
             if wait is None or not _may_pass(error):
                 raise
-            say(f"the upload failed ({_short(error)}); it is tried again in {wait} s")
+            say(f"the upload failed ({_short(error)}) and is tried again in {wait} s")
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
 
 def _may_pass(error: Exception) -> bool:
-    """Return True if trying again can help: not where the Hub said no, or the folder is wrong."""
+    """Return True if trying again can help, which it cannot if the Hub refused or the folder is wrong."""
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         status = error.response.status_code
         return status >= 500 or status in (408, 409, 412, 429)
@@ -241,37 +247,41 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _short(error: Exception) -> str:
+    """Return the class and the first line of an error."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"
 
 
 def load_pipeline(place: str) -> DDPMPipeline | DDPMPipeline1D:
-    """Whichever of the two lies in a folder or in a repo of the Hub.
+    """Load a pipeline from a folder, or from a repo of the Hub, by the class that it names.
 
     Raises:
-        ValueError: none can be loaded from there.
+        ValueError: if no pipeline can be loaded from there; the message names a nearby folder that holds one.
     """
+    folder = Path(place)
+    if folder.is_dir() and not (folder / "model_index.json").exists():
+        raise ValueError(f"the pipeline {place!r} cannot be loaded: it has no model_index.json{nearby_hint(folder)}")
     try:
         kind = DiffusionPipeline.load_config(place)["_class_name"]
         kind = (kind[1] if isinstance(kind, list) else kind).split(".")[-1]
         return {"DDPMPipeline1D": DDPMPipeline1D}.get(kind, DDPMPipeline).from_pretrained(place)
-    except Exception as error:  # files of another form: libraries then raise TypeError, AttributeError and others
+    except Exception as error:  # for files of another form, libraries raise TypeError, AttributeError and others
         raise ValueError(f"the pipeline {place!r} cannot be loaded: {error}") from error
 
 
 def write_space(folder: Path, repo_id: str, title: str) -> None:
-    """A Space that serves the page of a published pipeline: app.py, page.py, requirements.txt, README.md.
+    """Write a Space that serves the page of a published pipeline: app.py, page.py, requirements.txt, README.md.
 
     Args:
-        folder: an empty one, or one that is not there yet.
-        repo_id: of the pipeline.
-        title: of the page.
+        folder: a folder that is empty or does not exist.
+        repo_id: the repo of the pipeline.
+        title: the title of the page.
 
     Raises:
-        ValueError: the folder holds something.
+        ValueError: if the folder is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"a Space is written into a new or empty folder, {folder} is not")
+        raise ValueError(f"a Space is written into a new or empty folder, and {folder} is not one")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "app.py").write_text(SPACE_APP.format(repo_id=repo_id, title=title), encoding="utf-8")
     shutil.copyfile(Path(__file__).with_name("page.py"), folder / "page.py")
@@ -286,10 +296,17 @@ def write_space(folder: Path, repo_id: str, title: str) -> None:
 
 
 def publish_space(space_id: str, target: Target) -> str:
-    """Write the Space of a published pipeline into a Space repo, in one commit; its address.
+    """Write the Space of a published pipeline into a Space repo, in one commit.
+
+    Args:
+        space_id: the repo of the Space, "user/name" or "name".
+        target: the published pipeline.
+
+    Returns:
+        The address of the Space.
 
     Raises:
-        ValueError: as `open_repo`; or the Space has other files than such a Space's.
+        ValueError: if `check_token` raises it, the token may not write there, or the Space has files of another one.
     """
     space, api = check_token(Target(space_id, private=target.private)), HfApi()
     with _as_value_error(f"{space.repo_id} cannot be published to"):
@@ -311,7 +328,7 @@ def publish_space(space_id: str, target: Target) -> str:
 
 
 def target_of(config: TrainConfig) -> Target:
-    """Return the place that a run's options name; by default a repo with the name of its folder."""
+    """Return the target that a run's options name; its repo defaults to the name of the run folder."""
     return Target(
         config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_revision, config.create_pr,
         config.hub_private_repo, config.hub_license,
@@ -319,13 +336,16 @@ def target_of(config: TrainConfig) -> Target:
 
 
 class Publisher:
-    """Uploads in a thread beside training, the newest save only; what fails is said and never raised.
+    """Uploads saves in a thread beside training; a failure is reported and never raised.
+
+    If saves come faster than uploads, only the newest is uploaded.
 
     Args:
-        run: the run folder; what is being uploaded is kept aside in it, and what was is noted in published.json.
-        target: as `open_repo` gave it.
+        run: the run folder. It keeps links to the files that are being uploaded, and published.json, which says what
+            was uploaded.
+        target: the target that `open_repo` returned.
         with_state: upload the training state too.
-        say: prints a line.
+        say: the function that prints a line.
     """
 
     def __init__(self, run: Path, target: Target, with_state: bool, say: Callable[[str], None] = print):
@@ -333,17 +353,18 @@ class Publisher:
         self.note = run / "published.json"
         self.aside = run / f"upload{ASIDE}"
         shutil.rmtree(self.aside, ignore_errors=True)
-        disable_progress_bars()  # they would break up that of training
+        disable_progress_bars()  # they would break up the bar of training
         self._lock = threading.Lock()
         self._waiting: tuple[int, Path] | None = None
         self._thread: threading.Thread | None = None
 
     def published_step(self) -> int | None:
-        """The newest step that is on the Hub, at this target."""
+        """Return the newest step that this run has published at this target, or None."""
         noted = self._noted()
         return noted["step"] if noted else None
 
     def _noted(self) -> dict | None:
+        """Return the content of published.json, or None if there is none for this target."""
         try:
             noted = read_json(self.note)
         except ValueError:
@@ -356,7 +377,7 @@ class Publisher:
         return [self.target.repo_id, self.target.revision, self.target.create_pr]
 
     def submit(self, step: int) -> None:
-        """Upload what the run folder holds now, when the upload before is done; training may go on meanwhile."""
+        """Upload what the run folder holds now, once the upload before is done. Training may go on meanwhile."""
         place = self.aside / f"step-{step}"
         shutil.rmtree(place, ignore_errors=True)
         try:
@@ -369,28 +390,29 @@ class Publisher:
                 shutil.rmtree(self._waiting[1], ignore_errors=True)
             self._waiting = (step, place)
             if self._thread is None:
-                # a daemon: an upload must not keep a stopped run alive; what was not finished was not published
+                # a daemon, because an upload must not keep a stopped run alive
                 self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
                 self._thread.start()
 
     def _snapshot(self, place: Path) -> None:
-        """The pipeline, and the state if it is uploaded, as links: saves replace files and never change them."""
+        """Keep hard links to the pipeline, and to the state if it is uploaded; saves replace files."""
 
         def link(source: str, target: str) -> None:
             try:
                 os.link(source, target)
-            except OSError:  # a file system without links
+            except OSError:  # the file system has no hard links
                 shutil.copy2(source, target)
 
-        # links of someone's stay links: where they lead is not published
+        # symbolic links stay links, so their targets are not published
         shutil.copytree(self.run / "pipeline", place / "pipeline", symlinks=True, copy_function=link)
         if self.with_state:
             newest = list_checkpoints(self.run / "checkpoints")[-1][1]
             shutil.copytree(newest, place / "checkpoints" / newest.name, symlinks=True, copy_function=link)
-            for name in ("config.yaml", "metrics.jsonl"):  # metrics.jsonl grows: a copy
+            for name in ("config.yaml", "metrics.jsonl"):  # copies, because metrics.jsonl grows
                 shutil.copy2(self.run / name, place / name)
 
     def _work(self) -> None:
+        """Upload what waits until nothing waits; this is the thread's function."""
         while True:
             with self._lock:
                 if self._waiting is None:
@@ -400,11 +422,12 @@ class Publisher:
             self._upload(step, place)
             shutil.rmtree(place, ignore_errors=True)
             with contextlib.suppress(OSError):
-                self.aside.rmdir()  # when it was the last
+                self.aside.rmdir()  # succeeds when the folder is empty
 
     def _upload(self, step: int, place: Path) -> None:
+        """Upload a snapshot and note it in published.json; report a failure."""
         target, noted = self.target, self._noted()
-        if noted and noted["pull_request"]:  # one pull request a run
+        if noted and noted["pull_request"]:  # a run has one pull request
             target = Target(**{**vars(target), "revision": noted["pull_request"], "create_pr": False})
         try:
             done = publish_with_patience(
@@ -425,16 +448,16 @@ class Publisher:
         self.say(f"published step {step}: {done['url']}")
 
     def finish(self) -> None:
-        """Wait until what was submitted is uploaded, or has failed."""
+        """Wait until everything that was submitted is uploaded or has failed."""
         while (thread := self._thread) is not None:
             thread.join()
 
 
 def make_publisher(config: TrainConfig, accelerator, say: Callable[[str], None]) -> Publisher | None:
-    """Make the publisher of a run, for its main process; if the Hub refuses, every process stops.
+    """Return the publisher of a run on the main process, and None elsewhere or if the run does not publish.
 
     Raises:
-        ValueError: as `open_repo`.
+        ValueError: on every process, if `open_repo` raises it.
     """
     if not config.push_to_hub:
         return None

@@ -167,7 +167,7 @@ def test_sequences_are_compared_in_their_own_units():
         ({"num_real": 1}, "num_real must be at least 2, got 1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"on_bad_image": "ignore"}, "'stop' or 'skip', got 'ignore'"),
-        ({"feature_network": "nothing.pt"}, "nothing.pt is no file"),
+        ({"feature_network": "nothing.pt"}, "there is no file nothing.pt"),
     ],
 )
 def test_what_cannot_be_measured(options, message):
@@ -194,7 +194,7 @@ def test_in_training(tmp_path):
     assert DDPMPipeline.from_pretrained(tmp_path / "run" / "best")(num_inference_steps=2).images
     with pytest.raises(ValueError, match="metric_for_best must be one of.*got 'frechet'"):
         train(config(tmp_path / "other", metric_for_best="frechet", **EVALUATED))
-    with pytest.raises(ValueError, match="none.pt is no file"):
+    with pytest.raises(ValueError, match="there is no file none.pt"):
         train(config(tmp_path / "other", **{**EVALUATED, "feature_network": "none.pt"}))
     assert not (tmp_path / "other").exists()
 

@@ -112,7 +112,7 @@ class Wrong(nn.Module):
 
 
 def test_networks_that_do_not_fit(tmp_path, small):
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="there is no file"):
         FeatureNetwork(str(tmp_path / "none.pt"))
     (tmp_path / "text.pt").write_text("no")
     with pytest.raises(ValueError, match="not a TorchScript file"):

@@ -17,7 +17,7 @@ import gradio as gr
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_program, run_program
+from conftest import ROOT, run_program
 from diffusers.configuration_utils import FrozenDict
 from helpers import make
 from hub_server import serving
@@ -354,8 +354,3 @@ def test_between_two_noises():
 def test_seeds_share_no_noise():
     last, first = (torch.randn(4, generator=generator_of(*which)) for which in ((0, MOST_SAMPLES - 1), (1, 0)))
     assert not torch.equal(last, first)
-
-
-def test_no_such_pipeline(capsys, tmp_path):
-    assert load_program("demo").main(["--pipeline", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere' cannot be loaded" in capsys.readouterr().err

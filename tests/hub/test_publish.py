@@ -211,7 +211,7 @@ def test_refused_before_training(hub, session, tmp_path):
         if token != "hf_bob":  # where one may write is not asked without a repo
             calls.append(((token, *train, "--dry_run"), says))
     hub.fail_next("GET", "/whoami", how=503)  # the first call
-    calls.insert(0, (("hf_alice", PUBLISH, "saved", *TO_DIGITS), "cannot be asked whether it accepts"))
+    calls.insert(0, (("hf_alice", PUBLISH, "saved", *TO_DIGITS), "cannot check the token now"))
     for (status, said), (call, says) in zip(session(*(call for call, _ in calls)), calls, strict=True):
         assert status == 2 and says in said and "Traceback" not in said, (call, said)
     assert not hub.repos and not (tmp_path / "run" / "config.yaml").exists()
@@ -324,7 +324,7 @@ def test_what_a_pipeline_does_not_consist_of_is_not_uploaded(hub, session, tmp_p
     assert status == 0 and second[0] == 0, (said, second)
     size = sum(len(data) for data in hub.files("alice/digits").values()) / 1e6
     assert f"uploaded: {len(hub.files('alice/digits'))} files, {size:.1f} MB" in said
-    assert "not uploaded, as no part of a pipeline: '.env', '.git/'" in said and "and 3 more" in said
+    assert "not uploaded, because they are no part of a pipeline: '.env', '.git/'" in said and "and 3 more" in said
     for name in ("alice/digits", "alice/two"):
         files = hub.files(name)
         assert not [path for path, data in files.items() if data == b"secret"]

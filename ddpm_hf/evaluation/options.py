@@ -1,0 +1,82 @@
+"""Options of the evaluation of a saved pipeline, as the program evaluate.py takes them."""
+
+from dataclasses import dataclass, field, fields
+
+
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class EvaluateConfig:
+    """Options of an evaluation. Those that training has too mean the same there."""
+
+    pipeline: str = _option("", "Folder or Hub name of a saved DDPMPipeline or DDPMPipeline1D.")
+    data: str = _option(
+        "", "Data to compare with: 'digits', 'ecg', a folder or file as training takes, or the name of a dataset on "
+        "the Hub."
+    )  # fmt: skip
+    class_labels: str | None = _option(
+        None, "The classes of the data, as in training. Default: as in the pipeline's run, if --data is its data."
+    )
+    metrics: list[str] | None = _option(None, "Metrics to compute. Default: all that the data allows.")
+    num_inference_steps: list[int] | None = _option(
+        None, "Number of sampling steps, or several for a curve. Default: the pipeline's."
+    )
+    sampler: str | None = _option(
+        None, "'fast', for the pipeline's fast sampler, or a scheduler class of diffusers. Default: the pipeline's own."
+    )  # fmt: skip
+    num_samples: int = _option(1000, "Number of generated samples. FID of fewer than 10,000 is biased.")
+    num_real: int = _option(50_000, "Largest number of real items that samples are compared with.")
+    feature_network: str = _option(
+        "inception", "Features of FID and KID: 'inception', a TorchScript file, or 'pixels'."
+    )
+    feature_resolution: int = _option(299, "Side in pixels of the input of a TorchScript feature network.")
+    batch_size: int = _option(64, "Number of samples that a process generates at once.")
+    seed: int = _option(0, "Seed of the samples, and of the held-out items if the pipeline does not record them.")
+    holdout: int | None = _option(
+        None, "Number of items that training held out. Default: those that the pipeline's training.json names, if "
+        "--data is the data of its run. 0 takes the data as given."
+    )  # fmt: skip
+    dataset_config_name: str | None = _option(None, "Configuration of a dataset on the Hub.")
+    dataset_split: str = _option("train", "Split of a dataset on the Hub, or of a folder of tables.")
+    image_column: str | None = _option(None, "Column of the images in a table.")
+    sequence_columns: list[str] | None = _option(None, "Columns of the sequences in a table.")
+    stride: int | None = _option(
+        None, "Distance between the windows of the data to compare with. Default: as in the pipeline's run, if --data "
+        "is its data."
+    )  # fmt: skip
+    dataloader_num_workers: int = _option(0, "Number of processes that load data.")
+    on_bad_image: str = _option(
+        "stop", "What to do with an image that cannot be read: 'stop', or 'skip' to leave it out."
+    )
+    random_flip: bool | None = _option(
+        None, "'true' if training mirrored images, so that memorization takes a mirrored copy for a copy. Default: as "
+        "the pipeline's training.json says, otherwise false."
+    )  # fmt: skip
+    eval_cache_dir: str | None = _option(None, "Folder for the statistics of real images.")
+    output_dir: str | None = _option(
+        None, "Folder for the results. Default: the pipeline's folder, or evaluation/ for a name on the Hub."
+    )
+
+    def given(self) -> list[str]:
+        """Return the names of the options that are not at their defaults."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+
+    def check_scope(self, is_image: bool) -> None:
+        """Check that options of features and of mirrored images are given only where they have an effect.
+
+        Options of the data are checked when it is opened.
+
+        Raises:
+            ValueError: if one was given that has none.
+        """
+        given = self.given()
+        for name in ("feature_network", "feature_resolution", "eval_cache_dir", "random_flip"):
+            if name in given and not is_image:
+                raise ValueError(f"--{name} applies to images; got {getattr(self, name)!r} for sequences: leave it out")
+        if "feature_resolution" in given and self.feature_network in ("inception", "pixels"):
+            raise ValueError(
+                f"--feature_resolution applies to a TorchScript --feature_network; got {self.feature_resolution} with "
+                f"{self.feature_network!r}: leave it out"
+            )
