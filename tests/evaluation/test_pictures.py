@@ -8,11 +8,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from helpers import frechet_by_eigenvalues
+from helpers import frechet_by_eigenvalues, make
 from measuring import Known, as_samples, evaluator, grey, images, measure
 from PIL import Image
 
-from ddpm_hf import DDPMPipeline, GaussianScheduler
+from ddpm_hf import GaussianScheduler
 from ddpm_hf.data.images import ImageDataset, digits
 from ddpm_hf.data.tables import ImageColumn
 from ddpm_hf.evaluation.features import FeatureNetwork
@@ -136,7 +136,7 @@ def test_bad_pictures_count_nowhere(tmp_path, capsys):
         e.prepare()
         values = e(Known(samples, (1, 8, 8)), 5)
         assert values == {name: value for name, value in expected.items() if name[:3] in ("fid", metrics_[-1][:3])}
-        records = e.records(values, DDPMPipeline(None, GaussianScheduler()), 5)
+        records = e.records(values, make("images"), 5)
         assert {(r["num_real"], r["num_left_out"]) for r in records} == {(6, 6)}
         assert "left out 6 of 12 real pictures" in capsys.readouterr().out
     held = evaluator(images(list(good)), (1, 8, 8), images(mixed), metrics=["held_out_loss"], on_bad_image="skip")

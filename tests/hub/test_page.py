@@ -328,7 +328,7 @@ def test_of_large_samples_fewer_are_allowed():
         ({"seed": -1}, "seed must be"),
         ({"seed": 2**32}, "seed must be"),
         ({"eta": 2}, "eta must lie in 0 to 1, got 2"),
-        ({"eta": 0.5, "sampler": "UniPCMultistepScheduler"}, "eta is of DDIM"),
+        ({"eta": 0.5, "sampler": "UniPCMultistepScheduler"}, "eta is an option of DDIM"),
         ({"sampler": "Other"}, "sampler must be one of the list, got Other"),
     ],
 )
