@@ -61,6 +61,13 @@ class DataOptions:
         "items that are dicts (any name for items (x, y)).",
         Rule(bool, "a name or a file"), scope.CLASSES, none="no classes",
     )  # fmt: skip
+    condition_column: str | None = option(
+        None, "The condition paired with each item, an image or a sequence of the item's size or a whole divisor of "
+        "it: a column of images or of lists in a table; the name of an array in a .npz file; for a dataset from "
+        "Python, the entry of items that are dicts (any name for items (x, condition), or (x, y, condition) with "
+        "class_labels).",
+        Rule(bool, "a name"), scope.PAIRS, none="no conditions",
+    )  # fmt: skip
     holdout: int = option(
         0, "Number of items that are kept out of training, drawn by the seed, for the held-out loss. If items are "
         "windows, whole sequences are kept out, or stretches of a single sequence; a window's length before and after "

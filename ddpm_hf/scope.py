@@ -94,6 +94,10 @@ SEQUENCES = _data(
 IMAGE_TABLES = _data("tables of images", ("image table", "image stream"))
 SEQUENCE_TABLES = _data("tables of sequences", ("sequence table", "sequence file"))
 CLASSES = _data("all data but the bundled electrocardiogram", [kind for kind in KINDS if kind != "ecg"])
+PAIRS = _data(
+    "stored tables, arrays of sequences and datasets given from Python",
+    ("image table", "sequence table", "sequence file", "array", "given images", "given sequences"),
+)
 STREAMS = _data("tables of images", ("image stream",))
 TABLES = _data("tables that dataset_name or train_data_dir names", _TABLES)
 NAMED_TABLES = Scope(

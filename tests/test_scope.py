@@ -33,7 +33,7 @@ ALWAYS = {
 # The other options: a value that is not the default, and the options that make this one apply.
 VALUES = {
     "dataset_config_name": ("plain", {}), "dataset_split": ("test", {}), "image_column": ("image", {}),
-    "sequence_columns": (["wave"], {}), "class_labels": ("label", {}),
+    "sequence_columns": (["wave"], {}), "class_labels": ("label", {}), "condition_column": ("c", {}),
     "resolution": ([16], {}), "image_channels": (3, {}), "center_crop": (False, {}),
     "random_flip": (True, {}), "sequence_length": (8, {}), "stride": (2, {"sequence_length": 8}),
     "sequence_norm": ("meanstd", {}), "on_bad_image": ("skip", {}), "streaming": (True, {}),
@@ -74,6 +74,7 @@ FEATURES = {"feature_network", "feature_resolution", "eval_cache_dir"}
 TABLE = {"dataset_config_name", "dataset_split"}
 DATA = IMAGE | SEQUENCE | FEATURES | TABLE | {
     "image_column", "sequence_columns", "streaming", "shuffle_buffer", "cache_gb", "on_bad_image", "class_labels",
+    "condition_column",
 }  # fmt: skip
 # Those that apply to each kind of data.
 HAS = {
@@ -97,6 +98,10 @@ NEW_MODEL = {
 
 for kind in set(HAS) - {"ecg"}:
     HAS[kind] = HAS[kind] | {"class_labels"}
+
+
+for kind in ("image table", "sequence table", "sequence file", "array", "given images", "given sequences"):
+    HAS[kind] = HAS[kind] | {"condition_column"}
 
 
 def test_every_option_is_in_the_matrix():
@@ -257,7 +262,12 @@ def test_a_dataset_from_python(tmp_path):
     result = train(TrainConfig(output_dir=str(tmp_path / "run"), max_train_steps=1, **SMALL), dataset=data)
     said = set(json.loads((result.pipeline_dir / "training.json").read_text())["options"])
     effect = {name for name in FIELDS if name not in VALUES or (name not in DATA and name not in AGAINST)}
-    without = DATA - {"class_labels"} | {"lr_warmup_steps", "logit_std", "norm_groups", "eval_num_real"}
+    without = DATA - {"class_labels", "condition_column"} | {
+        "lr_warmup_steps",
+        "logit_std",
+        "norm_groups",
+        "eval_num_real",
+    }
     assert effect <= said and not said & without
     assert "random_flip" not in (result.pipeline_dir / "README.md").read_text()
 

@@ -3,6 +3,7 @@
 `--dry_run` reads all items in parallel and lists those that training would stop at or leave out.
 """
 
+import math
 import mmap
 import os
 import shutil
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ddpm_hf.data.images import BadImageError, ImageDataset, printable
-from ddpm_hf.data.loading import Part, load_item, underlying
+from ddpm_hf.data.loading import Part, load_pair, underlying
 from ddpm_hf.data.sequences import SequenceDataset
 
 SMALL = 1000  # number of images up to which one process reads them all, unless workers are asked for
@@ -34,8 +35,8 @@ class Seen(NamedTuple):
 class _Reading(Dataset):
     """The items of several datasets, one dataset after another; reading an item gives a `Seen`."""
 
-    def __init__(self, datasets):
-        self.datasets = datasets
+    def __init__(self, datasets, condition=None):
+        self.datasets, self.condition = datasets, condition
 
     def __len__(self) -> int:
         return sum(map(len, self.datasets))
@@ -53,7 +54,7 @@ class _Reading(Dataset):
     def __getitem__(self, number: int) -> Seen:
         dataset, index = self.place(number)
         try:
-            return Seen(tuple(load_item(dataset, index, raw=True).shape))
+            return Seen(tuple(load_pair(dataset, self.condition, index)[0].shape))
         except BadImageError as error:
             return Seen(None, str(error), bad=True)
         except ValueError as error:
@@ -62,8 +63,8 @@ class _Reading(Dataset):
             return Seen(None, f"item {index} of the data: {type(error).__name__}: {error}")
 
 
-def check_items(datasets: Sequence[Dataset], config) -> None:
-    """Read every item of some datasets, and print a line for each that cannot be used.
+def check_items(datasets: Sequence[Dataset], config, condition=None) -> None:
+    """Read every item of some datasets, with its condition, and print a line for each that cannot be used.
 
     Sequences were read completely when they were opened, so they are not read again. The main process alone works.
 
@@ -73,7 +74,7 @@ def check_items(datasets: Sequence[Dataset], config) -> None:
     source = underlying(datasets[0])
     if not PartialState().is_main_process or isinstance(source, SequenceDataset):
         return
-    reading = _Reading(datasets)
+    reading = _Reading(datasets, condition)
     bad, wrong, first, alike = 0, 0, None, True
     for number, seen in enumerate(_read_all(reading, *_workers(source, config))):
         message = seen.message
@@ -135,20 +136,17 @@ def _workers(source, config) -> tuple[int, str | None]:
 # Shared memory
 
 
-def worker_memory(workers: int, batch_size: int, shape: tuple, item_size: int, labelled: bool = False) -> int:
+def worker_memory(workers: int, batch_size: int, shape: tuple, item_size: int, more: Sequence[int] = ()) -> int:
     """Return the most bytes of shared memory that the workers' batches fill, for all processes of this machine.
 
     Args:
         item_size: bytes of one value: 1 for images, which are handed over as uint8, and 4 for other items.
-        labelled: each item has a class number, of 8 bytes.
+        more: bytes of what an item has besides: its class number, its condition.
     """
     if not workers:
         return 0
-    batch = batch_size * item_size
-    for size in shape:
-        batch *= size
-    pages = -(-batch // mmap.PAGESIZE) + (-(-batch_size * 8 // mmap.PAGESIZE) if labelled else 0)
-    batch = pages * mmap.PAGESIZE
+    sizes = (math.prod((item_size, *shape)), *more)
+    batch = sum(-(-batch_size * size // mmap.PAGESIZE) for size in sizes) * mmap.PAGESIZE
     locks = (4 * workers + 16) * mmap.PAGESIZE  # the queues' semaphores take a page each
     return (batch * (workers * PREFETCH + 1) + locks) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader
 
 from ddpm_hf.data.checking import check_items, check_shared_memory, worker_memory
+from ddpm_hf.data.conditions import GivenConditions, matching
 from ddpm_hf.data.images import ImageDataset
 from ddpm_hf.data.labels import Labels, class_notes, given_labels
 from ddpm_hf.data.loading import (
@@ -51,6 +52,10 @@ class StoredFeed:
         labels: the classes of the rows of `units`, a `Labels` (see `item_labels`), or None without class_labels.
         class_names: the names of the classes, whose place is the class number; None without class_labels.
         class_counts: the number of items to train on in each class; None where it is not known.
+        condition, held_out_condition: the conditions of the items to train on and of the held-out items, as `load_pair`
+            takes them; None without condition_column.
+        condition_shape: shape of a condition, or None.
+        condition_scaling: the map between data units and model units of conditions, or None.
 
     Raises:
         ValueError: the dataset is not map-style or is empty, or its first item cannot be loaded.
@@ -69,11 +74,13 @@ class StoredFeed:
             self.split = split_record(self.held_out)
         self.units, self.items = underlying(self.dataset), len(self.dataset)
         self.scaling = scaling_of(self.units)
+        self._find_conditions(kind)
         self._item_labels = item_labels(self.dataset, self.labels)
         self.class_names = None if self.labels is None else list(self.labels.names)
         self.class_counts = None if self.labels is None else self.labels.counts(self._item_labels)
         first = self._first()
         self.shape = tuple(first.x0.shape[1:])
+        self.condition_shape = None if first.conditions is None else tuple(first.conditions.shape[1:])
         self.kind = kind or _given_kind(self.units, self.shape)
         self.shared_memory = _shared_memory(config, self.shape, first)
         self.notes = self._notes()
@@ -94,6 +101,20 @@ class StoredFeed:
             raise
         return first
 
+    def _find_conditions(self, kind: str | None) -> None:
+        self.condition = self.held_out_condition = self.condition_scaling = None
+        column = self.config.condition_column
+        if column is None:
+            return
+        if kind is None:
+            whole = GivenConditions(column, place=1 if self.config.class_labels is None else 2)
+        else:
+            whole = self.units.condition
+        self.condition = matching(self.units, whole)
+        self.condition_scaling = self.condition.scaling
+        if self.held_out is not None:
+            self.held_out_condition = matching(underlying(self.held_out), whole, self.condition_scaling)
+
     def _notes(self) -> list[str]:
         notes, held = list(getattr(self.units, "notes", ())), self.held_out
         if held is not None:
@@ -105,10 +126,13 @@ class StoredFeed:
                 f"channel {channel} of {self.units.name} never changes: samples will have its value, {value:g}"
                 for channel, value in self.scaling.constants().items()
             ]
+        if self.condition_shape is not None:
+            notes.append(f"conditions of shape {self.condition_shape}")
         return notes + (class_notes(self.class_names, self.class_counts) if self.class_names else [])
 
     def _view(self) -> TrainingView:
-        return TrainingView(self.dataset, self.config.seed, self.config.on_bad_image, labels=self._item_labels)
+        return TrainingView(self.dataset, self.config.seed, self.config.on_bad_image, labels=self._item_labels,
+                            condition=self.condition)  # fmt: skip
 
     def check_items(self) -> None:
         """Read every item, held-out items too, and print a line for each that cannot be used.
@@ -116,7 +140,8 @@ class StoredFeed:
         Raises:
             ValueError: an item would end the training.
         """
-        check_items([dataset for dataset in (self.dataset, self.held_out) if dataset is not None], self.config)
+        datasets = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]
+        check_items(datasets, self.config, self.condition)
 
     def check(self, state: dict) -> None:
         """Check that training can go on from a `state`.
@@ -138,7 +163,7 @@ class StoredFeed:
 
     @cached_property
     def _fingerprint(self) -> dict:
-        return fingerprint(self.units, self.shape, self.labels)
+        return fingerprint(self.units, self.shape, self.labels, self.condition)
 
     def fingerprint(self) -> dict:
         """Return the fingerprint that tells this data from other data.
@@ -153,6 +178,7 @@ class StreamedFeed:
     """The feed of an `ImageStream`; attributes and methods are those of `StoredFeed`."""
 
     held_out = split = labels = class_counts = None
+    condition = held_out_condition = condition_shape = condition_scaling = None
 
     def __init__(self, stream: ImageStream, config, kind: str | None = None):
         self.config, self.dataset, self.units, self.kind = config, stream, stream, kind or "given ImageDataset"
@@ -160,7 +186,8 @@ class StreamedFeed:
         self.class_names = stream.class_names
         self.notes = class_notes(self.class_names, None) if self.class_names else []
         self.items, self.shape = stream.length, probe(stream)
-        first = Batch(torch.empty(0, dtype=torch.uint8), [], labels=torch.empty(0) if self.class_names else None)
+        labels = torch.zeros(1, dtype=torch.int64) if self.class_names else None
+        first = Batch(torch.zeros(1, dtype=torch.uint8), [], labels=labels)
         self.shared_memory = _shared_memory(config, self.shape, first)
         folder = Path(config.train_data_dir or config.dataset_name or "")
         self.files = MappedFiles(sorted(map(str, folder.rglob("*.arrow"))) if saved_to_disk(folder) else [])
@@ -208,8 +235,8 @@ def _shared_memory(config, shape: tuple, first: Batch) -> int:
         ValueError: there is less.
     """
     workers = config.dataloader_num_workers
-    size = first.items.element_size()
-    needed = worker_memory(workers, config.train_batch_size, shape, size, labelled=first.labels is not None)
+    more = [each[0].nbytes for each in (first.labels, first.conditions) if each is not None]
+    needed = worker_memory(workers, config.train_batch_size, shape, first.items.element_size(), more)
     check_shared_memory(needed, workers)
     return needed
 

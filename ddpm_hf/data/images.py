@@ -144,6 +144,29 @@ def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Im
     return image.resize(kept, kernel, None if kept == size else box)
 
 
+def image_form(source: Any, name: str) -> tuple[tuple[int, int], int]:
+    """Return (height, width) of an upright image, and its channels: 1 (grey), 3 or 4 (with transparency).
+
+    Args:
+        source, name: as in `decode`.
+
+    Raises:
+        BadImageError: the image cannot be read.
+    """
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    try:
+        if isinstance(source, (list, np.ndarray)):
+            source = Image.fromarray(np.asarray(source).astype(np.uint8))
+        image = source if isinstance(source, Image.Image) else None
+        image = image or Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        turned = image.getexif().get(0x0112, 1) >= 5  # these orientations lay the image on its side
+    except Exception as error:  # decoders raise any kind on damaged files
+        raise BadImageError(printable(f"cannot read the image {name}: {error}")) from error
+    channels = 4 if image.has_transparency_data else 1 if image.mode in ("1", "L", "F") or image.mode[0] == "I" else 3
+    return (image.width, image.height) if turned else (image.height, image.width), channels
+
+
 # ---------------------------------------------------------------------------------------------
 # Many images
 
@@ -206,6 +229,7 @@ class ImageDataset(Dataset):
     Attributes:
         scaling: the map between 8-bit levels and model units.
         notes: lines to print about the data before training.
+        condition: the condition of each image, a dataset of as many images, or None.
 
     Raises:
         ValueError: the memory of the cache cannot be had.
@@ -213,6 +237,7 @@ class ImageDataset(Dataset):
 
     scaling = EIGHT_BIT
     notes: Sequence[str] = ()
+    condition: "ImageDataset | None" = None
 
     def __init__(
         self,

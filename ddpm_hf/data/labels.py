@@ -157,14 +157,16 @@ def table_labels(table: Any, column: str, name: str) -> Labels:
     return Labels.read(values, f"the column {column!r} of {name}", feature_names(table.features[column]))
 
 
-def check_column(column: str, present: Sequence[str], name: str, what: str = "a column") -> None:
-    """Check that `class_labels` names a column (or an array) that is there.
+def check_column(
+    column: str, present: Sequence[str], name: str, what: str = "a column", option: str = "class_labels"
+) -> None:
+    """Check that an option names a column (or an array) that is there.
 
     Raises:
         ValueError: it does not.
     """
     if column not in present:
-        raise ValueError(f"class_labels must be {what} of {name}: {', '.join(present)}; got {column!r}")
+        raise ValueError(f"{option} must be {what} of {name}: {', '.join(present)}; got {column!r}")
 
 
 def feature_names(feature: Any) -> list[str] | None:

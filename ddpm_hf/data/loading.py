@@ -6,8 +6,8 @@ in it, on any number of processes.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ddpm_hf.data.conditions import GivenConditions, divisor
 from ddpm_hf.data.images import BadImageError, ImageDataset, to_tensor
 from ddpm_hf.data.labels import Labels
 from ddpm_hf.data.scaling import EIGHT_BIT, scaling_of
@@ -100,6 +101,38 @@ def load_item(dataset, index: int, rng: np.random.Generator | None = None, raw: 
     return as_tensor(dataset[index], scaling_of(dataset).limit)
 
 
+def load_pair(dataset, condition, index: int, seed: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Load item `index` and its condition, images as uint8.
+
+    Args:
+        condition: an `ImageDataset` or a `SequenceDataset` as long as `underlying(dataset)`; or `GivenConditions`,
+            whose items are read once for both; or None.
+        seed: both are augmented by the numbers that follow from it; None: neither is.
+
+    Raises:
+        BadImageError: one of both images cannot be read.
+        ValueError: the item or its condition is no tensor, array or image, out of range, or both sizes do not fit.
+    """
+
+    def rng():
+        return None if seed is None else np.random.default_rng(seed)
+
+    if condition is None:
+        return load_item(dataset, index, rng(), raw=True), None
+    while isinstance(dataset, Part):
+        dataset, index = dataset.dataset, int(dataset.indices[index])
+    if not isinstance(condition, GivenConditions):
+        return load_item(dataset, index, rng(), raw=True), load_item(condition, index, rng(), raw=True)
+    item = dataset[index]
+    x, found = as_tensor(item, scaling_of(dataset).limit), condition.of(item)
+    try:
+        found = as_tensor(found)
+    except ValueError as error:
+        raise ValueError(f"its condition: {error}") from error
+    divisor(tuple(x.shape[1:]), tuple(found.shape[1:]), "its condition")
+    return x, found
+
+
 def item_labels(dataset, labels: Labels | None) -> np.ndarray | None:
     """Return the class number of each item, int64 (len(dataset),), or None where there are no `labels`.
 
@@ -164,12 +197,14 @@ class Item(NamedTuple):
         skipped: messages of the images that were left out on the way.
         error: the reason why the item cannot be loaded, or None.
         label: the number of its class; None where classes are not asked for.
+        condition: (C', *spatial'), as `x`; None where conditions are not asked for.
     """
 
     x: Tensor | int | None
     skipped: list[str]
     error: str | None = None
     label: int | None = None
+    condition: Tensor | None = None
 
 
 @dataclass
@@ -181,28 +216,46 @@ class Batch:
         skipped: messages of the images that were left out.
         error: the reason why the batch could not be made, or None.
         labels: (B,) int64, the numbers of the items' classes; None where classes are not asked for.
+        conditions: (B, C', *spatial'), as `items`; None where conditions are not asked for.
     """
 
     items: Tensor | None
     skipped: list[str]
     error: str | None = None
     labels: Tensor | None = None
+    conditions: Tensor | None = None
 
     @property
     def x0(self) -> Tensor:
         """The items in model units, float32; images lie in [-1, 1]."""
-        return EIGHT_BIT.to_model(self.items) if self.items.dtype == torch.uint8 else self.items
+        return _in_model_units(self.items)
+
+    @property
+    def condition(self) -> Tensor | None:
+        """The conditions in model units, float32, or None."""
+        return None if self.conditions is None else _in_model_units(self.conditions)
 
     def to(self, device: torch.device) -> Tensor:
         """Return x0 on a device. Images are copied there as bytes, and scaled there."""
         return Batch(self.items.to(device, non_blocking=True), []).x0
 
+    def on(self, device: torch.device) -> "Batch":
+        """Return the batch with its tensors on a device; images are still bytes there, until `x0` scales them."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
     def pin_memory(self) -> "Batch":
         """Return the batch with its tensors in pinned memory; the DataLoader calls this."""
-        if self.items is None:
-            return self
-        labels = None if self.labels is None else self.labels.pin_memory()
-        return Batch(self.items.pin_memory(), self.skipped, self.error, labels)
+        return self._with(torch.Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {name: getattr(self, name) for name in ("items", "labels", "conditions")}
+        changed = {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **changed)
+
+
+def _in_model_units(items: Tensor) -> Tensor:
+    """Scale images, which are uint8; other items are in model units already."""
+    return EIGHT_BIT.to_model(items) if items.dtype == torch.uint8 else items
 
 
 class TrainingView(Dataset):
@@ -213,12 +266,15 @@ class TrainingView(Dataset):
             from all images by (seed, epoch, index) ("skip").
         augment: False leaves the items as the dataset has them.
         labels: the class number of each item (`item_labels`); None: classes are not asked for.
+        condition: the conditions, as `load_pair` takes them; None: conditions are not asked for.
     """
 
     def __init__(
-        self, dataset, seed: int, on_bad: str = "stop", augment: bool = True, labels: np.ndarray | None = None
-    ):
-        self.dataset, self.seed, self.on_bad, self.augment, self.labels = dataset, seed, on_bad, augment, labels
+        self, dataset, seed: int, on_bad: str = "stop", augment: bool = True, labels: np.ndarray | None = None,
+        condition: Any = None,
+    ):  # fmt: skip
+        self.dataset, self.seed, self.on_bad, self.augment = dataset, seed, on_bad, augment
+        self.labels, self.condition = labels, condition
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -229,9 +285,9 @@ class TrainingView(Dataset):
         for index in self._candidates(epoch, first):
             try:
                 place = derive_seed(self.seed, Stream.AUGMENTATION, epoch, index)
-                rng = np.random.default_rng(place) if self.augment else None
                 label = None if self.labels is None else int(self.labels[index])
-                return Item(load_item(self.dataset, index, rng, raw=True), skipped, label=label)
+                x, condition = load_pair(self.dataset, self.condition, index, place if self.augment else None)
+                return Item(x, skipped, label=label, condition=condition)
             except BadImageError as error:
                 if self.on_bad == "stop":
                     return Item(None, skipped, f"{error}. To leave such images out: --on_bad_image skip")
@@ -264,7 +320,11 @@ def collate(items: Sequence[Item]) -> Batch:
         return Batch(None, skipped, errors[0])
     chosen = [item if isinstance(item.x, Tensor) else good[item.x % len(good)] for item in items]
     labels = None if chosen[0].label is None else torch.tensor([item.label for item in chosen], dtype=torch.int64)
-    return Batch(torch.stack([item.x for item in chosen]), skipped, labels=labels)
+    found = [item.condition for item in chosen if item.condition is not None]
+    if len({tuple(condition.shape) for condition in found}) > 1:
+        shapes = sorted({tuple(condition.shape) for condition in found})
+        return Batch(None, skipped, f"conditions must all have one shape, got {shapes}")
+    return Batch(torch.stack([item.x for item in chosen]), skipped, None, labels, torch.stack(found) if found else None)
 
 
 class StreamSampler(Sampler):
@@ -304,8 +364,8 @@ class StreamSampler(Sampler):
 # Fingerprint
 
 
-def fingerprint(dataset, shape: tuple, labels: Labels | None = None) -> dict:
-    """Return a fingerprint of the data: number of items, shape, a digest, and a digest of the classes if there are any.
+def fingerprint(dataset, shape: tuple, labels: Labels | None = None, condition: Any = None) -> dict:
+    """Return a fingerprint of the data: number of items, shape, and digests of items, classes and conditions.
 
     The digest is that of up to 16 items of an `ImageDataset` or a `SequenceDataset`, and of the scaling. A dataset of
     another class has the digest of nothing.
@@ -321,4 +381,9 @@ def fingerprint(dataset, shape: tuple, labels: Labels | None = None) -> dict:
             shift, scale = list(dataset.scaling.shift), [value or 1.0 for value in dataset.scaling.scale]
         digest.update(repr((shift, scale)).encode())
     found = {"items": len(dataset), "shape": list(shape), "digest": digest.hexdigest()}
-    return found if labels is None else {**found, "labels": labels.digest()}
+    if labels is not None:
+        found["labels"] = labels.digest()
+    if condition is not None:
+        given = isinstance(condition, GivenConditions)
+        found["conditions"] = "given" if given else fingerprint(condition, ())["digest"]
+    return found

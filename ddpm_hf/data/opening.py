@@ -10,10 +10,11 @@ from typing import Any
 
 from ddpm_hf.config import BUNDLED, SOURCES, TrainConfig
 from ddpm_hf.data import tables
+from ddpm_hf.data.conditions import image_conditions, sequence_conditions
 from ddpm_hf.data.feed import StoredFeed, StreamedFeed
 from ddpm_hf.data.images import ImageDataset, digits, image_folder
-from ddpm_hf.data.labels import Labels, table_labels
-from ddpm_hf.data.sequence_files import read_labels, read_sequences
+from ddpm_hf.data.labels import Labels, check_column, table_labels
+from ddpm_hf.data.sequence_files import read_condition, read_labels, read_sequences
 from ddpm_hf.data.sequences import SequenceDataset, ecg
 from ddpm_hf.data.streaming import ImageStream
 
@@ -109,7 +110,12 @@ def _open_image_table(config: TrainConfig) -> ImageDataset:
     column = tables.image_column(tables.features(table), config.image_column, name)
     images, labels = tables.ImageColumn(table, column), _table_labels(config, table, name)
     size = _resolution(config, 64)
-    return ImageDataset(images, size, config.image_channels or 3, labels=labels, **_crops(config))
+    data = ImageDataset(images, size, config.image_channels or 3, labels=labels, **_crops(config))
+    if config.condition_column is not None:
+        check_column(config.condition_column, table.column_names, name, option="condition_column")
+        where = f"the column {config.condition_column!r} of {name}"
+        data.condition = image_conditions(tables.ImageColumn(table, config.condition_column), data, where)
+    return data
 
 
 def _open_image_stream(config: TrainConfig) -> ImageStream:
@@ -121,19 +127,28 @@ def _open_image_stream(config: TrainConfig) -> ImageStream:
 
 def _open_sequence_file(config: TrainConfig) -> SequenceDataset:
     path, is_table = config.train_data_file, kind_of_source(config) == "sequence file"
-    array = read_sequences(path, config.sequence_columns, config.stride is not None, config.class_labels)
+    array = read_sequences(path, config.sequence_columns, config.stride is not None, _left_out(config))
     labels = None
     if config.class_labels is not None:
         _check_not_recording(config, array, path, is_table)
         labels = read_labels(path, config.class_labels, array.shape[0] if len(array.shape) > 1 else 1)
-    return _cut(config, array, path, labels)
+    data = _cut(config, array, path, labels)
+    if config.condition_column is not None:
+        where = f"{config.condition_column!r} of {path}"
+        data.condition = sequence_conditions(read_condition(path, config.condition_column), data, where)
+    return data
 
 
 def _open_sequence_table(config: TrainConfig) -> SequenceDataset:
     table, name = open_table(config)
-    array = tables.table_sequences(table, config.sequence_columns, config.stride is not None, name, config.class_labels)
+    left_out = _left_out(config)
+    array = tables.table_sequences(table, config.sequence_columns, config.stride is not None, name, left_out)
     _check_not_recording(config, array, name)
-    return _cut(config, array, name, _table_labels(config, table, name))
+    data = _cut(config, array, name, _table_labels(config, table, name))
+    if config.condition_column is not None:
+        condition = tables.table_condition(table, config.condition_column, name)
+        data.condition = sequence_conditions(condition, data, f"the column {config.condition_column!r} of {name}")
+    return data
 
 
 OPENERS = {
@@ -154,6 +169,12 @@ def open_table(config: TrainConfig) -> tuple[Any, str]:
         return tables.open_folder(config.train_data_dir, config.dataset_split, config.streaming), config.train_data_dir
     name = config.dataset_name
     return tables.open_named(name, config.dataset_config_name, config.dataset_split, config.streaming), name
+
+
+def _left_out(config: TrainConfig) -> dict[str, str]:
+    """Return the columns or arrays that hold no sequences, by the option that names each."""
+    options = {"class_labels": config.class_labels, "condition_column": config.condition_column}
+    return {option: column for option, column in options.items() if column is not None}
 
 
 def _table_labels(config: TrainConfig, table: Any, name: str) -> Labels | None:

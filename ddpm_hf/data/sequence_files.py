@@ -3,21 +3,24 @@
 import csv
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ddpm_hf.data.labels import Labels, check_column, table_labels
-from ddpm_hf.data.tables import arrange, choose_columns, open_files, table_sequences
+from ddpm_hf.data.tables import arrange, choose_columns, open_files, table_condition, table_sequences
 
 FILE_ENDINGS = (".npy", ".npz", ".csv", ".parquet")
 LABEL_ENDINGS = (".npy", ".csv", ".txt")
 
 
 def read_sequences(
-    path: str, columns: Sequence[str] | None = None, as_recording: bool = False, leave_out: str | None = None
+    path: str,
+    columns: Sequence[str] | None = None,
+    as_recording: bool = False,
+    leave_out: Mapping[str, str] | None = None,
 ) -> Any:
     """Read the array of a file, (N, length) or (N, C, length).
 
@@ -26,7 +29,7 @@ def read_sequences(
         columns: columns of a table to read; None: all.
         as_recording: each row of a table of numbers is one point in time and each column a channel, and the array is
             (1, C, samples). Otherwise each row is one sequence.
-        leave_out: the column, or the array of a .npz file, that holds classes and no sequences.
+        leave_out: columns, or arrays of a .npz file, that hold no sequences, by the option that names each.
 
     Raises:
         ValueError: the file cannot be read, has another ending, or lacks what was asked for.
@@ -47,12 +50,31 @@ def read_sequences(
         if suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
         with np.load(path, allow_pickle=False) as archive:
-            names = [name for name in archive.files if name != leave_out]
+            names = [name for name in archive.files if name not in (leave_out or {}).values()]
             if len(names) != 1 and "data" not in names:
                 raise ValueError(f"it must hold one array, or one named 'data'; it has {', '.join(names) or 'none'}")
             return archive[names[0] if len(names) == 1 else "data"]
     except Exception as error:  # NumPy raises many kinds: OSError, ValueError, EOFError, BadZipFile, ...
         raise ValueError(f"cannot read the arrays of {path}: {error}") from error
+
+
+def read_condition(path: str, column: str) -> Any:
+    """Read the conditions of the sequences of a file, an array (N, C, length) or (N, length).
+
+    Args:
+        column: the name of an array in a .npz file, or a column of lists of a .parquet file.
+
+    Raises:
+        ValueError: the file is of another kind, or has no such array or column.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".parquet":
+        return table_condition(open_files("parquet", [path]), column, path)
+    if suffix != ".npz":
+        raise ValueError(f"condition_column needs a .npz file or a table with columns of lists, got {path}")
+    with np.load(path, allow_pickle=False) as archive:
+        check_column(column, archive.files, path, "an array", "condition_column")
+        return archive[column]
 
 
 def read_labels(path: str, class_labels: str, count: int) -> Labels:
@@ -116,15 +138,19 @@ def _of_texts(texts: Sequence[str], where: str) -> Labels:
         return Labels.read(texts, where)
 
 
-def _csv_options(path: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the options with which pandas reads a table, and the names of its columns."""
+def _csv_options(path: str) -> dict[str, Any]:
+    """Return the options with which pandas reads a table."""
+    separator, header = _csv_form(path)
+    return {"sep": separator, "header": 0 if header else None, "index_col": False, "comment": "#",
+               "skipinitialspace": True, "encoding": "utf-8-sig"}  # fmt: skip
+
+
+def _csv_names(path: str, options: dict[str, Any]) -> list[str]:
+    """Return the names of a table's columns."""
     import pandas
 
-    separator, header = _csv_form(path)
-    options = {"sep": separator, "header": 0 if header else None, "index_col": False, "comment": "#",
-               "skipinitialspace": True, "encoding": "utf-8-sig"}  # fmt: skip
-    first = pandas.read_csv(path, nrows=0 if header else 1, **options)
-    return options, [str(name).strip() for name in first.columns]
+    first = pandas.read_csv(path, nrows=1 if options["header"] is None else 0, **options)
+    return [str(name).strip() for name in first.columns]
 
 
 def _csv_column(path: str, column: str) -> list[str]:
@@ -132,7 +158,8 @@ def _csv_column(path: str, column: str) -> list[str]:
     import pandas
 
     try:
-        options, present = _csv_options(path)
+        options = _csv_options(path)
+        present = _csv_names(path, options)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the table {path}: {error}") from error
     check_column(column, present, path)
@@ -141,7 +168,7 @@ def _csv_column(path: str, column: str) -> list[str]:
     return [text.strip() for text in table.iloc[:, 0]]
 
 
-def _read_csv(path: str, columns: Sequence[str] | None, leave_out: str | None = None) -> np.ndarray:
+def _read_csv(path: str, columns: Sequence[str] | None, leave_out: Mapping[str, str] | None = None) -> np.ndarray:
     """Return the numbers of a table, (rows, columns) float64.
 
     Lines that are blank or begin with # are skipped. The first line that is left is a header if one of its cells has a
@@ -150,8 +177,9 @@ def _read_csv(path: str, columns: Sequence[str] | None, leave_out: str | None = 
     import pandas
 
     try:
-        options, present = _csv_options(path)
+        options = _csv_options(path)
         if columns or leave_out:
+            present = _csv_names(path, options)
             columns = choose_columns(columns, present, path, leave_out)
             options["usecols"] = [present.index(name) for name in columns]
 

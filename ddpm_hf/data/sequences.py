@@ -36,6 +36,7 @@ class SequenceDataset(Dataset):
 
     Attributes:
         scaling: the map between data units and model units, a `Scaling`.
+        condition: the condition of each sequence, a dataset with the same windows, or None.
         rows, ranges: the sequences, and the (first, last + 1) windows of each, that the items come from. In a part that
             `hold_out` makes these are not all.
 
@@ -43,6 +44,8 @@ class SequenceDataset(Dataset):
         ValueError: the array has another number of dimensions, no sequences, no numbers, NaN or infinity (the message
             names the rows), or sequences shorter than a window.
     """
+
+    condition: "SequenceDataset | None" = None
 
     def __init__(
         self,
@@ -73,9 +76,9 @@ class SequenceDataset(Dataset):
         self.windows = (array.shape[2] - self.length) // self.stride + 1 if stride else 1
         self.norm, self.rows, self.ranges = norm, range(array.shape[0]), [(0, self.windows)]
         self.labels = as_labels(labels, array.shape[0], f"the classes of {name}")
-        self.scaling = self._fit()
+        self.scaling = self.fit()
 
-    def _fit(self) -> Scaling:
+    def fit(self) -> Scaling:
         """Return the scaling that the items of this dataset need."""
         low, high, mean, deviation = self._measure()
         if self.norm == "minmax":
@@ -165,7 +168,7 @@ class SequenceDataset(Dataset):
         if total == 1:
             held = held_out_stretches(self.windows, self.length, self.stride, count, seed, self.name)
             apart = _apart(held, self.windows, self.length, self.stride)
-            parts = self._part(self.rows, apart), self._part(self.rows, held)
+            parts = self.part(self.rows, apart), self.part(self.rows, held)
         else:
             if isinstance(self.array, np.ndarray) and np.shares_memory(self.array[0], self.array[1]):
                 raise ValueError(
@@ -179,10 +182,10 @@ class SequenceDataset(Dataset):
                     f"leave one to train on: at most {(total - 1) * self.windows}, got {count}"
                 )
             order = np.random.default_rng(derive_seed(seed, Stream.HOLDOUT)).permutation(total)
-            parts = self._part(np.sort(order[number:]), self.ranges), self._part(np.sort(order[:number]), self.ranges)
+            parts = self.part(np.sort(order[number:]), self.ranges), self.part(np.sort(order[:number]), self.ranges)
         rest, held = parts
-        rest.scaling = rest._fit()
-        held.scaling = rest.scaling.with_limit(*held._measure()[:2])
+        rest.scaling = rest.fit()
+        held.use(rest.scaling)
         return parts
 
     def extent(self) -> str:
@@ -193,7 +196,12 @@ class SequenceDataset(Dataset):
         stretches = f"{len(self.ranges):,} stretch{'es' if len(self.ranges) > 1 else ''} of {self.name}"
         return f"{stretches} (and the length of a window before and after is left out of training)"
 
-    def _part(self, rows: np.ndarray, ranges: list[tuple[int, int]]) -> "SequenceDataset":
+    def use(self, scaling: Scaling) -> None:
+        """Scale as other data is scaled, with the limit that these items need."""
+        self.scaling = scaling.with_limit(*self._measure()[:2])
+
+    def part(self, rows: np.ndarray, ranges: list[tuple[int, int]]) -> "SequenceDataset":
+        """Return a dataset of these sequences and windows, with the scaling of the whole."""
         part = copy.copy(self)
         part.rows, part.ranges = rows, ranges
         return part

@@ -3,7 +3,7 @@
 The library is imported where it is used, because sampling, and training on plain folders and arrays, do without it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,19 +182,22 @@ def arrange(table: np.ndarray, as_recording: bool) -> np.ndarray:
 
 
 def choose_columns(
-    columns: Sequence[str] | None, present: Sequence[str], name: str, leave_out: str | None = None
+    columns: Sequence[str] | None, present: Sequence[str], name: str, leave_out: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Return the columns asked for, or all that are present but the one to leave out.
+    """Return the columns asked for, or all that are present but those to leave out.
+
+    Args:
+        leave_out: columns that hold no sequences, by the option that names each.
 
     Raises:
-        ValueError: a column that was asked for, or the one to leave out, is not there.
+        ValueError: a column that was asked for, or one to leave out, is not there.
     """
-    if leave_out is not None:
-        check_column(leave_out, present, name)
+    for option, column in (leave_out or {}).items():
+        check_column(column, present, name, option=option)
     missing = [column for column in columns or () if column not in present]
     if missing:
         raise ValueError(f"sequence_columns must be columns of {name}: {', '.join(present)}; got {', '.join(missing)}")
-    return list(columns or [column for column in present if column != leave_out])
+    return list(columns or [column for column in present if column not in (leave_out or {}).values()])
 
 
 class ListColumns:
@@ -232,7 +235,7 @@ class ListColumns:
 
 
 def table_sequences(
-    table: Any, columns: Sequence[str] | None, as_recording: bool, name: str, leave_out: str | None = None
+    table: Any, columns: Sequence[str] | None, as_recording: bool, name: str, leave_out: Mapping[str, str] | None = None
 ) -> Any:
     """Return the sequences of a `datasets.Dataset`, an array (N, length), or an array or `ListColumns` (N, C, length).
 
@@ -266,3 +269,16 @@ def table_sequences(
         f"sequence_columns must all be columns of numbers, or all of lists of numbers; {name} has {listed}. "
         "Name those that are: --sequence_columns"
     )
+
+
+def table_condition(table: Any, column: str, name: str) -> ListColumns:
+    """Return a column of lists of a `datasets.Dataset` as conditions (N, 1, length).
+
+    Raises:
+        ValueError: there is no such column, or it holds no lists of numbers.
+    """
+    check_column(column, table.column_names, name, option="condition_column")
+    array = table_sequences(table, [column], False, name)
+    if not isinstance(array, ListColumns):
+        raise ValueError(f"condition_column must be a column of lists of numbers; {column!r} of {name} is not")
+    return array

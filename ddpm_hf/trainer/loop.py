@@ -658,10 +658,11 @@ class Trainer:
             raise ValueError(f"the checkpoint {newest} cannot be loaded: {error}") from error
         data = self.feed.fingerprint()
         if progress["data"] != data:
-            what = {"items": "number of items", "shape": "shape", "digest": "content", "labels": "classes of the items"}
+            what = {"items": "number of items", "shape": "shape", "digest": "content", "labels": "classes of the items",
+                    "conditions": "conditions"}  # fmt: skip
             earlier = {key: progress["data"].get(key) for key in data}
             changed = ", ".join(
-                what[key] + ("" if key in ("digest", "labels") else f" {reprlib.repr(earlier[key])} -> {data[key]}")
+                what[key] + ("" if key not in ("items", "shape") else f" {reprlib.repr(earlier[key])} -> {data[key]}")
                 for key in data if earlier[key] != data[key]
             )  # fmt: skip
             if self.feed.split and "files" not in progress:

@@ -1,0 +1,134 @@
+"""Paired conditions: every source of them, the same place and the same flip as their items, and what does not fit."""
+
+import itertools
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_hf import TrainConfig
+from ddpm_hf.data import open_data
+from ddpm_hf.data.loading import load_pair
+from ddpm_hf.data.scaling import MODEL_UNITS
+
+RNG = np.random.default_rng(0)
+SMALL = RNG.integers(0, 256, size=(10, 4, 4), dtype=np.uint8)
+LARGE = np.repeat(np.repeat(SMALL, 2, axis=1), 2, axis=2)  # every pixel twice in each direction
+SHORT = RNG.normal(5, 2, size=(10, 2, 16))
+LONG = np.repeat(SHORT, 4, axis=2)[:, :1]  # the first channel, every point four times
+CLASSES = [0, 1] * 5
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Items whose conditions tell what they must be: the smaller image or sequence that they were made of."""
+    folder = tmp_path_factory.mktemp("conditions")
+    rows = {"image": [Image.fromarray(x).convert("RGB") for x in LARGE], "small": list(map(Image.fromarray, SMALL)),
+            "label": CLASSES}  # fmt: skip
+    features = {"image": datasets.Image(), "small": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(str(folder / "images"))
+    lists = datasets.Dataset.from_dict({"x": LONG[:, 0].tolist(), "c": SHORT[:, 0].tolist(), "y": CLASSES})
+    lists.save_to_disk(str(folder / "lists"))
+    lists.to_parquet(str(folder / "lists.parquet"))
+    np.savez(folder / "waves.npz", data=LONG, small=SHORT)
+    images = {"train_data_dir": str(folder / "images"), "image_column": "image", "condition_column": "small",
+              "resolution": [8]}  # fmt: skip
+    npz = {"train_data_file": str(folder / "waves.npz"), "condition_column": "small"}
+    x, c = torch.from_numpy(LARGE / 127.5 - 1)[:, None], torch.from_numpy(SMALL / 127.5 - 1)[:, None]
+    return {
+        "image table": (images, None),
+        "flipped": ({**images, "random_flip": True, "class_labels": "label"}, None),
+        "npz": (npz, None),
+        "windows": ({**npz, "sequence_length": 16, "stride": 4}, None),
+        "meanstd": ({**npz, "sequence_norm": "meanstd"}, None),
+        "saved lists": ({"train_data_dir": str(folder / "lists"), "sequence_columns": ["x"],
+                         "condition_column": "c"}, None),
+        "parquet": ({"train_data_file": str(folder / "lists.parquet"), "condition_column": "c",
+                     "class_labels": "y"}, None),
+        "pairs": ({"condition_column": "c"}, list(zip(x, c))),
+        "triples": ({"condition_column": "c", "class_labels": "y"}, list(zip(x, CLASSES, c))),
+        "dicts": ({"condition_column": "c"}, [{"image": a, "c": b} for a, b in zip(x, c)]),
+    }  # fmt: skip
+
+
+ALL = ["image table", "flipped", "npz", "windows", "meanstd", "saved lists", "parquet", "pairs", "triples", "dicts"]
+
+
+def belongs(x0, condition, feed):
+    """Assert that each condition is the smaller form of its item, in the data's own units."""
+    if x0.ndim == 4:
+        assert condition.shape[1:] == (1, 4, 4)
+        torch.testing.assert_close(x0[:, :1, ::2, ::2], condition, rtol=0, atol=1e-6)
+        return
+    x, c = feed.scaling.to_data(x0.double()), feed.condition_scaling.to_data(condition.double())
+    assert x.shape[2] == 4 * c.shape[2]
+    torch.testing.assert_close(x[:, 0, ::4], c[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("holdout", [0, 3])
+@pytest.mark.parametrize("source", ALL)
+def test_batches_carry_the_condition_of_each_item(source, sources, holdout):
+    """Held-out items have theirs too, in the units of those that are trained on."""
+    options, dataset = sources[source]
+    feed = open_data(TrainConfig(train_batch_size=4, holdout=holdout, **options), dataset)
+    flips = set()
+    for batch in itertools.islice(feed.loader(0, 0, 1, {}, False), 8):
+        belongs(batch.x0, batch.condition, feed)
+        assert (batch.labels is not None) == ("class_labels" in options)
+        flips |= {tuple(row) for row in batch.x0.flatten(1)[:, :16].tolist()}
+    assert f"conditions of shape {feed.condition_shape}" in feed.notes
+    assert len(flips) > 10 or source != "flipped"  # some items were seen in both directions
+    assert "conditions" in feed.fingerprint() and (dataset is None) == (feed.condition_scaling is not MODEL_UNITS)
+    for index in range(len(feed.held_out or ())):
+        x, c = load_pair(feed.held_out, feed.held_out_condition, index)
+        as_float = (lambda t: t.float() / 127.5 - 1) if x.dtype == torch.uint8 else (lambda t: t)
+        belongs(as_float(x)[None], as_float(c)[None], feed)
+
+
+def test_workers_and_the_batch_on_a_device(sources):
+    options, _ = sources["flipped"]
+    config = TrainConfig(train_batch_size=4, dataloader_num_workers=2, **options)
+    feed = open_data(config)
+    batches = list(itertools.islice(feed.loader(0, 0, 1, {}, False), 4))
+    alone = open_data(TrainConfig(train_batch_size=4, **options)).loader(0, 0, 1, {}, False)
+    for batch, other in zip(batches, alone):
+        moved = batch.on("cpu")
+        assert moved.items.dtype == moved.conditions.dtype == torch.uint8
+        assert torch.equal(moved.x0, other.x0) and torch.equal(moved.condition, other.condition)
+        assert torch.equal(moved.labels, other.labels)
+
+
+def refused(message, dataset=None, **options):
+    with pytest.raises(ValueError, match=message):
+        open_data(TrainConfig(**options), dataset)
+
+
+def test_conditions_that_do_not_fit(sources, tmp_path):
+    images, npz = sources["image table"][0], sources["npz"][0]
+    refused("condition_column must be a column of .*: image, small, label; got 'c'",
+            **{**images, "condition_column": "c"})  # fmt: skip
+    refused("needs center_crop", **images, center_crop=False)
+    refused("resolution must be divisible by 2", **{**images, "resolution": [7]})
+    refused("condition_column must be an array of .*data, small; got 'c'", **{**npz, "condition_column": "c"})
+    refused("stride must be divisible by 4.*got 6", **npz, sequence_length=16, stride=6)
+    refused("sequence_length must be divisible by 4.*got 10", **npz, sequence_length=10)
+    refused("condition_column applies to", dataset_name="digits", condition_column="c")
+    np.savez(tmp_path / "wrong.npz", data=LONG, few=SHORT[:4], odd=SHORT[:, :, :5])
+    wrong = {"train_data_file": str(tmp_path / "wrong.npz")}
+    # the array of the items has the name 'data' among several
+    refused("must have 10 rows, as the data has, got 4", **wrong, condition_column="few")
+    refused("must have the size of the items, 64, or that divided by one whole number; got 5", **wrong,
+            condition_column="odd")  # fmt: skip
+    np.save(tmp_path / "x.npy", LONG)
+    refused("needs a .npz file or a table", train_data_file=str(tmp_path / "x.npy"), condition_column="c")
+    x = torch.zeros(1, 8, 8)
+    for condition, message in [
+        (torch.zeros(1, 3, 3), "8 x 8, or that divided by one whole number; got 3 x 3"),
+        (torch.zeros(1, 4, 8), "got 4 x 8"),
+        (3, "its condition: items must be float tensors"),
+    ]:
+        refused(message, [(x, condition)] * 4, condition_column="c")
+    refused(r"needs items \(x, condition\) or dicts with 'c'; got Tensor", [x] * 4, condition_column="c")
+    refused(r"needs items \(x, y, condition\)", [(x, 0), (x, 1)] * 2, condition_column="c", class_labels="y")
