@@ -124,18 +124,23 @@ class Evaluator:
 
     # -- one evaluation ------------------------------------------------------------------------
 
-    def __call__(self, pipeline, num_inference_steps: int, loss_scheduler=None) -> dict[str, float]:
+    def __call__(
+        self, pipeline, num_inference_steps: int, loss_scheduler=None, between: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """Measure a pipeline.
 
         Args:
             pipeline: the pipeline, on the accelerator's device, with its progress bar off.
             num_inference_steps: the number of sampling steps.
             loss_scheduler: a `GaussianScheduler` for the held-out loss; None means the pipeline's.
+            between: a function that is called before each batch, equally often on every process; an exception that it
+                raises ends the evaluation.
 
         Returns:
             The value of each metric; with memorization also `memorization_real`, the rate of real data; with the
             held-out loss also a value for each bucket of timesteps, such as `held_out_loss_t0-99`.
         """
+        self.between = between
         values: dict[str, float] = {}
         if self._any(*(metric for metric in METRICS if metric not in HELD_OUT)):
             self._announce(pipeline, num_inference_steps)
@@ -150,12 +155,14 @@ class Evaluator:
 
     def _sample(self, pipeline, steps: int, output_type: str = "np") -> Iterator[np.ndarray]:
         """Yield this process' samples in batches; each sample has a generator of its own, seeded by its number."""
-        numbers = list(self.shares.of(self.settings.num_samples))
-        size = self.settings.batch_size
-        starts = range(0, len(numbers), size)
+        numbers, size = self.shares.of(self.settings.num_samples), self.settings.batch_size
+        starts = range(0, self.shares.largest(self.settings.num_samples), size)
         shown = self.accelerator.is_main_process
         for start in tqdm(starts, desc="sampling", unit="batch", disable=not shown, leave=False):
+            self.between()
             part = numbers[start : start + size]
+            if not part:
+                continue
             seeds = generator_seeds(self.settings.seed, Stream.SAMPLES, part)
             generators = [torch.Generator().manual_seed(s) for s in seeds]
             yield pipeline(
@@ -217,7 +224,7 @@ class Evaluator:
         def encode(x0: Tensor) -> Tensor:
             return x0 if self.is_image else pipeline._encode(natural_units(x0, data), "the data")
 
-        return self.held_out(pipeline, scheduler, self.metrics, encode)
+        return self.held_out(pipeline, scheduler, self.metrics, encode, self.between)
 
     # -- telling -------------------------------------------------------------------------------
 

@@ -34,7 +34,9 @@ class HeldOutLoss:
         self.count = len(held_out)
 
     @torch.no_grad()
-    def __call__(self, pipeline, scheduler, metrics: list[str], encode: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def __call__(
+        self, pipeline, scheduler, metrics: list[str], encode: Callable[[Tensor], Tensor], between: Callable[[], None]
+    ) -> dict[str, float]:
         """Measure a pipeline.
 
         Args:
@@ -42,6 +44,7 @@ class HeldOutLoss:
             scheduler: the `GaussianScheduler` whose timesteps, target and weights are used.
             metrics: the metrics that are asked for.
             encode: a function from items of the dataset to the model's units.
+            between: a function that is called before each batch, equally often on every process.
 
         Returns:
             The values by name, with one value for each bucket of timesteps: `held_out_loss_t0-99` and so on.
@@ -51,7 +54,12 @@ class HeldOutLoss:
         items = Items(self.held_out, self.settings.on_bad_image, self.settings.batch_size, self.settings.workers)
 
         def losses(numbers: range) -> Iterator[Tensor]:
-            for batch in items.read(numbers):
+            batches = items.read(numbers)
+            for _ in range(0, self.shares.largest(len(self.held_out)), self.settings.batch_size):
+                between()
+                batch = next(batches, None)
+                if batch is None:  # another process has more
+                    continue
                 x0 = encode(batch.x0).to(pipeline.device, torch.float32)
                 columns = []
                 for bucket, (low, high) in enumerate(zip(edges[:-1], edges[1:])):

@@ -30,6 +30,10 @@ class Shares:
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
         return range(count * index // processes, count * (index + 1) // processes)
 
+    def largest(self, count: int) -> int:
+        """Return the size of the largest part of any process, so that all can take the same number of rounds."""
+        return -(-count // self.accelerator.num_processes)
+
     def gather_objects(self, objects: list) -> list:
         """Join the lists of all processes."""
         if self.accelerator.num_processes == 1:

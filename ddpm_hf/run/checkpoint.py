@@ -20,19 +20,25 @@ WAYS_OUT = (
     "run over, move its folder away first. Nothing was changed"
 )
 UNFINISHED = re.compile(PATTERN.pattern + re.escape(ASIDE))
+REPLACED = ".old" + ASIDE  # at the end of the name of a checkpoint that is about to give way to one of the same step
 CHECKSUMS = "checksums.json"
+# What may be due after a step beside the checkpoint, in the order in which the trainer makes it.
+LOOKS = ("samples", "evaluation")
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every whole checkpoint, oldest first. A name is given only to what is whole."""
+    """Return (step, path) of every whole checkpoint, oldest first. Only a whole one has a name of a step.
+
+    A checkpoint that was moved aside for another one of its step counts where a kill has kept that one from its name.
+    """
     if not folder.is_dir():
         return []
-    found = [
-        (int(match.group(1)), path)
-        for path in folder.iterdir()
-        if (match := PATTERN.fullmatch(path.name)) and path.is_dir()
-    ]
-    return sorted(found)
+    found = {}
+    for path in sorted(folder.iterdir(), reverse=True):  # step-000002.old.writing comes before step-000002
+        match = PATTERN.fullmatch(path.name.removesuffix(REPLACED))
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return sorted(found.items())
 
 
 def latest(folder: Path, skip_damaged: bool = False) -> Path | None:
@@ -63,11 +69,13 @@ def latest(folder: Path, skip_damaged: bool = False) -> Path | None:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """An empty folder aside, to write the checkpoint of `step` into; leftovers of an interrupted save are removed."""
+    """Make an empty folder aside, to write the checkpoint of `step` into; remove the leftovers of a killed save."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.iterdir():
-        if UNFINISHED.fullmatch(leftover.name) and leftover.is_dir():
-            shutil.rmtree(leftover)
+    whole = [path for _, path in list_checkpoints(folder)]
+    for path in folder.iterdir():
+        unfinished = UNFINISHED.fullmatch(path.name) or PATTERN.fullmatch(path.name.removesuffix(REPLACED))
+        if unfinished and path.is_dir() and path not in whole:
+            shutil.rmtree(path)
     path = folder / f"step-{step:06d}{ASIDE}"
     path.mkdir()
     return path
@@ -114,9 +122,11 @@ def finish(aside: Path, limit: int | None = None) -> Path:
     """
     _seal(aside)
     final = aside.with_name(aside.name.removesuffix(ASIDE))
-    if final.exists():  # the same step again, after resuming from an earlier one
-        shutil.rmtree(final)
+    replaced = final.with_name(final.name + REPLACED)
+    if final.exists():  # the same step again
+        os.replace(final, replaced)
     os.replace(aside, final)
+    shutil.rmtree(replaced, ignore_errors=True)
     if limit is not None:
         _rotate(final, limit)
     return final
@@ -124,12 +134,13 @@ def finish(aside: Path, limit: int | None = None) -> Path:
 
 def _rotate(newest: Path, limit: int) -> None:
     whole = 1  # the newest
-    for _, path in reversed(list_checkpoints(newest.parent)):
+    newest_step = int(PATTERN.fullmatch(newest.name)[1])
+    for step, path in reversed(list_checkpoints(newest.parent)):
         if path == newest:
             continue
         if whole < limit:
             whole += damage(path) is None
-        elif int(PATTERN.fullmatch(path.name)[1]) < int(PATTERN.fullmatch(newest.name)[1]):
+        elif step < newest_step:
             with contextlib.suppress(OSError):  # the new checkpoint is saved, whatever becomes of an old one
                 shutil.rmtree(path)
 
@@ -141,8 +152,9 @@ def read_progress(path: Path) -> dict:
         ValueError: a file cannot be read, or a field does not hold what it should; the file is named.
     """
     file = path / "progress.json"
-    progress = {"evaluation": [], "best": None, "feed": {}, "global_batch": None, **read_json(file)}
-    progress.setdefault("draws", "torch.Generator")  # of ddpm_hf 0.3.0 and earlier
+    defaults = {"evaluation": [], "best": None, "feed": {}, "global_batch": None, "pending": []}
+    defaults["draws"] = "torch.Generator"  # of ddpm_hf 0.3.0 and earlier
+    progress = {**defaults, **read_json(file)}
 
     def rule(name: str, holds: bool, text: str) -> None:
         require(progress, name, holds, text, file)
@@ -174,6 +186,9 @@ def read_progress(path: Path) -> dict:
         isinstance(best, dict) and isinstance(best.get("metric"), str) and is_number(best.get("value"))
     )
     rule("best", good, "null, or an object with a metric and its value")
+    pending = progress["pending"]
+    good = isinstance(pending, list) and all(isinstance(name, str) for name in pending)
+    rule("pending", good and set(pending) <= set(LOOKS), f"a list of some of {', '.join(LOOKS)}")
     clock = read_json(path / "clock.json") if (path / "clock.json").exists() else {"seconds": 0.0}
     require(clock, "seconds", is_finite(clock.get("seconds")), "a finite number", path / "clock.json")
     return {**progress, "seconds": clock["seconds"]}
@@ -232,9 +247,10 @@ class MetricsFile:
         require(record, "loss", is_number(record.get("loss", 0)), "a number", where)
         return record
 
-    def rewind(self, step: int) -> None:
-        """Drop what was written after `step`: those steps are run again."""
-        kept = [record for record in self.read() if record["step"] <= step]
+    def rewind(self, step: int, evaluated: bool = True) -> None:
+        """Drop the records of steps after `step`, which are run again; and the evaluation of `step` if that is made
+        again (`evaluated` is False)."""
+        kept = [r for r in self.read() if r["step"] < step or r["step"] == step and (evaluated or "loss" in r)]
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def append(self, record: dict) -> None:

@@ -7,6 +7,12 @@ import stat
 import threading
 import time
 
+import torch
+
+
+class StopAsked(Exception):
+    """Ends samples or an evaluation between two batches, because the run is to stop."""
+
 
 class StopRequest:
     """Within it, SIGTERM and SIGINT are only remembered, so that the loop can save and stop.
@@ -16,6 +22,7 @@ class StopRequest:
 
     Args:
         launcher: the process number of the parent whose end is a request too; None: the parent's end is none.
+        accelerator: accelerate's `Accelerator`, by which processes agree; None: this process is alone.
 
     Attributes:
         received: what asked to stop, for messages, or None.
@@ -23,9 +30,9 @@ class StopRequest:
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, launcher: int | None = None):
+    def __init__(self, launcher: int | None = None, accelerator=None):
         self.received: str | None = None
-        self.launcher = launcher
+        self.launcher, self.accelerator = launcher, accelerator
         self._before: dict = {}
 
     def __enter__(self) -> "StopRequest":
@@ -44,6 +51,18 @@ class StopRequest:
             self.received = "the end of its launcher"
             drop_broken_output()
         return self.received is not None
+
+    def asked_anywhere(self) -> bool:
+        """Return True if any process is to stop; called by all processes together, which get the same answer."""
+        acc, asked = self.accelerator, self.asked()
+        if acc is None or acc.num_processes == 1:
+            return asked
+        return acc.reduce(torch.tensor(float(asked), device=acc.device), "sum").item() > 0
+
+    def check(self) -> None:
+        """Raise `StopAsked` on all processes if any is to stop; called by all of them together."""
+        if self.asked_anywhere():
+            raise StopAsked
 
     def _restore(self, number: int) -> None:
         if number in self._before:

@@ -14,6 +14,7 @@ from PIL import Image
 from ddpm_hf import train
 from ddpm_hf.data import checking, feed
 from ddpm_hf.data.checking import check_shared_memory, worker_memory
+from ddpm_hf.trainer.build import make_evaluator
 from ddpm_hf.trainer.loop import Trainer
 
 
@@ -153,9 +154,9 @@ def test_too_little_shared_memory_is_refused_before_training(tmp_path, monkeypat
     options = {"resolution": [64], "train_batch_size": 20, "dataloader_num_workers": 2, "eval_steps": 1}
     evaluated = {"eval_metrics": ["memorization"], "eval_batch_size": 20, "eval_num_samples": 4}
     trainer = Trainer(config(tmp_path, **options, **evaluated))
-    trainer.accelerator = SimpleNamespace(process_index=0, num_processes=1)
+    accelerator = SimpleNamespace(process_index=0, num_processes=1)
     with pytest.raises(ValueError, match="dataloader_num_workers 2 needs about"):
-        trainer._make_evaluator()
+        make_evaluator(trainer.config, accelerator, trainer.feed)
 
 
 def test_other_systems_have_no_such_limit(monkeypatch):

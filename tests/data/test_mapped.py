@@ -57,7 +57,7 @@ def test_a_run_whose_data_is_cut_ends_with_the_reason(tmp_path, monkeypatch):
 
     def changing(self, batches):
         result = step(self, batches)
-        if self.step == 3:  # after the fourth step
+        if self.progress.step == 3:  # after the fourth step
             os.truncate(file, 4096)
         return result
 

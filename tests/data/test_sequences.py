@@ -174,7 +174,7 @@ def test_a_constant_channel_is_named_and_comes_back(tmp_path):
         "holdout": 3, "eval_steps": 2, "eval_num_samples": 4, "ddpm_num_inference_steps": 2,
     }  # fmt: skip
     trainer = Trainer(config(tmp_path / "run", **options))
-    told = trainer.describe().splitlines()[-2:]
+    told = trainer.description.splitlines()[-2:]
     assert [line.split(": ")[0].split(" of ")[0] for line in told] == ["channel 1", "channel 2"]
     assert all(line.endswith(end) for line, end in zip(told, ("its value, 3", "its value, 0.1")))
     trainer.run()

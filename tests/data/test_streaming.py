@@ -15,7 +15,7 @@ from ddpm_hf.data import streaming
 from ddpm_hf.data.loading import Item, collate
 from ddpm_hf.data.opening import build_dataset
 from ddpm_hf.data.streaming import StreamingSampler, StreamingView, probe
-from ddpm_hf.trainer.loop import Trainer
+from ddpm_hf.trainer.batches import Batches
 
 
 @pytest.fixture(scope="module")
@@ -185,15 +185,15 @@ def test_a_stopped_run_goes_on_with_the_same_bits(workers, tars, tmp_path, monke
         "dataloader_num_workers": workers, "random_flip": True, "image_channels": 1,
     }  # fmt: skip
     train(config(tmp_path / "whole", **options))
-    next_batch, calls = Trainer._next_batch, []
+    next_batch, calls = Batches.__next__, []
 
-    def stop(self, batches):
+    def stop(self):
         calls.append(1)
         if len(calls) == 10:  # the second part of step 5
             raise KeyboardInterrupt
-        return next_batch(self, batches)
+        return next_batch(self)
 
-    monkeypatch.setattr(Trainer, "_next_batch", stop)
+    monkeypatch.setattr(Batches, "__next__", stop)
     with pytest.raises(KeyboardInterrupt):
         train(config(tmp_path / "parts", **options))
     monkeypatch.undo()

@@ -86,6 +86,25 @@ def test_a_step_saved_again_takes_the_place(tmp_path):
     assert path.name == "step-000004" and (path / "state").read_text() == "4"
 
 
+def test_a_kill_between_the_names_of_a_step_saved_again_costs_no_checkpoint(tmp_path, monkeypatch):
+    path, rename = write(tmp_path, 4), checkpoint.os.replace
+
+    def first_only(source, target):
+        rename(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, "replace", first_only)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 4)
+    monkeypatch.undo()
+    assert not path.exists() and checkpoint.damage(checkpoint.latest(tmp_path)) is None
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [4]
+    checkpoint.begin(tmp_path, 4)
+    assert checkpoint.latest(tmp_path).is_dir()
+    checkpoint.finish(tmp_path / "step-000004.writing")
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
+
+
 def test_replace_folder(tmp_path):
     for text in ("one", "two"):
         aside = tmp_path / "aside"
@@ -106,6 +125,11 @@ def test_metrics_file_is_rewound(tmp_path):
     assert [record["step"] for record in metrics.read()] == [2, 4, 6]
     metrics.rewind(4)
     assert metrics.path.read_text() == '{"step": 2, "loss": 0.1}\n{"step": 4, "loss": 0.1}\n'
+    metrics.append({"step": 4, "eval/fid": 1.0})
+    metrics.rewind(4)
+    assert len(metrics.read()) == 3
+    metrics.rewind(4, evaluated=False)
+    assert metrics.read() == [{"step": 2, "loss": 0.1}, {"step": 4, "loss": 0.1}]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from ddpm_hf import DDPMPipeline, train
 from ddpm_hf.hub.card import card_text
 from ddpm_hf.hub.publish import load_pipeline
 from ddpm_hf.run import checkpoint, record
+from ddpm_hf.trainer.looking import Looks
 from ddpm_hf.trainer.loop import Trainer, TrainingError
+from ddpm_hf.trainer.saving import Saver
 
 OPTIONS = {"max_train_steps": 2, "checkpointing_steps": 1}
 
@@ -64,7 +66,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
     def killed(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "_save_checkpoint", killed)
+    monkeypatch.setattr(Saver, "save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         train(config(tmp_path / "run", max_train_steps=2, checkpointing_steps=2))
     monkeypatch.undo()
@@ -79,14 +81,14 @@ def test_latest_valid_keeps_what_it_writes(run, tmp_path):
     (run / "checkpoints" / "step-000002" / "model.safetensors").write_bytes(b"?")
     options = {**OPTIONS, "max_train_steps": 3, "resume_from_checkpoint": "latest-valid"}
     kept = []
-    save = Trainer._save_checkpoint
+    save = Saver.save_checkpoint
 
     def saved(self):
         save(self)
-        kept.append((self.folder / "checkpoints" / f"step-{self.step:06d}").is_dir())
+        kept.append((self.run.folder.checkpoints / f"step-{self.run.progress.step:06d}").is_dir())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_save_checkpoint", saved)
+        patch.setattr(Saver, "save_checkpoint", saved)
         train(config(run, checkpoints_total_limit=1, **options))
     assert kept == [True, True]
     train(config(tmp_path / "whole", **{**OPTIONS, "max_train_steps": 3}))
@@ -130,19 +132,19 @@ def test_a_checkpoint_is_saved_whatever_cannot_be_drawn(broken, tmp_path, monkey
         raise ValueError("no such font")
 
     if broken == "samples is a file":
-        draw = Trainer._save_samples
+        draw = Looks.save_samples
 
         def hindered(self):
-            (self.folder / "samples").write_text("mine")
+            self.run.folder.samples.write_text("mine")
             draw(self)
 
-        monkeypatch.setattr(Trainer, "_save_samples", hindered)
+        monkeypatch.setattr(Looks, "save_samples", hindered)
     elif broken == "no pictures":
-        monkeypatch.setattr("ddpm_hf.trainer.loop.save_image_grid", fails)
+        monkeypatch.setattr("ddpm_hf.trainer.looking.save_image_grid", fails)
     elif broken == "no loss curve":
         monkeypatch.setattr(record, "save_loss_plot", fails)
     elif broken == "no card":
-        monkeypatch.setattr("ddpm_hf.trainer.loop.write_card", fails)
+        monkeypatch.setattr("ddpm_hf.trainer.saving.write_card", fails)
     else:
         monkeypatch.setattr(record, "versions", fails)
     result = train(config(tmp_path / "run", max_train_steps=2, checkpointing_steps=2))
@@ -252,7 +254,7 @@ def test_each_value_of_a_checkpoint_of_another_form(name, trained, monkeypatch):
 @pytest.mark.parametrize(
     "field, value",
     [("data", {}), ("data", {"items": [[[]]]}), ("step", None), ("best", {"metric": "fid"}), ("evaluation", [{}]),
-     ("feed", [1]), (None, None), ("data", None), ("draws", 3)],
+     ("feed", [1]), ("pending", ["x"]), ("pending", "samples"), (None, None), ("data", None), ("draws", 3)],
 )  # fmt: skip
 def test_progress_of_another_form_is_refused_by_the_run(field, value, run, monkeypatch):
     newest = run / "checkpoints" / "step-000002"
@@ -286,7 +288,7 @@ def test_each_value_of_the_options_of_another_form(trained):
             for content in (value, dict.fromkeys(options, value)):  # the lines that differ are collected from all
                 file.write_text(yaml.dump(content, Dumper=Plain))
                 with pytest.raises(ValueError, match=re.escape(str(trained))):
-                    trainer._check_folder()
+                    trainer.folder.open(trainer.config, trainer.feed.kind, False)
     finally:
         file.write_bytes(before)
 

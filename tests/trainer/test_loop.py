@@ -52,7 +52,7 @@ def test_six_steps_are_four_a_stop_and_two_more(options, tmp_path, monkeypatch):
     step = Trainer._train_step
 
     def stop(self, batches):
-        if self.step == 5:
+        if self.progress.step == 5:
             raise KeyboardInterrupt
         return step(self, batches)
 
@@ -99,7 +99,15 @@ def test_a_complete_run_says_so_and_can_be_extended(tmp_path, capsys):
     train(config(tmp_path, max_train_steps=3))
     before = state(tmp_path)
     assert train(config(tmp_path, max_train_steps=3)).already_complete
-    assert "the run is complete" in capsys.readouterr().out and state(tmp_path) == before
+    out = capsys.readouterr().out
+    assert "the run is complete (3 steps); nothing left to do\n" in out and state(tmp_path) == before
+    for _ in range(2):  # the run keeps its own options
+        changed = config(tmp_path, max_train_steps=2, num_samples=9, dataloader_num_workers=1)
+        assert train(changed).already_complete
+        listed = (
+            "options that differ from those of the run have no effect: max_train_steps: 3 -> 2, num_samples: 4 -> 9\n"
+        )
+        assert listed in capsys.readouterr().out.lower() and state(tmp_path) == before
     train(config(tmp_path, max_train_steps=5))
     train(config(tmp_path / "straight", max_train_steps=5))
     a, b = weights(tmp_path), weights(tmp_path / "straight")
@@ -255,7 +263,7 @@ def test_muon_is_refused_under_deepspeed(tmp_path, monkeypatch):
 def test_freed_memory_is_kept_where_memory_is_not_scarce(tmp_path, monkeypatch, checkpointing, chosen):
     found = []
     for name in ("keep", "return"):
-        monkeypatch.setattr(f"ddpm_hf.trainer.loop.{name}_freed_memory", lambda name=name: found.append(name))
+        monkeypatch.setattr(f"ddpm_hf.trainer.build.{name}_freed_memory", lambda name=name: found.append(name))
     train(config(tmp_path, gradient_checkpointing=checkpointing, max_train_steps=1))
     assert found == chosen
 
@@ -338,9 +346,9 @@ def test_a_full_disk(what, tmp_path, monkeypatch):
     step, before = Trainer._train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(self, batches):
-        if self.step == 2 and what == "weights":
+        if self.progress.step == 2 and what == "weights":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-        elif self.step == 2:
+        elif self.progress.step == 2:
             monkeypatch.setattr(checkpoint.MetricsFile, "append", no_space)
         return step(self, batches)
 
@@ -365,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     step = Trainer._train_step
 
     def explode(self, batches):
-        if self.step == 4:
+        if self.progress.step == 4:
             with torch.no_grad():
                 next(self.model.parameters()).fill_(float("nan"))
         return step(self, batches)

@@ -16,8 +16,9 @@ from conftest import ROOT, run_program
 from helpers import SMALL, config, save_tars, state
 from helpers import STREAMED as PICTURES
 
-from ddpm_hf import train
+from ddpm_hf import DDPMPipeline, train
 from ddpm_hf.trainer.loop import Trainer, TrainingError
+from ddpm_hf.trainer.saving import Saver
 from ddpm_hf.trainer.signals import StopRequest, drop_broken_output
 
 
@@ -29,7 +30,7 @@ def test_a_signal_saves_stops_and_goes_on(number, tmp_path, monkeypatch):
     step = Trainer._train_step
 
     def interrupted(self, batches):
-        if self.step == 2:
+        if self.progress.step == 2:
             os.kill(os.getpid(), number)
         return step(self, batches)
 
@@ -40,6 +41,71 @@ def test_a_signal_saves_stops_and_goes_on(number, tmp_path, monkeypatch):
     assert (tmp_path / "parts" / "checkpoints" / "step-000003").is_dir()
     train(config(tmp_path / "parts", **options))
     assert state(tmp_path / "whole") == state(tmp_path / "parts")
+
+
+LOOKED_AT = {
+    "max_train_steps": 4, "save_samples_steps": 2, "num_samples": 4, "eval_batch_size": 2, "eval_steps": 2,
+    "eval_num_samples": 4, "feature_network": "pixels", "holdout": 20, "checkpointing_steps": 3, "learning_rate": 1e-2,
+    "logging_steps": 2,
+}  # fmt: skip
+# Batches of samples while a signal comes, of 4 a look: two of the picture, two of the evaluation.
+AT_BATCH = {
+    1: "step 2.*samples and the evaluation of that step", 2: "step 2.*with the evaluation",
+    3: "step 2.*with the evaluation", 4: "step 2.*with the evaluation",  # 4: before its held-out loss
+    5: "step 4.*samples and the evaluation", 8: "step 4.*with the evaluation",
+}  # fmt: skip
+
+
+def stopped_at_batch(number, monkeypatch, folder, **options):
+    """Train, with SIGTERM within the batch of samples of this number; return how many batches were sampled."""
+    sample, calls = DDPMPipeline.__call__, []
+
+    def signalled(self, *arguments, **named):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DDPMPipeline, "__call__", signalled)
+        train(config(folder, **LOOKED_AT, **options))
+    return len(calls)
+
+
+def test_a_signal_stops_samples_and_evaluations_between_batches(tmp_path, monkeypatch):
+    """What was not made is made first when the run goes on, and all files are those of the run that was not stopped."""
+    cache = {"eval_cache_dir": str(tmp_path / "cache")}
+    assert stopped_at_batch(0, monkeypatch, tmp_path / "whole", **cache) == 8
+    for number, message in AT_BATCH.items():
+        folder = tmp_path / str(number)
+        with pytest.raises(TrainingError, match=f"stopped by SIGTERM after {message}"):
+            stopped_at_batch(number, monkeypatch, folder, **cache)
+        train(config(folder, **LOOKED_AT, **cache))
+        assert_same_runs(tmp_path / "whole", folder)
+
+
+def test_a_run_that_is_stopped_again_and_again_while_it_looks(tmp_path, monkeypatch):
+    """Three stops at the same step, and a kill after the pending evaluation, before it is saved."""
+    cache = {"eval_cache_dir": str(tmp_path / "cache")}
+    stopped_at_batch(0, monkeypatch, tmp_path / "whole", **cache)
+    for number in (2, 1, 2):  # in the last batch of the picture, in the first and the last of the evaluation
+        with pytest.raises(TrainingError, match="stopped by SIGTERM after step 2.*with the evaluation"):
+            stopped_at_batch(number, monkeypatch, tmp_path / "parts", **cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path / "parts", **LOOKED_AT, **cache))
+    train(config(tmp_path / "parts", **LOOKED_AT, **cache))
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def assert_same_runs(whole, parts):
+    a, b = state(whole), state(parts)
+    assert a.keys() == b.keys() and {name for name in a if a[name] != b[name]} == set()
 
 
 def test_a_second_signal_acts():
@@ -233,6 +299,7 @@ KILLED = """
 import accelerate, os, signal, sys, json
 from ddpm_hf import TrainConfig, train
 from ddpm_hf.run import checkpoint
+from ddpm_hf.trainer import batches, looking
 from ddpm_hf.trainer import loop as trainer
 
 def die(*_, **__):
@@ -258,9 +325,9 @@ place = sys.argv[1]
 if place == "in a step":
     trainer.Trainer._train_step = after(trainer.Trainer._train_step, 2)
 elif place == "in the middle of an accumulated step":
-    trainer.Trainer._next_batch = after(trainer.Trainer._next_batch, 4)
+    batches.Batches.__next__ = after(batches.Batches.__next__, 4)
 elif place == "between best and checkpoint":
-    trainer.Trainer._evaluate = after(trainer.Trainer._evaluate, 1)
+    looking.Looks.evaluate = after(looking.Looks.evaluate, 1)
 elif place == "while a checkpoint is written":
     accelerate.Accelerator.save_state = after(accelerate.Accelerator.save_state, 1)
 elif place == "before a checkpoint has its name":
@@ -277,7 +344,7 @@ elif place == "between the names of the pipeline":
 elif place == "in a line of metrics":
     checkpoint.MetricsFile.append = half_a_line
 elif place == "after the samples":
-    trainer.Trainer._save_samples = after(trainer.Trainer._save_samples, 1)
+    looking.Looks.save_samples = after(looking.Looks.save_samples, 1)
 train(TrainConfig(**json.loads(sys.argv[2])))
 """
 # A process for each (place, options), forked where the imports are done and nothing has been computed: they take longer
@@ -325,10 +392,7 @@ def test_killed_at_many_places(tmp_path):
 
 def assert_same(folder):
     """The run in parts/ has left the bits of the one in whole/."""
-    whole, parts = state(folder / "whole"), state(folder / "parts")
-    assert whole.keys() == parts.keys()
-    for name, content in whole.items():
-        assert parts[name] == content, name
+    assert_same_runs(folder / "whole", folder / "parts")
 
 
 STREAMED = {
@@ -358,6 +422,45 @@ def test_two_processes_with_workers_killed_in_a_stream(tmp_path):
     done = on_two_processes("nowhere", parts, tmp_path)
     assert done.returncode == 0, done.stderr
     assert on_two_processes("nowhere", {**options, "output_dir": "whole"}, tmp_path).returncode == 0
+    assert_same(tmp_path)
+
+
+# SIGTERM to the second process alone, in its first batch of samples or, given a number, in that one.
+SIGNALLED = """
+import json, os, signal, sys
+from ddpm_hf import DDPMPipeline, TrainConfig, train
+sample, number = DDPMPipeline.__call__, int(sys.argv[1])
+def signalled(self, *arguments, **named):
+    global number
+    number -= 1
+    if number == 0 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return sample(self, *arguments, **named)
+DDPMPipeline.__call__ = signalled
+train(TrainConfig(**json.loads(sys.argv[2])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo over processes is tested on Linux")
+def test_two_processes_stop_between_the_same_batches(tmp_path):
+    """They sample different numbers of batches: three and two of the picture, two and two of the evaluation."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    options = {**SMALL, **LOOKED_AT, "dataset_name": "digits", "num_samples": 5, "eval_batch_size": 1}
+
+    def start(number, name):
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "signalled.py", str(number)]
+        return run_program(
+            *launcher, json.dumps({**options, "output_dir": name, "eval_cache_dir": "cache"}), cwd=tmp_path,
+            ACCELERATE_USE_CPU="1",
+        )  # fmt: skip
+
+    assert start(0, "whole").returncode == 0
+    for number, message in ((1, "with the samples and the evaluation"), (3, "with the evaluation")):
+        done = start(number, "parts")
+        assert done.returncode != 0 and message in done.stderr, done.stderr
+    done = start(0, "parts")
+    assert done.returncode == 0, done.stderr
     assert_same(tmp_path)
 
 

@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_hf import DDPMPipeline, GaussianScheduler, TrainConfig
 from ddpm_hf.convert import from_denoising_diffusion_pytorch
-from ddpm_hf.data.loading import Batch
 from ddpm_hf.trainer.loop import Trainer
 from ddpm_hf.trainer.memory import keep_freed_memory
 
@@ -170,11 +169,11 @@ def _our_step(model, x: torch.Tensor, task: Task) -> Callable[[], None]:
         trainer = Trainer(config, dataset=list(x.cpu()), model=model)
         trainer._start()
     trainer._prepare()
-    batches = itertools.repeat(Batch(x, skipped=[]))
+    batches = itertools.repeat(x)
 
     def step() -> None:
         trainer._train_step(batches)
-        trainer.step += 1
+        trainer.progress.step += 1
 
     return step
 

@@ -120,8 +120,8 @@ def ours(options: dict, folder: Path) -> list[dict]:
     trainer = Trainer(config)
 
     def measure() -> float:
-        with trainer.average.weights() as model:
-            return quality(trainer._pipeline(model), options)
+        with trainer.parts.average.weights() as model:
+            return quality(trainer.parts.pipeline(model), options)
 
     clock = Clock(evaluated_at(config.max_train_steps, options["points"]), measure)
     after_step, train_step = trainer._after_step, trainer._train_step
@@ -132,7 +132,7 @@ def ours(options: dict, folder: Path) -> list[dict]:
         return train_step(batches)
 
     def timed_after(*arguments, **named):
-        clock.after(trainer.step)  # before the last save
+        clock.after(trainer.progress.step)  # before the last save
         after_step(*arguments, **named)
 
     trainer._train_step, trainer._after_step = timed_step, timed_after

@@ -1,0 +1,65 @@
+"""The training batches of one process on its device, and the errors of reading them."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddpm_hf.data.loading import Batch
+from ddpm_hf.trainer.progress import Run, TrainingError
+
+
+class Batches(Iterator[Tensor]):
+    """The endless batches of this process, from the next optimizer step of the run on.
+
+    Each is x0 `(B, C, *spatial)` in model units on the device. Images that cannot be read are counted in the run's
+    progress, and each is named once.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        acc, progress = run.accelerator, run.progress
+        loader = run.feed.loader(
+            progress.step, process=acc.process_index, processes=acc.num_processes, state=progress.stream,
+            pin_memory=acc.device.type == "cuda",
+        )  # fmt: skip
+        self._loaded: Iterator[Batch] = iter(loader)
+        self._named: set[str] = set()
+
+    def __next__(self) -> Tensor:
+        """Return the next batch.
+
+        Raises:
+            TrainingError: the data cannot be read.
+        """
+        step = self.run.progress.step + 1
+        try:
+            batch = next(self._loaded)
+        except Exception as error:  # a stream or a dataset from Python may raise anything
+            raise TrainingError(
+                f"step {step}: the data cannot be read further: {type(error).__name__}: {error}. The newest "
+                f"whole checkpoint is {self.run.folder.newest_checkpoint()}; the same command goes on from there"
+            ) from error
+        for message in batch.skipped:
+            self.run.progress.skipped += 1
+            if message not in self._named:
+                self._named.add(message)
+                tqdm.write(f"left out: {message}")
+        if batch.error:
+            raise TrainingError(f"step {step}: {batch.error}")
+        return batch.to(self.run.accelerator.device)
+
+    def check_files(self) -> None:
+        """Check that the files that are mapped into memory are as they were: reading one that was cut would end the
+        process without a message.
+
+        Raises:
+            TrainingError: one of them was written to.
+        """
+        changed = self.run.feed.files.changed()
+        if changed:
+            raise TrainingError(
+                f"step {self.run.progress.step}: the data was written to while training read it: {changed}. The newest "
+                f"whole checkpoint is {self.run.folder.newest_checkpoint()}; the same command goes on from there when "
+                "the data is as it was. To exchange such a file, write another one and rename it when no run reads it"
+            )

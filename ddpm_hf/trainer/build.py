@@ -1,0 +1,145 @@
+"""Building the parts of a run (scheduler, model, accelerator, evaluator) and checking that they fit together."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.data.checking import check_shared_memory
+from ddpm_hf.evaluation.evaluator import EvalSettings, Evaluator
+from ddpm_hf.losses import first_step_warning
+from ddpm_hf.pipeline import IMAGE_MODES
+from ddpm_hf.scheduler import GaussianScheduler
+from ddpm_hf.trainer import launcher
+from ddpm_hf.trainer.memory import keep_freed_memory, return_freed_memory
+from ddpm_hf.trainer.optimizer import warmup_warning
+from ddpm_hf.unet import UNet1D, UNet2D
+
+
+def make_scheduler(config: TrainConfig, feed) -> GaussianScheduler:
+    """Build the noise schedule that the options ask for; predictions of x0 are clipped to the range of the data."""
+    return GaussianScheduler(
+        num_train_timesteps=config.ddpm_num_steps,
+        beta_schedule=config.ddpm_beta_schedule,
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        clip_sample_range=feed.scaling.limit,
+    )
+
+
+def make_model(config: TrainConfig, shape: tuple) -> UNet1D | UNet2D:
+    """Build a U-Net for items of `shape`, (C, length) or (C, H, W), with weights drawn from the global generator."""
+    channels, *size = shape
+    if len(size) == 1:
+        return UNet1D(sample_size=size[0], in_channels=channels, **config.model_options())
+    sample_size = size[0] if size[0] == size[1] else tuple(size)
+    return UNet2D(sample_size=sample_size, in_channels=channels, **config.model_options())
+
+
+def check_model(config: TrainConfig, feed, model, given: bool) -> None:
+    """Check that the model fits the data, and a `given` one the options.
+
+    Raises:
+        ValueError: it does not.
+    """
+    model_config, name = model.config, type(model).__name__
+    if given:
+        config.check_scope(feed.kind, model)
+        conditioned = bool(getattr(model_config, "self_condition", False))
+        if conditioned != config.self_condition:
+            raise ValueError(f"self_condition must be the given model's, {conditioned}, got {config.self_condition}")
+        able = hasattr(model, "enable_gradient_checkpointing")
+        able = able and getattr(model, "_supports_gradient_checkpointing", True)
+        if config.gradient_checkpointing and not able:
+            raise ValueError(f"gradient_checkpointing must be false: {name} does not support it")
+    channels, *own = feed.shape
+    if model_config.in_channels != channels:
+        raise ValueError(f"the model takes {model_config.in_channels} channels, the data has {channels}")
+    if len(own) == 2 and channels not in IMAGE_MODES:
+        raise ValueError(f"images must have 1, 2, 3 or 4 channels, the data has {channels}")
+    size = model_config.sample_size
+    expected = list(size) if isinstance(size, (tuple, list)) else [size] * len(own)
+    if expected != own:
+        raise ValueError(f"the model's sample_size must be the data's {tuple(own)}, got {size}")
+
+
+def global_batch_size(config: TrainConfig, feed, processes: int) -> int:
+    """Return the number of samples of an optimizer step over all processes.
+
+    Raises:
+        ValueError: the data has fewer items.
+    """
+    total = config.train_batch_size * config.gradient_accumulation_steps * processes
+    if feed.items is not None and total > feed.items:
+        raise ValueError(
+            f"a batch must not be larger than the data: train_batch_size {config.train_batch_size} x "
+            f"gradient_accumulation_steps {config.gradient_accumulation_steps} x {processes} processes = {total}, "
+            f"the data has {feed.items} items"
+        )
+    return total
+
+
+def describe(config: TrainConfig, feed, model) -> str:
+    """Return the options, the size of the model, the data found, and warnings of options that are hardly intended."""
+    warnings = filter(None, (warmup_warning(config), first_step_warning(config)))
+    parameters = sum(p.numel() for p in model.parameters())
+    return (
+        f"{config.to_yaml()}"
+        f"model: {type(model).__name__}, {parameters:,} parameters\n"
+        f"data: {'streamed' if feed.items is None else f'{feed.items:,}'} items of shape {feed.shape}"
+        + "".join(f"\n{note}" for note in feed.notes)
+        + "".join(f"\nwarning: {warning}" for warning in warnings)
+    )
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """Start accelerate, and set the threads and the memory of this process.
+
+    Raises:
+        ValueError: accelerate's configuration asks for what cannot be had here.
+    """
+    accelerator = launcher.start(
+        mixed_precision=config.mixed_precision,
+        # the loader does not set the number of batches: its stream has no end
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=None if config.report_to == ["none"] else config.report_to,
+        project_config=ProjectConfiguration(config.output_dir, logging_dir=os.path.join(config.output_dir, "logs")),
+    )
+    if accelerator.device.type != "cpu" and config.num_cpu_threads:
+        torch.set_num_threads(config.num_cpu_threads)
+    if accelerator.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(config.num_cpu_threads or max(1, cores // local))
+        return_freed_memory() if config.gradient_checkpointing else keep_freed_memory()
+    if config.optimizer == "muon" and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("optimizer must be adamw under DeepSpeed, which flattens the matrices, got 'muon'")
+    return accelerator
+
+
+def make_evaluator(config: TrainConfig, accelerator, feed) -> Evaluator | None:
+    """Build the evaluator that the options ask for, or return None where they ask for no evaluation.
+
+    Raises:
+        ValueError: a metric does not fit the data, or the workers lack shared memory.
+    """
+    c = config
+    if not c.eval_steps:
+        return None
+    settings = EvalSettings(
+        metrics=c.eval_metrics, num_samples=c.eval_num_samples, num_real=c.eval_num_real,
+        feature_network=c.feature_network, feature_resolution=c.feature_resolution, batch_size=c.eval_batch_size,
+        seed=c.seed, cache_dir=c.eval_cache_dir, workers=c.dataloader_num_workers, on_bad_image=c.on_bad_image,
+    )  # fmt: skip
+    evaluator = Evaluator(accelerator, feed.dataset, feed.shape, settings, feed.held_out)
+    # the batches of training wait in shared memory meanwhile
+    check_shared_memory(feed.shared_memory + evaluator.shared_memory, c.dataloader_num_workers)
+    if c.metric_for_best not in (None, *evaluator.metrics):
+        raise ValueError(
+            f"metric_for_best must be one of those evaluated, {', '.join(evaluator.metrics)}; got {c.metric_for_best!r}"
+        )
+    return evaluator

@@ -1,0 +1,160 @@
+"""Looking at a run: losses and metrics, sample pictures, evaluations."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddpm_hf.data.loading import load_item
+from ddpm_hf.evaluation.evaluator import Evaluator
+from ddpm_hf.evaluation.shares import Shares
+from ddpm_hf.plots import save_image_grid, save_sequence_plot
+from ddpm_hf.randomness import Stream, generator_seeds
+from ddpm_hf.run.checkpoint import LOOKS
+from ddpm_hf.run.record import spare
+from ddpm_hf.trainer.progress import Run, TrainingError
+from ddpm_hf.trainer.saving import Saver
+from ddpm_hf.trainer.trackers import log_picture
+
+
+class LossWatch:
+    """The losses and gradient norms of the steps: checked, averaged, and written to metrics.jsonl and the trackers."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self._unseen: list[Tensor] = []  # of steps whose values are still on the device
+
+    def add(self, values: Tensor) -> None:
+        """Take (2,), the loss and the gradient norm of a step, without waiting for the device."""
+        self._unseen.append(values)
+
+    def check(self) -> None:
+        """Bring the values to the host, as means over the processes.
+
+        Raises:
+            TrainingError: one of them is not finite.
+        """
+        if not self._unseen:
+            return
+        acc, progress = self.run.accelerator, self.run.progress
+        values = acc.reduce(torch.stack(self._unseen), "mean").tolist()
+        first_step = progress.step - len(values) + 1
+        self._unseen = []
+        for offset, (loss, grad_norm) in enumerate(values):
+            # gradients in fp16 overflow now and then: the loss scaler skips those steps
+            finite = math.isfinite(loss) and (math.isfinite(grad_norm) or acc.mixed_precision == "fp16")
+            if not finite:
+                raise TrainingError(
+                    f"step {first_step + offset}: the loss is {loss} and the gradient's norm {grad_norm}; stopped. "
+                    f"The last good checkpoint is {self.run.folder.newest_checkpoint()}. A lower learning_rate, longer "
+                    "lr_warmup_steps or another mixed_precision may help"
+                )
+        progress.interval += values
+
+    def log(self, learning_rate: float, bar: tqdm) -> None:
+        """Write the means since the last line to metrics.jsonl and to the trackers, which alone get times too."""
+        acc, progress, items = self.run.accelerator, self.run.progress, self.run.feed.items
+        loss, grad_norm = np.mean(progress.interval, axis=0).tolist()
+        record = {"step": progress.step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate}
+        if items is not None:
+            record["epoch"] = progress.step * self.run.global_batch / items
+        if progress.skipped:
+            record["skipped_images"] = progress.skipped
+        progress.interval = []
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.2e}")
+        if acc.is_main_process:
+            self.run.folder.metrics.append(record)
+        rate = bar.format_dict["rate"]
+        timing = {"samples_per_second": rate * self.run.global_batch} if rate else {}
+        values = {name: value for name, value in {**record, **timing}.items() if name != "step"}
+        acc.log(values, step=progress.step)
+
+
+class Looks:
+    """Sample pictures and evaluations of the averaged weights, made by all processes together.
+
+    Args:
+        run: what the pieces of the trainer share.
+        saver: saves the best pipeline.
+        evaluator: measures; None: there are no evaluations.
+        between: called before each batch of samples, equally often on every process; what it raises ends the look.
+    """
+
+    def __init__(self, run: Run, saver: Saver, evaluator: Evaluator | None, between: Callable[[], None]):
+        self.run, self.saver, self.evaluator, self.between = run, saver, evaluator, between
+
+    def due(self) -> list[str]:
+        """Return what is to be made after this step, of `LOOKS`."""
+        c, step = self.run.config, self.run.progress.step
+        last = step == c.max_train_steps
+        samples = last or (c.save_samples_steps and step % c.save_samples_steps == 0)
+        evaluation = self.evaluator is not None and (last or step % c.eval_steps == 0)
+        return [name for name, due in zip(LOOKS, (samples, evaluation)) if due]
+
+    def make(self, name: str) -> None:
+        """Make one of `LOOKS`; an evaluation that the options no longer ask for is left out."""
+        if name == "samples":
+            self.save_samples()
+        elif self.evaluator is not None:
+            self.evaluate()
+
+    def save_samples(self) -> None:
+        """Sample from the averaged weights, from the same x_T every time, and draw the samples in one picture."""
+        c, acc, shares = self.run.config, self.run.accelerator, Shares(self.run.accelerator)
+        numbers, size, samples = shares.of(c.num_samples), c.eval_batch_size, []
+        with self.run.average.weights() as model:
+            pipeline = self.run.pipeline(model)
+            for start in range(0, shares.largest(c.num_samples), size):
+                self.between()
+                part = numbers[start : start + size]
+                if not part:
+                    continue
+                seeds = generator_seeds(c.seed, Stream.SAMPLES, part)
+                generators = [torch.Generator().manual_seed(s) for s in seeds]
+                samples += list(pipeline(batch_size=len(part), generator=generators, return_dict=False)[0])
+        samples = gather_object(samples)
+        if not acc.is_main_process:
+            return
+        step = self.run.progress.step
+        path = self.run.folder.samples / f"step-{step:06d}.png"
+        with spare(path, say=tqdm.write):
+            self._draw(samples, path)
+        if path.exists():
+            log_picture(acc, "samples", path, step)
+
+    def _draw(self, samples: list, path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        feed = self.run.feed
+        if len(feed.shape) == 3:
+            save_image_grid(samples, path)
+            return
+        rng = np.random.default_rng(self.run.config.seed)
+        chosen = rng.choice(feed.items, min(6, feed.items), replace=False)
+        real = torch.stack([load_item(feed.dataset, int(i)) for i in chosen])
+        in_units = self.run.pipeline(self.run.accelerator.unwrap_model(self.run.model))
+        save_sequence_plot(np.stack(samples), in_units._decode(real, "np"), path)
+        np.save(path.with_suffix(".npy"), np.stack(samples))
+
+    def evaluate(self) -> None:
+        """Measure the averaged weights; where they are the best so far, save the pipeline in best/."""
+        c, acc, progress = self.run.config, self.run.accelerator, self.run.progress
+        steps = c.ddpm_num_inference_steps
+        with self.run.average.weights() as model:
+            pipeline = self.run.pipeline(model)
+            values = self.evaluator(pipeline, steps, self.run.scheduler, self.between)
+        progress.evaluation = self.evaluator.records(values, pipeline, steps, step=progress.step)
+        record = {f"eval/{name}": value for name, value in values.items()}
+        record["eval/num_samples"] = c.eval_num_samples
+        if acc.is_main_process:
+            tqdm.write(f"step {progress.step}:\n{self.evaluator.describe(values)}")
+            self.run.folder.metrics.append({"step": progress.step, **record})
+        acc.log(record, step=progress.step)
+        metric, best = c.metric_for_best or self.evaluator.metrics[0], progress.best
+        # any value is better than one that is not a number
+        if best is None or best["metric"] != metric or math.isnan(best["value"]) or values[metric] < best["value"]:
+            progress.best = {"metric": metric, "value": values[metric], "step": progress.step}
+            self.saver.save_pipeline("best")

@@ -1,0 +1,97 @@
+"""The state of a run: its progress, what its pieces share, and the error that ends it."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from accelerate import Accelerator
+from torch import nn
+
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.data.feed import StoredFeed, StreamedFeed
+from ddpm_hf.pipeline import DDPMPipeline, DDPMPipeline1D
+from ddpm_hf.run.folder import RunFolder
+from ddpm_hf.scheduler import GaussianScheduler
+from ddpm_hf.trainer.ema import WeightAverage
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why, and what was saved."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come. A checkpoint keeps all of it.
+
+    Attributes:
+        step: optimizer steps done.
+        skipped: images left out so far because they cannot be read.
+        interval: (loss, gradient norm) of each step since the last line of metrics.jsonl.
+        evaluation: the records of the newest evaluation.
+        best: metric, value and step of the best evaluation so far.
+        pending: what is due after this step and not done yet, of `checkpoint.LOOKS`, in order.
+        stream: where streamed data is read on; empty for stored data.
+        seconds: training time before this process.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    interval: list[list[float]] = field(default_factory=list)
+    evaluation: list[dict] = field(default_factory=list)
+    best: dict | None = None
+    pending: list[str] = field(default_factory=list)
+    stream: dict = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """The objects that the pieces of the trainer share.
+
+    Attributes:
+        config: the options.
+        accelerator: accelerate's `Accelerator`.
+        folder: the run folder.
+        feed: the source of the training batches.
+        scheduler: the noise schedule of training.
+        model: the model as accelerate has prepared it.
+        average: the average of its weights.
+        progress: how far the run has come.
+        global_batch: samples of an optimizer step, over all processes.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    folder: RunFolder
+    feed: StoredFeed | StreamedFeed
+    scheduler: GaussianScheduler
+    model: nn.Module
+    average: WeightAverage
+    progress: Progress
+    global_batch: int
+
+    def pipeline(self, model: nn.Module) -> DDPMPipeline | DDPMPipeline1D:
+        """Return a pipeline of `model` without a progress bar, which samples in the units of the data."""
+        steps = self.config.ddpm_num_inference_steps
+        scheduler = GaussianScheduler.from_config(self.scheduler.config)
+        if len(self.feed.shape) == 3:
+            pipeline = DDPMPipeline(model, scheduler, num_inference_steps=steps)
+        else:
+            pipeline = DDPMPipeline1D(model, scheduler, num_inference_steps=steps, **self.feed.scaling.to_json())
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @contextlib.contextmanager
+    def writing(self, *errors: type[Exception]) -> Iterator[None]:
+        """Turn `errors` of writing into the run folder (a full disk, a folder that became read-only) into its end.
+
+        Raises:
+            TrainingError: one of `errors` was raised within; the message names the newest checkpoint.
+        """
+        try:
+            yield
+        except errors as error:
+            raise TrainingError(
+                f"step {self.progress.step}: cannot save in {self.folder}{self.folder.free_space()}: {error}. The "
+                f"newest whole checkpoint is {self.folder.newest_checkpoint()}; the same command goes on from there"
+            ) from error
