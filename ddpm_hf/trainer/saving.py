@@ -146,10 +146,11 @@ class Saver:
                 "shape": "shape",
                 "digest": "content",
                 "labels": "classes of the items",
+                "conditions": "conditions",
             }
             earlier = {key: kept["data"].get(key) for key in now}
             changed = ", ".join(
-                names[key] + ("" if key in ("digest", "labels") else f" {reprlib.repr(earlier[key])} -> {now[key]}")
+                names[key] + ("" if key not in ("items", "shape") else f" {reprlib.repr(earlier[key])} -> {now[key]}")
                 for key in now if earlier[key] != now[key]
             )  # fmt: skip
             if feed.split and "files" not in kept:
