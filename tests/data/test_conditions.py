@@ -6,9 +6,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import SMALL as SMALL_RUN
 from PIL import Image
 
-from ddpm_hf import TrainConfig
+from ddpm_hf import TrainConfig, train
 from ddpm_hf.data import open_data
 from ddpm_hf.data.loading import load_pair
 from ddpm_hf.data.scaling import MODEL_UNITS
@@ -132,3 +133,14 @@ def test_conditions_that_do_not_fit(sources, tmp_path):
         refused(message, [(x, condition)] * 4, condition_column="c")
     refused(r"needs items \(x, condition\) or dicts with 'c'; got Tensor", [x] * 4, condition_column="c")
     refused(r"needs items \(x, y, condition\)", [(x, 0), (x, 1)] * 2, condition_column="c", class_labels="y")
+
+
+def test_a_run_does_not_go_on_with_other_conditions(tmp_path):
+    """The items are the same; the checkpoint knows the conditions by their content."""
+    np.savez(tmp_path / "waves.npz", data=LONG, small=SHORT)
+    options = {**SMALL_RUN, "train_data_file": str(tmp_path / "waves.npz"), "condition_column": "small"}
+    options.update(train_batch_size=2, output_dir=str(tmp_path / "run"), max_train_steps=1)
+    train(TrainConfig(**options))
+    np.savez(tmp_path / "waves.npz", data=LONG, small=-SHORT)
+    with pytest.raises(ValueError, match=r"not that of the run in .* \(conditions\): choose another"):
+        train(TrainConfig(**{**options, "max_train_steps": 2}))
