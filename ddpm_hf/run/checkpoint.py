@@ -1,6 +1,6 @@
-"""Checkpoints on disk: written aside and renamed when whole; the newest; rotation after the new one is whole.
+"""Checkpoints on disk: they are written aside, renamed when whole, and older ones are deleted after that.
 
-Other files and folders that lie beside the checkpoints are left alone.
+Other files and folders beside the checkpoints are left alone.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ LOOKS = ("samples", "evaluation")
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Return (step, path) of every whole checkpoint, oldest first. Only a whole one has a name of a step.
+    """Return (step, path) of every whole checkpoint, oldest first. Only a whole one is named after its step.
 
     A checkpoint that was moved aside for another one of its step counts where a kill has kept that one from its name.
     """
@@ -42,14 +42,14 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def latest(folder: Path, skip_damaged: bool = False) -> Path | None:
-    """Return the newest checkpoint, or None where there is none.
+    """Return the newest checkpoint, or None if there is none.
 
     Args:
         folder: the folder of the checkpoints.
         skip_damaged: pass over damaged checkpoints, to the newest one whose files are as they were written.
 
     Raises:
-        ValueError: the newest is damaged, or with `skip_damaged` all are; each is named with what is wrong with it.
+        ValueError: if the newest is damaged, or with `skip_damaged` all are; the message says what is wrong with each.
     """
     found = list_checkpoints(folder)
     wrongs = []
@@ -82,14 +82,14 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def _seal(aside: Path) -> None:
-    """Note the SHA-256 of every file, so that later damage is found."""
+    """Write down the SHA-256 of every file, so that later damage is found."""
     files = sorted(path for path in aside.rglob("*") if path.is_file())
     digests = {str(path.relative_to(aside)): _digest(path) for path in files}
     (aside / CHECKSUMS).write_text(json.dumps(digests, indent=1))
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with the files of a checkpoint, or None."""
+    """Return a description of the damage to the files of a checkpoint, or None if there is none."""
     try:
         digests = read_json(path / CHECKSUMS)
     except ValueError as error:
@@ -118,7 +118,7 @@ def _digest(path: Path) -> str:
 def finish(aside: Path, limit: int | None = None) -> Path:
     """Seal a whole checkpoint and give it its name; then delete older ones, so that `limit` whole ones are left.
 
-    The new checkpoint is always kept, damaged ones do not count, and none of a later step is deleted.
+    The new checkpoint is always kept. Damaged ones do not count, and none of a later step is deleted.
     """
     _seal(aside)
     final = aside.with_name(aside.name.removesuffix(ASIDE))
@@ -146,10 +146,10 @@ def _rotate(newest: Path, limit: int) -> None:
 
 
 def read_progress(path: Path) -> dict:
-    """Read what a checkpoint says of the run's progress, `seconds` of training included.
+    """Read the progress of the run from a checkpoint, with the seconds of training.
 
     Raises:
-        ValueError: a file cannot be read, or a field does not hold what it should; the file is named.
+        ValueError: if a file cannot be read, or a field does not hold what it should; the message names the file.
     """
     file = path / "progress.json"
     defaults = {"evaluation": [], "best": None, "feed": {}, "global_batch": None, "pending": []}
@@ -195,7 +195,7 @@ def read_progress(path: Path) -> dict:
 
 
 def replace_folder(aside: Path, final: Path) -> None:
-    """Put a whole folder in the place of an earlier one, which stays readable until then."""
+    """Replace a folder by a whole new one; the earlier one stays readable until then."""
     old = final.with_name(f"{final.name}.old{ASIDE}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -212,16 +212,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line. It holds no clock times, so equal runs give equal files."""
+    """The file metrics.jsonl, one JSON object a line. It holds no clock times, so equal runs give equal files."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def read(self) -> list[dict]:
-        """Return the records; a last line that an interrupted run left unfinished is dropped.
+        """Return the records. A last line that an interrupted run left unfinished is dropped.
 
         Raises:
-            ValueError: another line is not a record, naming the file, the line and the rule.
+            ValueError: if another line is not a record; the message names the file, the line and the rule.
         """
         try:
             lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
@@ -248,11 +248,12 @@ class MetricsFile:
         return record
 
     def rewind(self, step: int, evaluated: bool = True) -> None:
-        """Drop the records of steps after `step`, which are run again; and the evaluation of `step` if that is made
-        again (`evaluated` is False)."""
+        """Drop the records of what is run again: the steps after `step`, and the evaluation of `step` if `evaluated`
+        is False."""
         kept = [r for r in self.read() if r["step"] < step or r["step"] == step and (evaluated or "loss" in r)]
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def append(self, record: dict) -> None:
+        """Write a record as the last line."""
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")

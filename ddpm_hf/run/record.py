@@ -28,7 +28,7 @@ SAMPLES = re.compile(r"step-([0-9]{6,})\.png")
 
 @contextlib.contextmanager
 def spare(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Write a file that a run can go on without: if writing fails, what is left of it is removed and a warning said."""
+    """Write a file that a run can go on without. If writing fails, its remains are removed and a warning is printed."""
     try:
         yield
     except Exception as error:  # of the disk, of the libraries that draw, of a text that has no UTF-8
@@ -44,18 +44,18 @@ def sample_pictures(folder: Path) -> list[tuple[int, Path]]:
 
 
 def without_folders(text: str) -> str:
-    """A path of this machine -> its last name; relative paths and other texts as they are."""
+    """Return the last name of an absolute path, or of one through ".."; return other texts unchanged."""
     path = os.path.expanduser(text)
     return Path(path).name if os.path.isabs(path) or ".." in Path(path).parts else text
 
 
 def public_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options without the folders of the machine."""
+    """Return options without the folders of the machine."""
     return {name: without_folders(v) if isinstance(v, str) else v for name, v in options.items()}
 
 
 def public_command(arguments: list[str]) -> str:
-    """A command line in one line, without the folders of the machine."""
+    """Return a command line as one line, without the folders of the machine."""
     parts = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -77,12 +77,13 @@ def machine(device: str = "cpu") -> str:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python, of ddpm_hf and of the libraries that numbers depend on."""
     libraries = {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate")}
     return {"python": platform.python_version(), "ddpm_hf": __version__, **libraries}
 
 
 def duration(seconds: float) -> str:
-    """Seconds -> "3 h 12 min", "4 min 5 s" or "12 s"."""
+    """Return seconds as text, such as "3 h 12 min", "4 min 5 s" or "12 s"."""
     seconds = round(seconds)
     if seconds >= 3600:
         return f"{seconds // 3600} h {seconds % 3600 // 60} min"
@@ -90,7 +91,7 @@ def duration(seconds: float) -> str:
 
 
 def data_facts(config: TrainConfig, dataset, items: int | None, shape: tuple) -> dict:
-    """The name, number and shape of the data; `hub_id` where it is of the Hub."""
+    """Return the name, the number of items and the shape of the data, and `hub_id` if the data is on the Hub."""
     given = config.dataset_name or config.train_data_dir or config.train_data_file
     name = without_folders(str(Path(given))) if given else f"a data set given from Python ({type(dataset).__name__})"
     on_hub = config.dataset_name and config.dataset_name not in BUNDLED and not Path(config.dataset_name).exists()
@@ -98,9 +99,13 @@ def data_facts(config: TrainConfig, dataset, items: int | None, shape: tuple) ->
 
 
 class RunRecord:
-    """Facts and time of a run; the time goes on over stops, as far as checkpoints carry it.
+    """Facts and time of a run. The time goes on over stops, as far as checkpoints record it.
 
-    `options` are those that have an effect, as `TrainConfig.applied` gives them.
+    Args:
+        config: the options of the run.
+        data: the facts of its data; see `data_facts`.
+        command: the command line that started it, or None.
+        options: the options that have an effect, as `TrainConfig.applied` gives them.
     """
 
     def __init__(self, config: TrainConfig, data: dict, command: list[str] | None, options: dict[str, Any]):
@@ -109,10 +114,11 @@ class RunRecord:
         self._started = time.monotonic()
 
     def seconds(self) -> float:
+        """Return the seconds that the run has taken so far."""
         return self._before + time.monotonic() - self._started
 
     def start(self, before: float) -> None:
-        """The clock runs from now on; `before`: seconds that the run has already taken."""
+        """Start the clock. `before` is the number of seconds that the run has already taken."""
         self._before, self._started = before, time.monotonic()
 
     def write(

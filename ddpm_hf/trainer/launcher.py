@@ -1,4 +1,4 @@
-"""How this process was started: the launcher that is its parent, and what accelerate's configuration asks for."""
+"""The launcher that started this process, and the check that what runs is what accelerate's configuration asks for."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ first_parent = os.getppid()
 
 
 def name() -> list[str]:
-    """Return what this process was started with, as the beginning of a command line."""
+    """Return the program that started this process, as the beginning of a command line."""
     if ACCELERATE not in os.environ:
         return ["torchrun"] if TORCH in os.environ else ["python"]
     processes = os.environ.get("WORLD_SIZE", "1")
@@ -29,7 +29,7 @@ def name() -> list[str]:
 
 
 def command_after(command: list[str]) -> list[str] | None:
-    """Return the arguments of a launcher's command line, or None where it is another program's."""
+    """Return the arguments of a launcher's command line, or None if the command line is another program's."""
     for place, part in enumerate(command[:4]):  # before it: the interpreter, its options, -m
         if Path(part).name in PROGRAMS or part.startswith(MODULES):
             return command[place + 1 :]
@@ -44,9 +44,9 @@ def _parent_command() -> list[str]:
 
 
 def parent_launcher() -> int | None:
-    """Return the process number of the launcher that started this process, or None where none did.
+    """Return the process number of the launcher that started this process, or None if no launcher did.
 
-    The environment alone does not tell: what a launched program starts in the background inherits it.
+    The environment alone does not tell, because programs that a launched program starts inherit it.
     """
     if ACCELERATE not in os.environ and TORCH not in os.environ:
         return None
@@ -56,7 +56,7 @@ def parent_launcher() -> int | None:
 
 
 def start_warning() -> str | None:
-    """Return what should be said of the way in which this process was started, or None."""
+    """Return a warning about the way in which this process was started, or None."""
     if parent_launcher() == 1 and TORCH not in os.environ:
         return (
             "accelerate launch is this container's first process, which Linux does not end by SIGTERM: the run "
@@ -67,8 +67,7 @@ def start_warning() -> str | None:
 
 
 def asked_processes() -> int:
-    """Return how many processes accelerate's launcher was asked for, by its command line or configuration file; 1 where
-    that is not known."""
+    """Return the number of processes that accelerate's command line or configuration file asks for; 1 if unknown."""
     arguments = command_after(_parent_command())
     if ACCELERATE not in os.environ or not arguments:
         return 1
@@ -86,10 +85,10 @@ def asked_processes() -> int:
 
 
 def start(**options) -> Accelerator:
-    """Return an accelerator of these options, checked by `check_started`.
+    """Return accelerate's `Accelerator` with these options, checked by `check_started`.
 
     Raises:
-        ValueError: also where accelerate's configuration asks for a package that is not installed.
+        ValueError: as `check_started`, or if accelerate's configuration asks for a package that is not installed.
     """
     try:
         accelerator = Accelerator(**options)
@@ -108,8 +107,8 @@ def check_started(accelerator) -> None:
     """Check that what runs is what accelerate's configuration asks for.
 
     Raises:
-        ValueError: FSDP, DeepSpeed or Megatron-LM was asked for and is not there, fewer processes run than were asked
-            for, or a precision that the device does not have.
+        ValueError: if FSDP, DeepSpeed or Megatron-LM was asked for and does not run, if fewer processes run than were
+            asked for, or if the device does not have the precision that was asked for.
     """
     device, found = accelerator.device.type, accelerator.num_processes
     for variable, (kind, distributed_type) in KINDS.items():

@@ -15,17 +15,17 @@ class StopAsked(Exception):
 
 
 class StopRequest:
-    """Within it, SIGTERM and SIGINT are only remembered, so that the loop can save and stop.
+    """A context in which SIGTERM and SIGINT are only remembered, so that the loop can save and stop.
 
-    A second Ctrl-C acts. A second SIGTERM does not: schedulers signal every process of a job, and torch's launcher then
-    passes on the signal that it has got itself. The same holds for its Ctrl-C.
+    A second Ctrl-C ends the program at once. A second SIGTERM does not: schedulers signal every process of a job, and
+    torch's launcher then passes on the signal that it received itself. Under that launcher the same holds for Ctrl-C.
 
     Args:
-        launcher: the process number of the parent whose end is a request too; None: the parent's end is none.
-        accelerator: accelerate's `Accelerator`, by which processes agree; None: this process is alone.
+        launcher: the process number of the parent whose end counts as a request; None if its end does not count.
+        accelerator: accelerate's `Accelerator`, through which processes agree; None if this process is alone.
 
     Attributes:
-        received: what asked to stop, for messages, or None.
+        received: the name of the signal or event that asked to stop, or None.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -76,7 +76,7 @@ class StopRequest:
 
 
 def drop_broken_output() -> None:
-    """Send what is printed nowhere where its reader has ended, so that printing does not fail before the save.
+    """Discard further output if the program that reads it has ended, so that printing does not fail before the save.
 
     A scheduler signals the `tee` behind a program together with the program.
     """

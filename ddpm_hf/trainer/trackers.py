@@ -1,4 +1,4 @@
-"""accelerate's trackers: their names, starting them, and the sample pictures that two of them show."""
+"""accelerate's trackers: a check of their packages, their start, and the sample images that two of them show."""
 
 import hashlib
 from pathlib import Path
@@ -11,10 +11,10 @@ PACKAGES = {"comet_ml": "comet-ml"}  # of another name than the tracker
 
 
 def check_installed(names: list[str]) -> None:
-    """Nothing is started.
+    """Check that the packages of these trackers are installed. Nothing is started.
 
     Raises:
-        ValueError: a tracker whose package is missing; it names the package.
+        ValueError: if a package is missing; the message names it.
     """
     installed = [kind.value for kind in get_available_trackers()]
     missing = [name for name in names if name != "none" and name not in installed]
@@ -24,10 +24,10 @@ def check_installed(names: list[str]) -> None:
 
 
 def start_trackers(accelerator, names: list[str], folder: Path, step: int) -> None:
-    """A run that is resumed after `step` takes the place of what was logged after that (TensorBoard, W&B).
+    """Start the trackers. In TensorBoard and W&B a run that resumes after `step` replaces what was logged after it.
 
     Raises:
-        ValueError: one of them cannot be started.
+        ValueError: if a tracker cannot be started.
     """
     if names == ["none"]:
         return
@@ -44,7 +44,10 @@ def start_trackers(accelerator, names: list[str], folder: Path, step: int) -> No
 
 
 def log_picture(accelerator, name: str, file: Path, step: int) -> None:
-    """Show a picture, pixel for pixel, in TensorBoard and W&B; accelerate gives the other trackers no common way."""
+    """Show an image file, pixel for pixel, in TensorBoard and W&B.
+
+    accelerate has no common way to do so for the other trackers.
+    """
     showing = [tracker for tracker in accelerator.trackers if tracker.name in ("tensorboard", "wandb")]
     if not showing:
         return
