@@ -1,7 +1,8 @@
 """Sampling pipelines: `DDPMPipeline` (images) and `DDPMPipeline1D` (sequences).
 
 The loop is algorithm 2 of Ho et al. (arXiv:2006.11239), with the step of any diffusers scheduler in the place of its
-update. Self-conditioning follows Chen et al. (arXiv:2208.04202), guidance Ho & Salimans (arXiv:2207.12598).
+update. Self-conditioning follows Chen et al. (arXiv:2208.04202), guidance Ho & Salimans (arXiv:2207.12598) and Karras
+et al. (arXiv:2406.02507).
 
 This file is longer than 600 lines because it ships inside every saved pipeline: from the Hub, diffusers fetches one
 file of code for a pipeline and no helper files. For the same reason it imports nothing from ddpm_hf. From top to bottom
@@ -33,6 +34,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    ModelMixin,
     PNDMScheduler,
     UNet2DModel,
 )
@@ -154,8 +156,9 @@ GUIDANCE_RULES = (
         "guidance_scale must be a finite number of at least 0, got {c.scale!r}",
     ),
     (
-        lambda c: c.classes or c.scale == 1,
-        "guidance_scale needs a model with classes (num_class_embeds), and this one has none; got {c.scale!r}",
+        lambda c: c.classes or c.guide is not None or c.scale == 1,
+        "guidance_scale needs a model with classes (num_class_embeds), and this one has none, or a guide; got "
+        "{c.scale!r}",
     ),
     (
         lambda c: _is_number(c.rescale) and 0 <= c.rescale <= 1,
@@ -521,6 +524,11 @@ def _scheduler_fault(scheduler) -> str | None:
     return None
 
 
+def _training_of(scheduler) -> _Trained:
+    """Return what a scheduler says that a model was trained with."""
+    return _Trained(scheduler.config.get("prediction_type"), scheduler.alphas_cumprod.double().cpu())
+
+
 def _check_scheduler(scheduler, unet, trained: _Trained | None) -> _Trained:
     """Raise ValueError for a scheduler that cannot sample here, and warn about one whose samples will hardly be right.
 
@@ -533,8 +541,8 @@ def _check_scheduler(scheduler, unet, trained: _Trained | None) -> _Trained:
     kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     if fault := _scheduler_fault(scheduler):
         raise ValueError(f"{kind} cannot be the scheduler of this pipeline: {fault}. {SEE_SAMPLERS}")
-    prediction, abar = config.get("prediction_type"), scheduler.alphas_cumprod.double().cpu()
-    trained = trained or _Trained(prediction, abar)
+    prediction, abar = own = _training_of(scheduler)
+    trained = trained or own
     keep = f"{kind}.from_config(pipe.scheduler.config) keeps what the model was trained with"
     if prediction != trained.prediction_type:
         raise ValueError(
@@ -730,23 +738,36 @@ def _class_number(label: int | str | None, classes: int, names: dict[int, str] |
 
 
 class _Guidance:
-    """Predictions of a model with classes, with classifier-free guidance (Ho & Salimans, arXiv:2207.12598).
+    """Guided predictions: weak + scale * (strong - weak), where both are epsilon, both x0, or both v.
 
-    A guided prediction is u + scale * (c - u) with the prediction c for the class and u for no class. Both come from
-    one call of the model. Scale 1 is c alone, from a call without u, and so is every step outside of the interval.
+    In classifier-free guidance (Ho & Salimans, arXiv:2207.12598) the strong prediction is the model's for the class and
+    the weak one the model's for no class, from one call. In autoguidance (Karras et al., arXiv:2406.02507) the strong
+    one is the model's and the weak one a worse model's, the guide's, for the same class if there are classes. Scale 1
+    is the strong prediction alone, from a call without the weak one, and so is every step outside of the interval.
 
     Args:
-        numbers: the number of each sample's class.
+        numbers: the number of each sample's class; None for a model without classes.
         classes: number of classes of the model.
         scale, rescale, interval: as in the call of a pipeline.
         device: where the model runs.
+        guide: the function that predicts with the guide; None for classifier-free guidance.
+        guide_has_classes: the guide takes class labels.
     """
 
-    def __init__(self, numbers: list[int], classes: int, scale: float, rescale: float, interval, device):
-        self.scale = 1 if all(number == classes for number in numbers) else scale  # without a class, c is u
-        self.rescale, self.interval = rescale, interval
-        self.labels = torch.tensor(numbers, dtype=torch.int64, device=device)
-        self.labels_twice = torch.tensor(numbers + [classes] * len(numbers), dtype=torch.int64, device=device)
+    def __init__(
+        self, numbers: list[int] | None, classes: int | None, scale: float, rescale: float, interval, device,
+        guide: Callable[..., Tensor] | None = None, guide_has_classes: bool = False,
+    ):  # fmt: skip
+        self.scale, self.rescale, self.interval, self.guide = scale, rescale, interval, guide
+        self.labels, self.guide_labels = {}, {}
+        if numbers is not None:
+            self.labels = {"class_labels": torch.tensor(numbers, dtype=torch.int64, device=device)}
+            self.guide_labels = self.labels if guide_has_classes else {}
+            if guide is None:
+                if all(number == classes for number in numbers):
+                    self.scale = 1  # without a class, both predictions are the same
+                twice = numbers + [classes] * len(numbers)
+                self.labels_twice = torch.tensor(twice, dtype=torch.int64, device=device)
 
     def __call__(
         self, model: Callable[..., Tensor], x: Tensor, t: Tensor, level: float, channels: int, **optional: Tensor | None
@@ -756,44 +777,110 @@ class _Guidance:
         Args:
             x, t, optional: the inputs of the model.
             level: the noise level, from 0 (data) to 1 (the last training timestep).
-            channels: C, those that are guided. A predicted variance is that of the class.
+            channels: C, those that are guided. A predicted variance is that of the strong prediction.
         """
         if self.scale == 1 or not self.interval[0] <= level <= self.interval[1]:
-            return model(x, t, class_labels=self.labels, **optional)
-        twice = {name: None if value is None else torch.cat((value, value)) for name, value in optional.items()}
-        both = model(torch.cat((x, x)), t, class_labels=self.labels_twice, **twice)
-        of_class, of_none = both.chunk(2)
-        c, u = of_class[:, :channels], of_none[:, :channels]
-        guided = u + self.scale * (c - u)
+            return model(x, t, **self.labels, **optional)
+        if self.guide is not None:
+            whole, weak = model(x, t, **self.labels, **optional), self.guide(x, t, **self.guide_labels, **optional)
+        else:
+            twice = {name: None if value is None else torch.cat((value, value)) for name, value in optional.items()}
+            whole, weak = model(torch.cat((x, x)), t, class_labels=self.labels_twice, **twice).chunk(2)
+        strong, weak = whole[:, :channels], weak[:, :channels]
+        guided = weak + self.scale * (strong - weak)
         if self.rescale:  # Lin et al., arXiv:2305.08891, equations 15 and 16
-            axes = tuple(range(1, c.ndim))
+            axes = tuple(range(1, x.ndim))
             deviation = guided.float().std(axes, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            ratio = c.float().std(axes, keepdim=True) / deviation
+            ratio = strong.float().std(axes, keepdim=True) / deviation
             guided = guided * (self.rescale * ratio + 1 - self.rescale).to(guided.dtype)
-        return torch.cat((guided, of_class[:, channels:]), dim=1)
+        return torch.cat((guided, whole[:, channels:]), dim=1)
 
 
-def _make_guidance(pipeline, batch_size: int, class_labels=None, scale=1.0, rescale=0.0, interval=(0.0, 1.0)):
-    """Return the `_Guidance` of a call, checked; None for a model without classes."""
+def _check_guide_schedule(scheduler, trained: _Trained) -> None:
+    """Check that a guide's scheduler is of the process and the target that a model was trained with."""
+    if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
+        raise ValueError(f"guide must have the schedule of the model, which has betas; got {type(scheduler).__name__}")
+    kind, abar = _training_of(scheduler)
+    if kind != trained.prediction_type:
+        raise ValueError(f"guide must have the prediction_type of the model, {trained.prediction_type!r}; got {kind!r}")
+    steps = len(trained.alphas_cumprod)
+    if len(abar) != steps or (abar - trained.alphas_cumprod).abs().max() > 1e-3:
+        got = "other betas" if len(abar) == steps else f"{len(abar)} timesteps"
+        raise ValueError(f"guide must have the schedule of the model, of {steps} timesteps; got {got}")
+
+
+def _guide_model(pipeline, guide):
+    """Return the model of a guide, which is a model or a pipeline, checked against the pipeline that it is to guide."""
+    model = getattr(guide, "unet", guide)
+    if not isinstance(getattr(model, "_orig_mod", model), ModelMixin):
+        raise ValueError(f"guide must be a model or a pipeline, got {type(guide).__name__}")
+
+    def size(value):  # 8 and [8, 8] are the same
+        return (tuple(np.ravel(value)) * 2)[:2]
+
+    for name in ("in_channels", "sample_size", "self_condition", "condition_channels"):
+        ours, theirs = (each.config.get(name) or None for each in (pipeline.unet, model))
+        free = name == "sample_size" and None in (ours, theirs)
+        if not free and size(ours) != size(theirs):
+            raise ValueError(f"guide must have the {name} of the model, {ours}; got {theirs}")
+    if _classes(model) not in (None, _classes(pipeline.unet)):
+        raise ValueError(
+            f"guide must have the classes of the model (num_class_embeds={_classes(pipeline.unet)}) or none; "
+            f"got {_classes(model)}"
+        )
+    if model is not guide:
+        _check_guide_schedule(guide.scheduler, pipeline._trained)
+    place, dtype = pipeline._execution_device, pipeline.unet.dtype
+    if model.dtype != dtype or (model.device != place and not _moves(model)):
+        raise ValueError(
+            f"guide must be on the device of the model and of its type: guide.to({str(place)!r}, {dtype}); "
+            f"got {model.device}, {model.dtype}"
+        )
+    return model
+
+
+def _as_list(class_labels: ClassLabels):
+    """Return arrays and tensors of labels as lists, and other labels as they are."""
+    return class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+
+
+def _for_each_sample(values, items: int, samples: int):
+    """Repeat a list with one value for each item, for the samples of each. Other values stay as they are."""
+    if isinstance(values, (list, tuple)) and len(values) == items:
+        return [value for value in values for _ in range(samples)]
+    return values
+
+
+def _make_guidance(
+    pipeline, batch_size: int, class_labels=None, scale=1.0, rescale=0.0, interval=(0.0, 1.0), guide=None
+) -> _Guidance | None:
+    """Return the `_Guidance` of a call, checked; None where the model has no classes and nothing is guided."""
     classes = _classes(pipeline.unet)
     _check_rules(
-        GUIDANCE_RULES, classes=classes, class_labels=class_labels, scale=scale, rescale=rescale, interval=interval
-    )
-    if not classes:
+        GUIDANCE_RULES, classes=classes, class_labels=class_labels, scale=scale, rescale=rescale, interval=interval,
+        guide=guide,
+    )  # fmt: skip
+    numbers, device = None, pipeline._execution_device
+    guide = None if guide is None else _guide_model(pipeline, guide)
+    if classes:
+        labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels] * batch_size
+        if len(labels) != batch_size:
+            raise ValueError(
+                f"class_labels must be one, or one per sample: batch_size is {batch_size}, got {len(labels)} labels"
+            )
+        names = pipeline.config.get("id2label")
+        numbers = [_class_number(label, classes, names) for label in labels]
+        if isinstance(pipeline.unet, UNet2DModel) and (classes in numbers or (scale != 1 and guide is None)):
+            raise ValueError(
+                "a stock UNet2DModel with classes knows no prediction without a class: class_labels must be a class "
+                f"for each sample, and guidance_scale 1; got {class_labels!r} and {scale!r}"
+            )
+    elif guide is None or scale == 1:
         return None
-    labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels] * batch_size
-    if len(labels) != batch_size:
-        raise ValueError(
-            f"class_labels must be one, or one per sample: batch_size is {batch_size}, got {len(labels)} labels"
-        )
-    names = pipeline.config.get("id2label")
-    numbers = [_class_number(label, classes, names) for label in labels]
-    if isinstance(pipeline.unet, UNet2DModel) and (classes in numbers or scale != 1):
-        raise ValueError(
-            "a stock UNet2DModel with classes knows no prediction without a class: class_labels must be a class for "
-            f"each sample, and guidance_scale 1; got {class_labels!r} and {scale!r}"
-        )
-    return _Guidance(numbers, classes, scale, rescale, interval, pipeline._execution_device)
+    if guide is None or scale == 1:
+        return _Guidance(numbers, classes, scale, rescale, interval, device)
+    predict = pipeline._model_to_call(device, guide)
+    return _Guidance(numbers, classes, scale, rescale, interval, device, predict, _classes(guide) is not None)
 
 
 def _classes(unet) -> int | None:
@@ -980,6 +1067,7 @@ class _SamplingPipeline(_SavedWithCode):
     _callback_tensor_inputs = ["latents"]
     _interrupt = False
     _graphs: GraphedModel | None = None
+    _guide_graphs: GraphedModel | None = None
 
     @property
     def interrupt(self) -> bool:
@@ -1047,9 +1135,10 @@ class _SamplingPipeline(_SavedWithCode):
         """
         if enabled:
             self._graphs = self._graphs or GraphedModel()
-        elif self._graphs is not None:
-            self._graphs.release()
-            self._graphs = None
+        else:
+            for graphs in filter(None, (self._graphs, self._guide_graphs)):
+                graphs.release()
+            self._graphs = self._guide_graphs = None
         return self
 
     def is_spaced_by_log_snr(self) -> bool:
@@ -1085,11 +1174,15 @@ class _SamplingPipeline(_SavedWithCode):
         else:
             scheduler.set_timesteps(steps, device="cpu")
 
-    def _model_to_call(self, device: torch.device) -> Callable[..., Tensor]:
-        """Return the function that predicts in one chain: the model, or the graphs of its calls."""
-        if self._graphs is not None:
+    def _model_to_call(self, device: torch.device, guide=None) -> Callable[..., Tensor]:
+        """Return the function that predicts in one chain: the model or a guide, or the graphs of its calls."""
+        if self._graphs is None:
+            model = self.unet if guide is None else guide
+            return lambda *inputs, **optional: model(*inputs, **optional).sample
+        if guide is None:
             return self._graphs.prepare(self.unet, device)
-        return lambda *inputs, **optional: self.unet(*inputs, **optional).sample
+        self._guide_graphs = self._guide_graphs or GraphedModel(self._graphs.make_backend, self._graphs.most)
+        return self._guide_graphs.prepare(guide, device)
 
     @torch.no_grad()
     def _denoise(
@@ -1103,7 +1196,7 @@ class _SamplingPipeline(_SavedWithCode):
             timesteps: those of the chain, in its order, on the CPU.
             options: further arguments of the scheduler's step.
             trajectory: a list to which the x of each step is appended; None: they are not kept.
-            guidance: predictions of a model with classes; None: the model has none.
+            guidance: the predictions of a model with classes, or with a guide; None: those of the model as they are.
         """
         self_condition = self.unet.config.get("self_condition", False)
         estimate_x0 = _X0Estimate(self.scheduler) if self_condition else None
@@ -1142,9 +1235,8 @@ class _SamplingPipeline(_SavedWithCode):
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict,
         callback_on_step_end, callback_inputs, return_all_timesteps, timesteps, class_labels, *guidance,
     ):  # fmt: skip
-        """Sample, as the calls of the subclasses say; `guidance` is its scale, rescaling and interval."""
-        if hasattr(class_labels, "tolist"):
-            class_labels = class_labels.tolist()
+        """Sample, as the calls of the subclasses say; `guidance` is its scale, rescaling, interval and guide."""
+        class_labels = _as_list(class_labels)
         if isinstance(class_labels, (list, tuple)) and batch_size == 1:
             batch_size = len(class_labels)
         _check_call(self, batch_size, generator, output_type, latents, callback_on_step_end, callback_inputs)
@@ -1184,11 +1276,15 @@ class _SamplingPipeline(_SavedWithCode):
         eta: float | None = None,
         output_type: str | None = None,
         return_dict: bool = True,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guide=None,
     ):
         """Noise two pieces of data, mix them, and denoise the mix (Ho et al., section 4.3).
 
-        Both ends get the same noise, so that the mix has the noise level of its timestep. A model with classes denoises
-        without one.
+        Both ends get the same noise, so that the mix has the noise level of its timestep.
 
         Args:
             x1, x2: the ends, in the form in which the pipeline gives its samples (images: PIL, arrays `(B, H, W, C)` or
@@ -1198,6 +1294,8 @@ class _SamplingPipeline(_SavedWithCode):
             weights: weight of x2, in [0, 1]; several give that many samples for each pair, one after the other.
             generator: generator of all noise; one, or one per pair.
             eta, output_type, return_dict: as in the call.
+            class_labels: class of the samples, of a model with classes: one for all, or one per pair.
+            guidance_scale, guidance_rescale, guidance_interval, guide: as in the call.
 
         Returns:
             The output of a call, with len(x1) * len(weights) samples.
@@ -1211,16 +1309,18 @@ class _SamplingPipeline(_SavedWithCode):
         if x1.shape != x2.shape:
             raise ValueError(f"x1 and x2 must have the same shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
         _check_call(self, len(x1), generator, output_type)
+        labels = _for_each_sample(_as_list(class_labels), len(x1), len(weights))
+        guidance = _make_guidance(
+            self, len(x1) * len(weights), labels, guidance_scale, guidance_rescale, guidance_interval, guide
+        )
         self._set_timesteps(num_inference_steps, None)
         chain = self.scheduler.timesteps[_begin_at(self.scheduler, strength, self.is_spaced_by_log_snr()) :]
         noise = randn_tensor(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
         t = chain[:1].expand(len(x1))
         noised1, noised2 = (self.scheduler.add_noise(x, noise, t) for x in (x1, x2))
         mixed = torch.stack([torch.lerp(noised1, noised2, w) for w in weights], dim=1).flatten(0, 1)
-        if isinstance(generator, (list, tuple)):
-            generator = [g for g in generator for _ in weights]
-        options = _step_options(self.scheduler, generator, eta)
-        x = self._denoise(mixed, chain, options, guidance=_make_guidance(self, len(mixed)))
+        options = _step_options(self.scheduler, _for_each_sample(generator, len(x1), len(weights)), eta)
+        x = self._denoise(mixed, chain, options, guidance=guidance)
         self.maybe_free_model_hooks()
         return self._output(self._decode(x, output_type), None, return_dict)
 
@@ -1284,6 +1384,7 @@ class DDPMPipeline(_SamplingPipeline):
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] = (0.0, 1.0),
+        guide=None,
     ) -> ImageOutput | tuple:
         """Sample images.
 
@@ -1302,20 +1403,25 @@ class DDPMPipeline(_SamplingPipeline):
             timesteps: explicit timesteps instead of a number of steps, for schedulers that take them.
             class_labels: number or name of the class, or None for no class, of a model with classes: one for all
                 samples, or a list with one per sample. batch_size may then be left out.
-            guidance_scale: weight of classifier-free guidance, at least 0: 1 is none, more follows the class more
-                closely, 0 ignores it. Other values than 1 take twice the time.
+            guidance_scale: weight of classifier-free guidance, or with a guide of autoguidance, at least 0: 1 is none,
+                more follows the class, or leaves what the guide does wrong, more closely; 0 ignores the class, or is
+                the guide alone. Other values than 1 take a second prediction in each step.
             guidance_rescale: share, in [0, 1], to which the deviation of a guided prediction is put back to that of the
                 prediction for the class (Lin et al., arXiv:2305.08891, section 3.4).
             guidance_interval: lowest and highest noise level that is guided, as shares of the training timesteps, from
                 0 (data) to 1 (noise) (Kynkäänniemi et al., arXiv:2404.07724).
+            guide: a worse model of the same data, for autoguidance (Karras et al., arXiv:2406.02507): an earlier
+                checkpoint, or a smaller model that was trained for a shorter time. It is a model or a pipeline with the
+                channels, size, schedule and prediction type of this one; with classes it is given the same labels.
 
         Raises:
-            ValueError: a value is outside its range, a shape is wrong, or PIL has no mode for the number of channels.
+            ValueError: a value is outside its range, a shape is wrong, the guide is a model of other data, or PIL has
+                no mode for the number of channels.
         """
         return self._generate(
             batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback_on_step_end,
             callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps, class_labels, guidance_scale,
-            guidance_rescale, guidance_interval,
+            guidance_rescale, guidance_interval, guide,
         )  # fmt: skip
 
     def _size(self) -> tuple:
@@ -1430,6 +1536,7 @@ class DDPMPipeline1D(_SamplingPipeline):
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] = (0.0, 1.0),
+        guide=None,
     ) -> SequenceOutput | tuple:
         """Sample sequences.
 
@@ -1445,7 +1552,7 @@ class DDPMPipeline1D(_SamplingPipeline):
         return self._generate(
             batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback_on_step_end,
             callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps, class_labels, guidance_scale,
-            guidance_rescale, guidance_interval,
+            guidance_rescale, guidance_interval, guide,
         )  # fmt: skip
 
     def _size(self) -> tuple:

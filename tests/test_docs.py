@@ -8,6 +8,7 @@ import shlex
 import pytest
 import torch
 from conftest import ROOT, load_program
+from safetensors.torch import save_file
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
@@ -23,9 +24,12 @@ SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 1, "attn_dim_head": 4}
 def work(tmp_path, monkeypatch):
     """A working folder with small pipelines at the paths of the demos' pipelines, and training cut to two steps."""
     scheduler = GaussianScheduler()
-    DDPMPipeline(UNet2D(8, in_channels=1, **SMALL), scheduler, num_inference_steps=3).save_pretrained(
-        tmp_path / "runs/digits/pipeline"
-    )
+    digits = DDPMPipeline(UNet2D(8, in_channels=1, **SMALL), scheduler, num_inference_steps=3)
+    for folder in ("runs/digits/pipeline", "runs/digits-guide/pipeline"):
+        digits.save_pretrained(tmp_path / folder)
+    averages = {f"{i:05d}": weight.detach().contiguous() for i, weight in enumerate(digits.unet.parameters())}
+    (tmp_path / "runs/digits/checkpoints/step-000500").mkdir(parents=True)
+    save_file(averages, tmp_path / "runs/digits/checkpoints/step-000500/ema.safetensors")
     DDPMPipeline1D(UNet1D(16, in_channels=1, **SMALL), scheduler, num_inference_steps=3).save_pretrained(
         tmp_path / "runs/ecg/pipeline"
     )
