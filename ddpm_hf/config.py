@@ -6,6 +6,7 @@ options at once: their normal form, the rules between them, their scopes, and th
 
 import dataclasses
 import functools
+import os
 import reprlib
 import typing
 from dataclasses import dataclass
@@ -109,6 +110,11 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
                 )
         if self.stride is not None and self.sequence_length is None and self.dataset_name != "ecg":
             raise ValueError(f"stride needs sequence_length, the length of its windows; got stride {self.stride} alone")
+        if self.deterministic and self.compile == "inductor":
+            raise ValueError(
+                "deterministic must be false with compile 'inductor', which chooses kernels by their measured times, "
+                "got true"
+            )
         if self.create_pr and self.hub_revision is not None:
             raise ValueError(f"create_pr is for the main branch; got it with hub_revision {self.hub_revision!r}")
         if self.min_snr_gamma and self.loss_weighting != "snr":
@@ -200,14 +206,11 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
             kind: as in `applied`.
             given_model: as in `applied`.
         """
-        lines = []
-        if earlier.get("min_snr_gamma", 0.0) is None:
-            earlier = {**earlier, "min_snr_gamma": 0.0}
-        earlier = {"loss_weighting": "snr", **earlier}  # runs from before this option had this weighting
+        lines, earlier, current = [], in_present_form(earlier), in_present_form(dataclasses.asdict(self))
         # an option that does not apply has no effect; the option that took it out is listed where it differs
         applied = self.applied(kind, given_model)
         for f in dataclasses.fields(self):
-            name, now = f.name, getattr(self, f.name)
+            name, now = f.name, current[f.name]
             changed = name in earlier and earlier[name] != now and name in applied
             if name == "max_train_steps" and changed and self.lr_scheduler not in CONSTANT_LR:
                 lines.append(
@@ -216,6 +219,23 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
             elif changed and not declared(f).changeable:
                 lines.append(f"{name}: {earlier[name]} -> {now}")
         return lines
+
+
+def in_present_form(earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of an earlier run with the values that null and missing options had in earlier versions."""
+    present = {"loss_weighting": "snr", **earlier}  # the only weighting before it was an option
+    if present.get("min_snr_gamma", 0.0) is None:
+        present["min_snr_gamma"] = 0.0
+    if present.get("mixed_precision", "no") in (None, False):
+        present["mixed_precision"] = accelerate_precision() or "no"
+    return present
+
+
+def accelerate_precision() -> str | None:
+    """Return the precision that accelerate is configured for, or None for float32 or nothing: its launcher says "no"
+    for both."""
+    value = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    return None if value == "no" else value
 
 
 def _plain(values: dict) -> dict:

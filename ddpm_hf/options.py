@@ -17,6 +17,7 @@ from ddpm_hf.unet import NORMS, TIME_EMBEDDINGS
 
 SEQUENCE_NORMS = ("minmax", "meanstd")
 OPTIMIZERS = ("adamw", "muon")
+COMPILERS = ("auto", "none", "inductor", "graphs")
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind.value != "piecewise_constant")
 TRACKERS = tuple(sorted(kind.value for kind in LoggerType if kind != LoggerType.ALL))  # accelerate's
 
@@ -127,9 +128,11 @@ class LoadingOptions:
 
     _argument_group_name = "Loading"
 
-    dataloader_num_workers: int = option(
-        0, "Number of processes that load data, for each training process; 0: the training process loads them itself.",
-        whole_number(0), changeable=True,
+    dataloader_num_workers: int | None = option(
+        None, "Number of processes that load data, for each training process; 0: the training process loads them "
+        "itself.", whole_number(0), changeable=True,
+        none="0; on a card, for images that are read from files or tables, the cores of this machine, divided among "
+        "its training processes, but at most 8",
     )  # fmt: skip
     streaming: bool = option(
         False,
@@ -170,6 +173,16 @@ class RunOptions:
         whole_number(1, 1024),
         none="the cores of this machine, divided among its processes (accelerate alone: one thread)",
         changeable=True,
+    )  # fmt: skip
+    compile: str = option(
+        "auto", "How training steps run. 'none': operation by operation; 'inductor': the model compiled by "
+        "torch.compile; 'graphs': whole steps captured as CUDA graphs, with inductor inside if the run is long enough "
+        "to make up for its compilation; 'auto': as 'graphs' on a card, as 'none' elsewhere.",
+        either(*COMPILERS), changeable=True,
+    )  # fmt: skip
+    deterministic: bool = option(
+        False, "Use only deterministic algorithms, so that on a card too a resumed run is bit for bit the run that was "
+        "not stopped. It costs time."
     )  # fmt: skip
 
 
@@ -309,8 +322,10 @@ class OptimizationOptions:
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", ABOVE_0)
     max_grad_norm: float = option(1.0, "The gradient's norm is clipped to this.", ABOVE_0)
     mixed_precision: str | None = option(
-        None, "Precision of the computation: 'no' (float32), 'bf16' or 'fp16'.",
-        either("no", "bf16", "fp16"), none="what accelerate is configured for",
+        None, "Precision of the computation: 'no' (float32; on a card TF32), 'bf16' or 'fp16'.",
+        either("no", "bf16", "fp16"),
+        none="the precision of the run in output_dir; for a new run the one that accelerate is configured for, or else "
+        "bf16 on a card that computes in it, and no elsewhere",
     )  # fmt: skip
     gradient_checkpointing: bool = option(False, "Save memory by recomputing activations in the backward pass.")
 

@@ -264,7 +264,7 @@ def _is_one_of(value, allowed: Sequence[str]) -> bool:
 
 def _is_number(value) -> bool:
     try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     except OverflowError:  # an integer that no float can hold
         return False
 

@@ -5,6 +5,7 @@ the capture, and reading a number back ends a capture. `Tape` has the methods of
 """
 
 import contextlib
+import time
 
 import torch
 from torch import Tensor
@@ -49,8 +50,12 @@ class Tape:
 
     full = False
 
-    def __init__(self):
-        self.events = []
+    def __init__(self, clock=time.perf_counter):
+        self.events, self.mark = [], clock
+
+    @staticmethod
+    def seconds(start, end):
+        return end - start
 
     @contextlib.contextmanager
     def aside(self):
@@ -97,5 +102,6 @@ class Tape:
     def crowded(self):
         return self.full
 
-    def free(self):
+    def free(self, graphs):
         self.events.append("free")
+        graphs.clear()

@@ -203,7 +203,7 @@ class StreamedFeed:
         c = self.config
         self.sampler = StreamingSampler(
             self.dataset, c.train_batch_size, c.gradient_accumulation_steps, c.seed, process, processes, step, state,
-            ahead=2 * c.dataloader_num_workers,
+            ahead=2 * (c.dataloader_num_workers or 0),
         )  # fmt: skip
         return _loader(StreamingView(self.dataset, c.seed, c.on_bad_image), self.sampler, c, pin_memory)
 
@@ -234,7 +234,7 @@ def _shared_memory(config, shape: tuple, first: Batch) -> int:
     Raises:
         ValueError: there is less.
     """
-    workers = config.dataloader_num_workers
+    workers = config.dataloader_num_workers or 0
     more = [each[0].nbytes for each in (first.labels, first.conditions) if each is not None]
     needed = worker_memory(workers, config.train_batch_size, shape, first.items.element_size(), more)
     check_shared_memory(needed, workers)
@@ -246,7 +246,7 @@ def _loader(view, sampler, config, pin_memory: bool) -> DataLoader:
         view,
         batch_sampler=sampler,
         collate_fn=collate,
-        num_workers=config.dataloader_num_workers,
+        num_workers=config.dataloader_num_workers or 0,
         pin_memory=pin_memory,
         # its own generator, so that workers take nothing from the global one
         generator=torch.Generator(),

@@ -4,7 +4,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from ddpm_hf.config import TrainConfig
+from ddpm_hf.config import TrainConfig, in_present_form
 from ddpm_hf.reading import is_whole, read_json, read_mapping
 from ddpm_hf.run import checkpoint
 
@@ -94,7 +94,7 @@ class RunFolder:
         The arguments are those of `open`. Options that say where the run lies, how this process works or what is
         published are left out.
         """
-        earlier = read_mapping(self.options)
+        earlier = in_present_form(read_mapping(self.options))
         return [
             f"{name}: {earlier[name]} -> {now}"
             for name, now in config.applied(kind, given_model).items()

@@ -7,13 +7,15 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.data.loading import Batch
 from ddpm_hf.trainer.progress import Run, TrainingError
+from ddpm_hf.trainer.transfer import CopyStream, Transfer
 
 
 class Batches(Iterator[Tensor]):
     """The endless batches of this process, from the next optimizer step of the run on.
 
-    Each is x0 `(B, C, *spatial)` in model units on the device. Images that cannot be read are counted in the run's
-    progress, and each is named once.
+    Each is `(B, C, *spatial)` on the device: x0 in model units, or images as uint8. On a card, a batch is valid until
+    two more steps have been launched. Images that cannot be read are counted in the run's progress, and each is named
+    once.
     """
 
     def __init__(self, run: Run):
@@ -25,6 +27,8 @@ class Batches(Iterator[Tensor]):
         )  # fmt: skip
         self._loaded: Iterator[Batch] = iter(loader)
         self._named: set[str] = set()
+        on_card = acc.device.type == "cuda"
+        self._transfer = Transfer(CopyStream(acc.device), run.config.gradient_accumulation_steps) if on_card else None
 
     def __next__(self) -> Tensor:
         """Return the next batch.
@@ -47,7 +51,14 @@ class Batches(Iterator[Tensor]):
                 tqdm.write(f"left out: {message}")
         if batch.error:
             raise TrainingError(f"step {step}: {batch.error}")
-        return batch.to(self.run.accelerator.device)
+        if self._transfer is None:
+            return batch.items.to(self.run.accelerator.device)
+        return self._transfer(batch.items)
+
+    def launched(self) -> None:
+        """Take note that the step of the newest batches has been launched."""
+        if self._transfer is not None:
+            self._transfer.launched()
 
     def check_files(self) -> None:
         """Check that the files that are mapped into memory are as they were: reading one that was cut would end the

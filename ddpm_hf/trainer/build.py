@@ -1,10 +1,12 @@
 """Building the parts of a run (scheduler, model, accelerator, evaluator) and checking that they fit together."""
 
 import os
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+from torch.utils.checkpoint import checkpoint
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data.checking import check_shared_memory
@@ -13,6 +15,7 @@ from ddpm_hf.losses import first_step_warning
 from ddpm_hf.pipeline import IMAGE_MODES
 from ddpm_hf.scheduler import GaussianScheduler
 from ddpm_hf.trainer import launcher
+from ddpm_hf.trainer.device import precision_warning
 from ddpm_hf.trainer.memory import keep_freed_memory, return_freed_memory
 from ddpm_hf.trainer.optimizer import warmup_warning
 from ddpm_hf.unet import UNet1D, UNet2D
@@ -65,6 +68,17 @@ def check_model(config: TrainConfig, feed, model, given: bool) -> None:
         raise ValueError(f"the model's sample_size must be the data's {tuple(own)}, got {size}")
 
 
+def enable_checkpointing(config: TrainConfig, model, given: bool) -> None:
+    """Let the model recompute activations in the backward pass.
+
+    Without dropout nothing random is recomputed, and keeping the random state would end the capture of a step.
+    """
+    if given or config.dropout:
+        model.enable_gradient_checkpointing()
+    else:
+        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+
+
 def global_batch_size(config: TrainConfig, feed, processes: int) -> int:
     """Return the number of samples of an optimizer step over all processes.
 
@@ -83,7 +97,7 @@ def global_batch_size(config: TrainConfig, feed, processes: int) -> int:
 
 def describe(config: TrainConfig, feed, model) -> str:
     """Return the options, the size of the model, the data found, and warnings of options that are hardly intended."""
-    warnings = filter(None, (warmup_warning(config), first_step_warning(config)))
+    warnings = filter(None, (warmup_warning(config), first_step_warning(config), precision_warning(config)))
     parameters = sum(p.numel() for p in model.parameters())
     return (
         f"{config.to_yaml()}"

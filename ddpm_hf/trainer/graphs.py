@@ -22,7 +22,7 @@ WARM_UP_STEPS = 3
 class CudaBackend:
     """Streams, capture and replay on one graphics card.
 
-    A backend has five methods; the tests' stand-in has the same five and runs on CPU.
+    The tests' stand-in has the same methods and runs on CPU.
     """
 
     def __init__(self, device: torch.device):
@@ -43,8 +43,12 @@ class CudaBackend:
         """Record `work` without running it; the function returned runs it and returns its result, always in the same
         memory."""
         graph = torch.cuda.CUDAGraph()
-        # other threads may pin the memory of batches meanwhile, which a capture in the mode "global" does not survive
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        # A capture that fails leaves its stream the current one: the outer context ends that. Other threads may pin the
+        # memory of batches meanwhile, which a capture in the mode "global" does not survive.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),
+            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+        ):
             result = work()
 
         def replay() -> Tensor:
@@ -70,14 +74,26 @@ class CudaBackend:
             else:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
+    def mark(self) -> torch.cuda.Event:
+        """Return the moment at which the work so far is done."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """Return the time between two moments; waits for the later one."""
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
     def crowded(self) -> bool:
         """Return True if this process holds more than half of the card's memory."""
         total = torch.cuda.get_device_properties(self.device).total_memory
         return torch.cuda.memory_reserved(self.device) > total / 2
 
-    def free(self) -> None:
-        """Give the memory of graphs that are gone back to the card, and take a new pool."""
+    def free(self, graphs: dict) -> None:
+        """Forget the graphs once they have run, give their memory back to the card, and take a new pool."""
         torch.cuda.synchronize(self.device)
+        graphs.clear()
         torch.cuda.empty_cache()
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -145,7 +161,7 @@ class StepGraphs:
         if self._look:
             self._look = False
             if self._graphs and self._state_addresses() != self._addresses:
-                self._graphs.clear()
+                self.release()
         if kind not in self._graphs:
             if self._eager_runs[kind] < 2 or self._eager_runs.total() < WARM_UP_STEPS:
                 return self._run_eagerly(kind, tensors, choices)
@@ -175,8 +191,8 @@ class StepGraphs:
             replay = self.backend.capture(lambda: self.step(*inputs, **choices))
         except Exception as error:  # a read by the host, memory, a library that allocates: any ends the capture
             self.drop_gradients()
-            lines = str(error).strip().splitlines()
-            self._give_up(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
+            cause = error.__context__ or error  # ending the capture raises another one
+            self._give_up(f"{type(cause).__name__}: {(str(cause).strip().splitlines() or ['no message'])[0]}")
             return False
         self._graphs[kind] = Captured(inputs, replay)
         self._addresses = self._state_addresses()
@@ -203,11 +219,9 @@ class StepGraphs:
         """
         if not self._graphs or (if_crowded and not self.backend.crowded()):
             return
-        self._graphs.clear()
-        self.backend.free()
+        self.backend.free(self._graphs)
 
-    def restart(self, step: Callable[..., Tensor]) -> None:
-        """Go on with another form of the step (a compiled one), warm-up included."""
+    def restart(self) -> None:
+        """Warm up and capture anew, because the step has another form from here on (a compiled model)."""
         self.release()
-        self.step = step
         self._eager_runs.clear()

@@ -102,12 +102,16 @@ class Looks:
         elif self.evaluator is not None:
             self.evaluate()
 
+    def _pipeline(self, model):
+        """Return a pipeline of the model; on a card it replays the model's calls, unless nothing is to be captured."""
+        return self.run.pipeline(model).use_cuda_graphs(self.run.config.compile != "none")
+
     def save_samples(self) -> None:
         """Sample from the averaged weights, from the same x_T every time, and draw the samples in one picture."""
         c, acc, shares = self.run.config, self.run.accelerator, Shares(self.run.accelerator)
         numbers, size, samples = shares.of(c.num_samples), c.eval_batch_size, []
         with self.run.average.weights() as model:
-            pipeline = self.run.pipeline(model)
+            pipeline = self._pipeline(model)
             for start in range(0, shares.largest(c.num_samples), size):
                 self.between()
                 part = numbers[start : start + size]
@@ -144,7 +148,7 @@ class Looks:
         c, acc, progress = self.run.config, self.run.accelerator, self.run.progress
         steps = c.ddpm_num_inference_steps
         with self.run.average.weights() as model:
-            pipeline = self.run.pipeline(model)
+            pipeline = self._pipeline(model)
             values = self.evaluator(pipeline, steps, self.run.scheduler, self.between)
         progress.evaluation = self.evaluator.records(values, pipeline, steps, step=progress.step)
         record = {f"eval/{name}": value for name, value in values.items()}

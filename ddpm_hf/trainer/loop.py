@@ -20,15 +20,17 @@ from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.run import checkpoint
 from ddpm_hf.run.folder import RunFolder
 from ddpm_hf.run.record import RunRecord, data_facts
-from ddpm_hf.trainer import build, launcher
+from ddpm_hf.trainer import build, compiling, device, launcher
 from ddpm_hf.trainer.batches import Batches
+from ddpm_hf.trainer.compiling import Runner
 from ddpm_hf.trainer.ema import WeightAverage
+from ddpm_hf.trainer.graphs import CudaBackend
 from ddpm_hf.trainer.looking import Looks, LossWatch
 from ddpm_hf.trainer.optimizer import make_optimizer, make_schedule
 from ddpm_hf.trainer.progress import Progress, Run, TrainingError
 from ddpm_hf.trainer.saving import Saver
 from ddpm_hf.trainer.signals import StopAsked, StopRequest
-from ddpm_hf.trainer.step import SampleNumbers, TrainingStep
+from ddpm_hf.trainer.step import TrainingStep
 from ddpm_hf.trainer.trackers import check_installed, start_trackers
 
 
@@ -74,7 +76,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, dataset=None, model=None, command: list[str] | None = None):
         check_installed(config.report_to)
-        self.config = config
+        compiling.check_choice(config.compile)
+        self.config = config = device.resolved(config, dataset)
         self.folder = RunFolder(config.output_dir)
         self.feed = open_data(config, dataset)
         self.given_model = model is not None
@@ -93,8 +96,10 @@ class Trainer:
 
     def run(self) -> TrainResult | None:
         """Train to the last step, from the newest checkpoint on, and return the result; None after a dry run."""
-        if self.config.dry_run:
-            return self._dry_run()
+        with device.settings(self.config):
+            return self._dry_run() if self.config.dry_run else self._run()
+
+    def _run(self) -> TrainResult:
         self._start()
         self._open_folder()
         if self._is_complete():
@@ -122,6 +127,7 @@ class Trainer:
         build.global_batch_size(self.config, self.feed, 1)
         accelerator = launcher.start(mixed_precision=self.config.mixed_precision)
         build.make_evaluator(self.config, accelerator, self.feed)
+        self._check_determinism(accelerator)
         if self.config.push_to_hub:
             check_token(target_of(self.config))
         accelerator.print(self.description)
@@ -132,28 +138,36 @@ class Trainer:
         self.accelerator = build.start_accelerator(self.config)
         self.global_batch = build.global_batch_size(self.config, self.feed, self.accelerator.num_processes)
         self.evaluator = build.make_evaluator(self.config, self.accelerator, self.feed)
+        self._check_determinism(self.accelerator)
+
+    def _check_determinism(self, accelerator) -> None:
+        if self.config.deterministic:
+            device.check_deterministic(self.model, self.scheduler, self.feed.shape, self.config, accelerator)
 
     def _prepare(self) -> None:
         """Put the model on the device, and make the pieces that train it, look at it and save it."""
         c, acc = self.config, self.accelerator
         if c.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
+            build.enable_checkpointing(c, self.model, self.given_model)
         self.model.to(acc.device)
         average = WeightAverage(self.model, acc, c)
         if not average.sharded:  # FSDP takes the usual layout only
             if hasattr(self.model, "channels_last"):
                 self.model.channels_last()
-            else:  # a model from Python
+            elif acc.device.type == "cpu":  # on a card a model from Python keeps its own layout
                 self.model.to(memory_format=torch.channels_last)
         optimizer = make_optimizer(self.model, c)
         self.lr_scheduler = make_schedule(optimizer, c)
         acc.register_for_checkpointing(self.lr_scheduler)
         self.model, optimizer = acc.prepare(self.model, optimizer)
+        self.model.train()  # a model from Python may be in eval mode
         average.start(self.model)
         self.parts = Run(
             c, acc, self.folder, self.feed, self.scheduler, self.model, average, self.progress, self.global_batch
         )
         self.training_step = TrainingStep(self.model, self.scheduler, optimizer, average, c, acc)
+        plan = compiling.make_plan(c, acc)
+        self.runner = Runner(self.training_step, plan, CudaBackend(acc.device) if plan.graphs else None, tqdm.write)
         self.losses = LossWatch(self.parts)
         self.saver = Saver(self.parts, self.record)
         self.stop = StopRequest(launcher.parent_launcher(), acc)
@@ -207,6 +221,8 @@ class Trainer:
         acc.print(self.description if step == 0 else f"resuming {self.folder} after step {step}")
         if (message := launcher.start_warning()) is not None:
             acc.print(f"warning: {message}")
+        if self.runner.plan.reason is not None:
+            acc.print(self.runner.plan.reason)
         self.record.start(self.progress.seconds)
 
     def _bar(self) -> tqdm:
@@ -219,14 +235,13 @@ class Trainer:
     def _train_step(self, batches: Iterator[Tensor]) -> Tensor:
         """Run one optimizer step; return (2,): the mean loss of this process and the gradient norm, on the device."""
         c, acc, step = self.config, self.accelerator, self.progress.step
-        self.model.train()
         torch.manual_seed(derive_seed(c.seed, Stream.DROPOUT, step, acc.process_index))
         parts = [next(batches) for _ in range(c.gradient_accumulation_steps)]
-        places = [part * acc.num_processes + acc.process_index for part in range(len(parts))]
-        first = [step * self.global_batch + place * c.train_batch_size for place in places]
         # one coin for the whole batch, so that half of the steps cost less
         coin = derive_seed(c.seed, Stream.SELF_CONDITION, step) % 2
-        values = self.training_step(parts, SampleNumbers(step, first), c.self_condition and coin == 0)
+        conditioned = c.self_condition and coin == 0
+        values = self.runner(parts, self.training_step.numbers(step), conditioned, c.max_train_steps - step)
+        self.batches.launched()
         self.learning_rate = self.lr_scheduler.get_last_lr()[0]  # of this step
         self.lr_scheduler.step()
         return values
@@ -287,10 +302,12 @@ class Trainer:
 
     def _look(self) -> bool:
         """Make what is pending, in order; return True if a stop was asked for before all of it was made."""
+        if self.progress.pending:
+            self.runner.set_aside()
         try:
             while self.progress.pending:
                 self.stop.check()
-                with self.parts.writing(OSError):
+                with self.parts.writing(OSError), device.deterministic_where_possible():
                     self.looks.make(self.progress.pending[0])
                 del self.progress.pending[0]
         except StopAsked:

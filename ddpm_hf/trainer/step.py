@@ -1,32 +1,38 @@
 """The device work of one optimizer step: draws, noise, loss, gradients, clipping, update and average of the weights.
 
 The host's part of a step (reading batches, seeds, the learning rate's schedule, looking at the results) is in
-`loop.py`. Nothing here reads a number back from the device.
+`loop.py`. Nothing here reads a number back from the device, and every number that changes from step to step may be a
+tensor on the device, so that a step can be captured as a CUDA graph.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ddpm_hf.data.loading import Batch
 from ddpm_hf.losses import diffusion_loss, training_draws
 from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.trainer.ema import WeightAverage
+from ddpm_hf.trainer.optimizer import rates_from
 
 
 @dataclass(frozen=True)
-class SampleNumbers:
-    """The numbers that identify the samples of one optimizer step, whose draws follow from them.
+class StepNumbers:
+    """The numbers that change from step to step, as numbers of Python or as 0-d tensors on the device.
 
     Attributes:
-        step: optimizer steps done before this one.
         first: for each part of the batch, the number in the whole run of its first sample on this process; the other
-            samples of the part have the numbers that follow.
+            samples of the part have the numbers that follow. The draws of a sample follow from its number.
+        share: the share of the new weights in the average; None if the step leaves the average alone.
+        rates: (groups,) the learning rates of the optimizer's groups on the device; None: those that the groups have.
     """
 
-    step: int
-    first: Sequence[int]
+    first: Sequence[int | Tensor]
+    share: float | Tensor | None
+    rates: Tensor | None = None
 
 
 class TrainingStep:
@@ -39,19 +45,31 @@ class TrainingStep:
         average: the average of the weights, which takes in the new weights.
         config: the `TrainConfig`.
         accelerator: runs the backward pass, accumulation and clipping on one process or several.
+
+    Attributes:
+        network: the model as the loss calls it; may be set to a compiled form of it.
     """
 
     def __init__(self, model, scheduler, optimizer, average: WeightAverage, config, accelerator):
         self.model, self.scheduler, self.optimizer = model, scheduler, optimizer
         self.average, self.config, self.accelerator = average, config, accelerator
+        self.network = model
         self.noise_key = derive_seed(config.seed, Stream.NOISE)
 
-    def __call__(self, parts: Sequence[Tensor], numbers: SampleNumbers, self_condition: bool = False) -> Tensor:
+    def numbers(self, step: int) -> StepNumbers:
+        """Return the numbers of the step that follows `step` optimizer steps."""
+        c, acc = self.config, self.accelerator
+        parts = c.gradient_accumulation_steps
+        start = step * parts * acc.num_processes + acc.process_index
+        first = [(start + part * acc.num_processes) * c.train_batch_size for part in range(parts)]
+        return StepNumbers(first, self.average.share(step))
+
+    def __call__(self, parts: Sequence[Tensor], numbers: StepNumbers, self_condition: bool = False) -> Tensor:
         """Train on the parts of one batch, whose gradients are accumulated.
 
         Args:
-            parts: `gradient_accumulation_steps` tensors of data in [-1, 1], each `(B, C, *spatial)`.
-            numbers: the numbers of their samples.
+            parts: `gradient_accumulation_steps` tensors `(B, C, *spatial)`: data in [-1, 1], or images as uint8.
+            numbers: the numbers of the step.
             self_condition: let the model see its own estimate of x0 in this step.
 
         Returns:
@@ -59,23 +77,38 @@ class TrainingStep:
         """
         acc = self.accelerator
         loss = torch.zeros((), device=acc.device)
-        for x0, first in zip(parts, numbers.first, strict=True):
-            with acc.accumulate(self.model):
-                part_loss = self._loss(x0, first, self_condition)
-                acc.backward(part_loss)
-                loss += part_loss.detach() / len(parts)
-                if acc.sync_gradients:
-                    norm = acc.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        share = self.average.share(numbers.step)
-        if share is not None:
-            self.average.update(share)
+        rates = contextlib.nullcontext() if numbers.rates is None else rates_from(self.optimizer, numbers.rates)
+        with rates:
+            for items, first in zip(parts, numbers.first, strict=True):
+                with acc.accumulate(self.model):
+                    part_loss = self._loss(Batch(items, []).x0, first, self_condition)
+                    acc.backward(part_loss)
+                    loss += part_loss.detach() / len(parts)
+                    if acc.sync_gradients:
+                        norm = acc.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+        if numbers.share is not None:
+            self.average.update(numbers.share)
         if hasattr(norm, "full_tensor"):  # the weights are spread over processes
             norm = norm.full_tensor()
         return torch.stack((loss, torch.as_tensor(norm, device=acc.device).detach().float()))
 
-    def _loss(self, x0: Tensor, first: int, self_condition: bool) -> Tensor:
+    def state(self) -> Iterator[Tensor]:
+        """Yield the tensors that a step changes or reads, besides its inputs: a captured step has their addresses."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+        for values in self.optimizer.state.values():
+            yield from (value for value in values.values() if isinstance(value, Tensor))
+        if self.average.ema is not None:
+            yield from self.average.ema.shadow_params
+
+    def drop_gradients(self) -> None:
+        """Forget gradients of a step that was not finished."""
+        for p in self.model.parameters():
+            p.grad = None
+
+    def _loss(self, x0: Tensor, first: int | Tensor, self_condition: bool) -> Tensor:
         """Return the mean loss of samples that have the numbers from `first` on."""
         c = self.config
         timesteps, noise = training_draws(
@@ -84,7 +117,7 @@ class TrainingStep:
         )  # fmt: skip
         with self.accelerator.autocast():
             losses = diffusion_loss(
-                self.model, self.scheduler, x0, timesteps, noise, min_snr_gamma=c.min_snr_gamma or None,
+                self.network, self.scheduler, x0, timesteps, noise, min_snr_gamma=c.min_snr_gamma or None,
                 weighting=c.loss_weighting, immiscible=c.immiscible, self_condition=self_condition,
             ).loss  # fmt: skip
         return losses.mean()

@@ -250,9 +250,7 @@ def test_a_capture_that_fails_is_an_eager_step():
 def test_another_form_of_the_step_is_warmed_up_and_captured_anew():
     a, b = Training(), Training()
     graphs, tape, _ = graphs_of(b)
-    form = lambda *tensors, **choices: b.step(*tensors, **choices)  # noqa: E731
-    between = lambda k: graphs.restart(form) if k == 9 else None  # noqa: E731
-    assert torch.equal(eager(a, range(20)), run(b, graphs, range(20), between))
+    assert torch.equal(eager(a, range(20)), run(b, graphs, range(20), lambda k: graphs.restart() if k == 9 else None))
     assert same(a, b) and graphs.captures == 4 and tape.events.count("aside") == 8
 
 
