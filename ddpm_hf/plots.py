@@ -77,31 +77,45 @@ def save_loss_plot(records: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def save_steps_plot(steps: list[int], values: dict[str, list[float]], title: str, path: Path) -> None:
+def save_steps_plot(records: list[dict], title: str, path: Path) -> None:
     """Save a plot of metrics over the number of sampling steps, one panel for each metric, as PNG.
 
+    Several scales of guidance have a line each; if all records have one number of steps, panels are over the scales.
+
     Args:
-        steps: numbers of sampling steps, in any order.
-        values: for each metric, one value for each number of steps.
+        records: dictionaries with `metric`, `value`, `num_inference_steps` and, for guided samples, `guidance_scale`.
         title: title of the whole figure.
         path: the file to write.
     """
     from matplotlib.figure import Figure
 
-    columns = min(3, len(values))
-    rows = math.ceil(len(values) / columns)
+    names = list(dict.fromkeys(record["metric"] for record in records))
+    over_steps = len({record["num_inference_steps"] for record in records}) > 1
+    scales = sorted({record.get("guidance_scale", 1.0) for record in records})
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    order = np.argsort(steps)
-    for axis, (name, series) in zip(axes, values.items()):
-        axis.plot(np.array(steps)[order], np.array(series)[order], marker="o")
-        axis.set_xscale("log")
-        axis.set_xticks(sorted(steps), [str(n) for n in sorted(steps)])
-        axis.minorticks_off()
+    for axis, name in zip(axes, names):
+        own = [record for record in records if record["metric"] == name]
+        for scale in scales if over_steps else [None]:
+            points = [
+                (record["num_inference_steps"] if over_steps else record["guidance_scale"], record["value"])
+                for record in own
+                if scale is None or record.get("guidance_scale", 1.0) == scale
+            ]
+            axis.plot(*zip(*sorted(points)), marker="o", label=None if scale is None else f"guidance {scale:g}")
+        if over_steps:
+            ticks = sorted({record["num_inference_steps"] for record in own})
+            axis.set_xscale("log")
+            axis.set_xticks(ticks, [str(n) for n in ticks])
+            axis.minorticks_off()
         axis.set_title(name)
-        axis.set_xlabel("sampling steps")
+        axis.set_xlabel("sampling steps" if over_steps else "guidance scale")
         axis.grid(alpha=0.25)
-    for axis in axes[len(values) :]:
+    for axis in axes[len(names) :]:
         axis.set_visible(False)
+    if over_steps and len(scales) > 1:
+        axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=100)

@@ -1,5 +1,7 @@
 """Pipelines whose samples are known, and evaluators of small data, for several files of tests."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -29,9 +31,34 @@ class Known:
         return (self.samples[[seeds.index(g.initial_seed()) for g in generator]],)
 
 
-def evaluator(dataset, shape, held_out=None, accelerator=None, **options):
+class KnownClasses(Known):
+    """A pipeline whose sample number i of the model's class k is `samples[k, i]`; `names` are its classes, or None.
+
+    Attributes:
+        asked: the class that it was asked for, by the number of the sample.
+        guidance: the guidance that it was asked for in the last call.
+    """
+
+    def __init__(self, samples, names):
+        super().__init__(samples[0], None)
+        self.by_class, self.asked, self.guidance = samples, {}, None
+        classes = None if names is None else len(names)
+        self.unet = UNet1D(sample_size=8, dim=8, dim_mults=[1], num_class_embeds=classes).eval()
+        self.unet.forward = lambda x, t, class_labels=None: SimpleNamespace(sample=x)
+        self.config = SimpleNamespace(id2label=names and dict(enumerate(names)))
+        self.is_spaced_by_log_snr = lambda: False
+
+    def __call__(self, batch_size, generator, class_labels, guidance_scale, guidance_interval, **_):
+        seeds = generator_seeds(0, Stream.SAMPLES, range(len(self.samples)))
+        numbers = [seeds.index(g.initial_seed()) for g in generator]
+        self.asked |= dict(zip(numbers, class_labels))
+        self.guidance = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
+        return (self.by_class[class_labels, numbers],)
+
+
+def evaluator(dataset, shape, held_out=None, accelerator=None, classes=None, **options):
     settings = EvalSettings(**{**PIXELS, **options})
-    return Evaluator(accelerator or Accelerator(cpu=True), dataset, shape, settings, held_out)
+    return Evaluator(accelerator or Accelerator(cpu=True), dataset, shape, settings, held_out, classes)
 
 
 def measure(dataset, shape, samples, **options):

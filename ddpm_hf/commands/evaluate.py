@@ -2,13 +2,15 @@
 
     python training/evaluate.py --pipeline runs/digits/pipeline --data digits --feature_network pixels
     python training/evaluate.py --pipeline runs/ecg/pipeline --data ecg --num_inference_steps 10 25 50
+    python training/evaluate.py --pipeline runs/x/pipeline --data digits --per_class --guidance_scale 1 1.5 2 3
     accelerate launch training/evaluate.py --pipeline me/my-model --data photos/ --num_samples 10000
 
 The results are added to evaluation.json in the pipeline's folder, or in --output_dir, and the model card takes them
-from there. Several numbers of steps also draw steps-versus-metric.png.
+from there. Several numbers of steps, or scales of guidance, also draw steps-versus-metric.png.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -66,7 +68,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     """Evaluate a pipeline, and save and print the results.
 
     Returns:
-        The records of this evaluation, one for each metric and number of steps.
+        The records of this evaluation, one for each metric, number of steps and scale of guidance.
 
     Raises:
         ValueError: if options, pipeline or data do not fit.
@@ -84,21 +86,26 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     if data.held_out is not None and not isinstance(own, GaussianScheduler):
         raise ValueError(f"the held-out loss needs a pipeline with a GaussianScheduler, got {type(own).__name__}")
     steps = _numbers_of_steps(config, pipeline, own)
+    scales = config.guidance_scale or [1.0]
     evaluator = make_evaluator(config, facts, data, accelerator)
+    evaluator.check(pipeline, scales)
     pipeline.to(accelerator.device)
     pipeline.unet.eval()
     folder = Path(config.output_dir or (config.pipeline if Path(config.pipeline).is_dir() else "evaluation"))
     earlier = read_records(folder)
     evaluator.prepare()
     records = []
-    for n in steps:
-        values = evaluator(pipeline, n, own)
-        accelerator.print(f"{n} steps:\n{evaluator.describe(values)}", flush=True)
-        records += evaluator.records(values, pipeline, n, data=without_folders(config.data), split=config.dataset_split)
-        # the held-out loss does not depend on the number of sampling steps
+    for n, scale in itertools.product(steps, scales):
+        values = evaluator(pipeline, n, own, guidance_scale=scale)
+        guided = f", guidance scale {scale:g}" if config.guidance_scale else ""
+        accelerator.print(f"{n} steps{guided}:\n{evaluator.describe(values)}", flush=True)
+        records += evaluator.records(
+            values, pipeline, n, scale, data=without_folders(config.data), split=config.dataset_split
+        )
+        # the held-out loss depends neither on the number of sampling steps nor on guidance
         evaluator.metrics = [metric for metric in evaluator.metrics if metric not in HELD_OUT] or evaluator.metrics
     if accelerator.is_main_process:
-        save(records, earlier, steps, config, folder)
+        save(records, earlier, config, folder)
     accelerator.end_training()
     return records
 
@@ -125,9 +132,10 @@ def make_evaluator(config: EvaluateConfig, facts: dict, data: RealData, accelera
         feature_network=config.feature_network, feature_resolution=config.feature_resolution,
         batch_size=config.batch_size, seed=config.seed, cache_dir=config.eval_cache_dir,
         workers=config.dataloader_num_workers, on_bad_image=config.on_bad_image,
-        random_flip=trained_mirrored(config, facts),
+        random_flip=trained_mirrored(config, facts), guidance_interval=config.guidance_interval or (0.0, 1.0),
+        per_class=config.per_class, classifier=config.classifier,
     )  # fmt: skip
-    return Evaluator(accelerator, data.dataset, data.shape, settings, data.held_out)
+    return Evaluator(accelerator, data.dataset, data.shape, settings, data.held_out, data.classes)
 
 
 def read_records(folder: Path) -> list[dict]:
@@ -152,13 +160,12 @@ def read_records(folder: Path) -> list[dict]:
     return earlier
 
 
-def save(records: list[dict], earlier: list[dict], steps: list[int], config: EvaluateConfig, folder: Path) -> None:
-    """Add records to evaluation.json, write the model card again, and draw the curve over numbers of steps.
+def save(records: list[dict], earlier: list[dict], config: EvaluateConfig, folder: Path) -> None:
+    """Add records to evaluation.json, write the model card again, and draw curves if there are several settings.
 
     Args:
         records: the new records; they replace earlier ones with the same settings.
         earlier: the records in the file.
-        steps: the numbers of sampling steps.
         config: the options.
         folder: the folder of the results.
 
@@ -179,14 +186,12 @@ def save(records: list[dict], earlier: list[dict], steps: list[int], config: Eva
     print(f"results: {file}")
     if (folder / "model_index.json").exists():
         write_card(folder)
-    if len(steps) > 1:
-        names = list(dict.fromkeys(record["metric"] for record in records))
-        names = [name for name in names if "held_out" not in name and not name.endswith("_real")]
-        values = {name: [r["value"] for r in records if r["metric"] == name] for name in names}
+    shown = [r for r in records if not ("class" in r or "held_out" in r["metric"] or r["metric"].endswith("_real"))]
+    if len({(r["num_inference_steps"], r.get("guidance_scale")) for r in shown}) > 1:
         picture = folder / "steps-versus-metric.png"
         sampler = records[0]["scheduler"]
         title = f"{without_folders(config.pipeline)}, {sampler}, {config.num_samples:,} samples"
-        save_steps_plot(steps, values, title, picture)
+        save_steps_plot(shown, title, picture)
         print(f"picture: {picture}")
 
 

@@ -4,11 +4,13 @@ The library is imported where it is used, because sampling, and training on plai
 """
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ddpm_hf.config import BUNDLED
 from ddpm_hf.data.labels import check_column
 
 # Builders of the datasets library for the files of a folder, by their ending.
@@ -35,7 +37,15 @@ def open_named(name: str, config_name: str | None, split: str, streaming: bool =
         return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
     except Exception as error:  # the library raises many kinds: missing, gated, offline, no such split, bad files
         what = f"{name!r}" + (f" ({config_name})" if config_name else "")
-        raise ValueError(f"dataset_name {what}, split {split!r}, cannot be loaded: {_reason(error)}") from error
+        raise ValueError(
+            f"dataset_name {what}, split {split!r}, cannot be loaded: {_reason(error)}{_near(name)}"
+        ) from error
+
+
+def _near(name: str) -> str:
+    """Return "; did you mean ...?" with the bundled data of a similar name, or an empty text."""
+    near = get_close_matches(name, BUNDLED, n=1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def open_files(builder: str, files: Sequence[str], streaming: bool = False) -> Any:

@@ -1,25 +1,29 @@
-"""Evaluation of a pipeline against data, on all processes: distances, memorization, held-out loss.
+"""Evaluation of a pipeline against data, on all processes: distances, memorization, classes, held-out loss.
 
 Every process samples and looks at its own share. The results are put in the order of the samples' numbers, so they
 follow from (seed, number of samples) and not from the number of processes.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ddpm_hf.data.checking import check_shared_memory, worker_memory
 from ddpm_hf.data.images import ImageDataset
 from ddpm_hf.data.loading import Part, underlying
+from ddpm_hf.evaluation.classes import RULE, DataClasses, has_classes, model_classes
+from ddpm_hf.evaluation.classifier import Classifier
+from ddpm_hf.evaluation.groups import ClassGroups
 from ddpm_hf.evaluation.held_out import HeldOutLoss
 from ddpm_hf.evaluation.memorization import Memorization, neighbour_size, neighbour_vectors
-from ddpm_hf.evaluation.pictures import PictureDistances, eight_bit
+from ddpm_hf.evaluation.pictures import PictureDistances
+from ddpm_hf.evaluation.sampling import Sampling
 from ddpm_hf.evaluation.sequences import SequenceDistances, natural_units, tensor_of
 from ddpm_hf.evaluation.settings import (
+    AGREEMENT,
     BIASED,
     FEW,
     HELD_OUT,
@@ -29,7 +33,7 @@ from ddpm_hf.evaluation.settings import (
     choose_metrics,
 )
 from ddpm_hf.evaluation.shares import Items, Shares
-from ddpm_hf.randomness import Stream, derive_seed, generator_seeds
+from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.run.record import duration, without_folders
 
 
@@ -42,12 +46,16 @@ class Evaluator:
         shape: the shape of one item, (C, *spatial).
         settings: what to measure, and how.
         held_out: the items that training does not see, for the held-out loss; None if there are none.
+        classes: the classes of the data, for pipelines whose model has classes; None if the data has none.
 
     Raises:
         ValueError: if a metric is not one of this kind of data, or lacks what it needs.
     """
 
-    def __init__(self, accelerator, dataset, shape: tuple, settings: EvalSettings, held_out=None):
+    def __init__(
+        self, accelerator, dataset, shape: tuple, settings: EvalSettings, held_out=None,
+        classes: DataClasses | None = None,
+    ):  # fmt: skip
         self.accelerator, self.dataset, self.shape, self.settings = accelerator, dataset, tuple(shape), settings
         self.shares = Shares(accelerator)
         self.is_image = len(shape) == 3
@@ -64,13 +72,29 @@ class Evaluator:
         self.real = Part(dataset, np.sort(order[:count]))
         self.items = Items(self.real, settings.on_bad_image, settings.batch_size, settings.workers)
         self.num_real = count  # after `prepare`, the number of those that could be read
-        self.pictures = self.sequences = self.memorization = None
-        self.held_out = None if held_out is None else HeldOutLoss(held_out, settings, self.shares)
+        self.sampling = Sampling(settings, self.shares, classes)
+        self.by_class = ClassGroups(classes, self.real.indices, self.sampling.asked) if settings.per_class else None
+        self.pictures = self.sequences = self.memorization = self.classifier = None
+        self.held_out = None
+        if held_out is not None:
+            self.held_out = HeldOutLoss(held_out, settings, self.shares, classes and classes.held_out)
         if self._any("fid", "kid"):
             self.pictures = PictureDistances(self.real, self.shape, settings, self.shares)
 
     def _any(self, *metrics: str) -> bool:
         return any(metric in self.metrics for metric in metrics)
+
+    def check(self, pipeline, guidance_scales: Sequence[float] = (1.0,)) -> None:
+        """Check, before long work, that a pipeline can be measured: its classes, guidance and the classifier.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+        for scale in guidance_scales:
+            self.sampling.check(pipeline, scale)
+        if self.settings.classifier is not None:
+            classes, device = pipeline.unet.config.num_class_embeds, self.accelerator.device
+            self.classifier = Classifier(self.settings.classifier, self.shape, classes, device)
 
     # -- real data -----------------------------------------------------------------------------
 
@@ -85,30 +109,41 @@ class Evaluator:
         elif self._any(*SEQUENCE_METRICS[:5]):
             self._prepare_sequences()
 
-    def _real_batches(self) -> Iterator[Tensor]:
-        """Yield this process' share of the real items."""
-        return (batch.x0 for batch in self.items.read(self.shares.of(len(self.real))))
+    def _real_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process' share of the real items, and their numbers."""
+        batches = self.items.read(self.shares.of(len(self.real)))
+        return ((batch.x0, torch.tensor(batch.numbers)) for batch in batches)
 
     def _prepare_sequences(self) -> None:
         data = underlying(self.dataset)
-        (natural,) = self.shares.collect(self._real_batches(), lambda x0: natural_units(x0, data))
+        (natural,) = self.shares.collect(self._real_batches(), lambda batch: natural_units(batch[0], data))
         self.sequences = SequenceDistances(natural, self.metrics, self.settings.seed)
+        if self.by_class is not None:
+            self.by_class.fit_sequences(natural, self.metrics, self.settings.seed)
         if self._any("memorization"):
             self.memorization = Memorization(self.sequences.reference, self.settings, self.shares)
 
     def _prepare_pictures(self) -> None:
         looks, stored = [], False
         if self.pictures is not None:
-            stored = self.pictures.load()
+            if self.by_class is not None:
+                self.by_class.make_pictures(self.pictures)
+            sets = [self.pictures, *(self.by_class.distances.values() if self.by_class else ())]
+            stored = all([each.load() for each in sets])  # every process asks for all of them
             if not stored:
-                looks.append(self.pictures.of_real)
+                self.pictures.announce()
+                looks += [lambda batch: self.pictures.of_real(batch[0]), lambda batch: batch[1]]
         if self._any("memorization"):
-            looks.append(neighbour_vectors)
+            looks.append(lambda batch: neighbour_vectors(batch[0]))
         found = self.shares.collect(self._real_batches(), *looks) if looks else []
         bad = self.shares.gather_objects(self.items.bad) if looks else self.pictures.bad if stored else []
         self._leave_out(bad)
         if self.pictures is not None and not stored:
             self.pictures.fit(found[0], bad)
+            if self.by_class is not None:
+                self.by_class.fit_pictures(found[0], found[1])
+        if self.pictures is not None and self.by_class is not None:
+            self.by_class.leave_out()
         if self._any("memorization"):
             mirrored_shape = (self.shape[0], *neighbour_size(self.shape[1:])) if self.mirrored else None
             self.memorization = Memorization(found[-1], self.settings, self.shares, mirrored_shape)
@@ -120,13 +155,14 @@ class Evaluator:
             raise ValueError(f"evaluation needs at least 4 real items that can be read, the data has {self.num_real}")
         if bad:
             names = "".join(f"\n  {message}" for message in bad[:3]) + ("\n  ..." if len(bad) > 3 else "")
-            self.accelerator.print(f"evaluation: left out {len(bad):,} of {len(self.real):,} real pictures:{names}")
+            self.accelerator.print(f"evaluation: left out {len(bad):,} of {len(self.real):,} real images:{names}")
 
     # -- one evaluation ------------------------------------------------------------------------
 
     def __call__(
-        self, pipeline, num_inference_steps: int, loss_scheduler=None, between: Callable[[], None] = lambda: None
-    ) -> dict[str, float]:
+        self, pipeline, num_inference_steps: int, loss_scheduler=None, between: Callable[[], None] = lambda: None,
+        guidance_scale: float = 1.0,
+    ) -> dict[str, float]:  # fmt: skip
         """Measure a pipeline.
 
         Args:
@@ -135,82 +171,82 @@ class Evaluator:
             loss_scheduler: a `GaussianScheduler` for the held-out loss; None means the pipeline's.
             between: a function that is called before each batch, equally often on every process; an exception that it
                 raises ends the evaluation.
+            guidance_scale: the scale of classifier-free guidance, for a pipeline whose model has classes; 1 is none.
 
         Returns:
             The value of each metric; with memorization also `memorization_real`, the rate of real data; with the
-            held-out loss also a value for each bucket of timesteps, such as `held_out_loss_t0-99`.
+            held-out loss also a value for each bucket of timesteps, such as `held_out_loss_t0-99`; with `per_class`
+            also values such as `fid/cat`, of the class named cat; with a classifier also `class_agreement`.
+
+        Raises:
+            ValueError: if the pipeline cannot be measured; see `check`.
         """
-        self.between = between
+        self.sampling.check(pipeline, guidance_scale)
         values: dict[str, float] = {}
-        if self._any(*(metric for metric in METRICS if metric not in HELD_OUT)):
-            self._announce(pipeline, num_inference_steps)
-            values.update((self._of_images if self.is_image else self._of_sequences)(pipeline, num_inference_steps))
+        if self.classifier is not None or self._any(*(metric for metric in METRICS if metric not in HELD_OUT)):
+            self._announce(pipeline, num_inference_steps, guidance_scale)
+            batches = self.sampling.draw(pipeline, num_inference_steps, guidance_scale, between)
+            values.update((self._of_images if self.is_image else self._of_sequences)(pipeline, batches))
         if self._any(*HELD_OUT):
-            values.update(self._held_out_losses(pipeline, loss_scheduler or pipeline.scheduler))
+            values.update(self._held_out_losses(pipeline, loss_scheduler or pipeline.scheduler, between))
         if self.accelerator.num_processes > 1:  # one answer, whatever the rounding of each machine
             from accelerate.utils import broadcast_object_list
 
             values = broadcast_object_list([values])[0]
         return values
 
-    def _sample(self, pipeline, steps: int, output_type: str = "np") -> Iterator[np.ndarray]:
-        """Yield this process' samples in batches; each sample has a generator of its own, seeded by its number."""
-        numbers, size = self.shares.of(self.settings.num_samples), self.settings.batch_size
-        starts = range(0, self.shares.largest(self.settings.num_samples), size)
-        shown = self.accelerator.is_main_process
-        for start in tqdm(starts, desc="sampling", unit="batch", disable=not shown, leave=False):
-            self.between()
-            part = numbers[start : start + size]
-            if not part:
-                continue
-            seeds = generator_seeds(self.settings.seed, Stream.SAMPLES, part)
-            generators = [torch.Generator().manual_seed(s) for s in seeds]
-            yield pipeline(
-                batch_size=len(part), generator=generators, num_inference_steps=steps, output_type=output_type,
-                return_dict=False,
-            )[0]  # fmt: skip
-
-    def _announce(self, pipeline, steps: int) -> None:
-        """Say how long sampling will take, from one forward pass (the second: the first may compile or allocate)."""
-        batch = min(self.settings.batch_size, max(1, len(self.shares.of(self.settings.num_samples))))
-        x = torch.zeros(batch, *self.shape, device=pipeline.device, dtype=pipeline.unet.dtype)
-        t = torch.zeros(batch, dtype=torch.long, device=pipeline.device)
-        for _ in range(2):
-            start = time.perf_counter()
-            with torch.no_grad():
-                pipeline.unet(x, t).sample.sum().item()
-            once = time.perf_counter() - start
-        each = -(-self.settings.num_samples // self.accelerator.num_processes)
-        seconds = once * steps * -(-each // self.settings.batch_size)
+    def _announce(self, pipeline, steps: int, guidance_scale: float) -> None:
+        """Say how long sampling will take, and which metrics are biased."""
+        seconds = self.sampling.seconds(pipeline, self.shape, steps, guidance_scale)
         if self.pictures is not None:
+            each = -(-self.settings.num_samples // self.accelerator.num_processes)
+            batch = min(self.settings.batch_size, each)
+            blank = np.zeros((batch, *self.shape[1:], self.shape[0]), np.uint8)
             start = time.perf_counter()
-            self.pictures.network(eight_bit(x.float().cpu()))
+            self.pictures.network(blank)
             seconds += (time.perf_counter() - start) * -(-each // batch)
         biased = ", ".join(metric for metric in self.metrics if metric in BIASED)
         few = f"; warning: below {FEW:,} samples {biased} is biased upwards"
         few = few if biased and self.settings.num_samples < FEW else ""
+        guided = f", guidance scale {guidance_scale:g}," if guidance_scale != 1 else ""
         self.accelerator.print(
-            f"evaluation: {self.settings.num_samples:,} samples of {steps} steps, about {duration(seconds)}{few}"
+            f"evaluation: {self.settings.num_samples:,} samples of {steps} steps{guided or ','} about "
+            f"{duration(seconds)}{few}"
         )
 
-    def _of_images(self, pipeline, steps: int) -> dict[str, float]:
+    def _of_images(self, pipeline, batches: Iterator[np.ndarray]) -> dict[str, float]:
         looks: list[Callable] = []
         if self.pictures is not None:
             looks.append(self.pictures.of_samples)
+        if self.classifier is not None:
+            looks.append(self.classifier)
         if self.memorization is not None:
             # samples come as (B, H, W, C) in [0, 1]
             model_units = lambda images: torch.from_numpy(images).movedim(-1, 1) * 2 - 1  # noqa: E731
             looks.append(lambda images: self.memorization.copies(neighbour_vectors(model_units(images))))
-        found = self.shares.collect(self._sample(pipeline, steps), *looks)
-        values = {} if self.pictures is None else self.pictures.values(found[0], self.metrics)
+        found = self.shares.collect(batches, *looks)
+        values = {}
+        if self.pictures is not None:
+            values.update(self.pictures.values(found[0], self.metrics))
+            if self.by_class is not None:
+                values.update(self.by_class.values(found[0], self.metrics))
+        if self.classifier is not None:
+            values.update(self._agreement(pipeline, found[0 if self.pictures is None else 1]))
         if self.memorization is not None:
             values.update(self.memorization.values(found[-1]))
         return values
 
-    def _of_sequences(self, pipeline, steps: int) -> dict[str, float]:
-        (samples,) = self.shares.collect(self._sample(pipeline, steps), tensor_of)
-        rows = self.sequences.standardized(samples)
-        values = self.sequences.values(rows)
+    def _of_sequences(self, pipeline, batches: Iterator[np.ndarray]) -> dict[str, float]:
+        looks = [tensor_of] if self.classifier is None else [tensor_of, self.classifier]
+        samples, *predicted = self.shares.collect(batches, *looks)
+        values = {}
+        if self.sequences is not None:
+            rows = self.sequences.standardized(samples)
+            values.update(self.sequences.values(rows))
+        if self.by_class is not None and self.sequences is not None:
+            values.update(self.by_class.values(samples, self.metrics))
+        if predicted:
+            values.update(self._agreement(pipeline, predicted[0]))
         if self.memorization is not None:
             share = self.shares.of(len(rows))
             own = rows[share.start : share.stop]
@@ -218,17 +254,25 @@ class Evaluator:
             values.update(self.memorization.values(copies))
         return values
 
-    def _held_out_losses(self, pipeline, scheduler) -> dict[str, float]:
+    def _agreement(self, pipeline, predicted: Tensor) -> dict[str, float]:
+        """Return the share of samples whose predicted class (n,) is the one that they were asked for."""
+        asked = torch.from_numpy(self.sampling.model_numbers(pipeline))
+        return {AGREEMENT: (predicted == asked).double().mean().item()}
+
+    def _held_out_losses(self, pipeline, scheduler, between: Callable[[], None]) -> dict[str, float]:
         data = underlying(self.dataset)
 
         def encode(x0: Tensor) -> Tensor:
             return x0 if self.is_image else pipeline._encode(natural_units(x0, data), "the data")
 
-        return self.held_out(pipeline, scheduler, self.metrics, encode, self.between)
+        numbers = model_classes(pipeline, self.sampling.classes.names) if has_classes(pipeline) else None
+        return self.held_out(pipeline, scheduler, self.metrics, encode, between, numbers)
 
     # -- telling -------------------------------------------------------------------------------
 
-    def records(self, values: dict[str, float], pipeline, num_inference_steps: int, **more) -> list[dict]:
+    def records(
+        self, values: dict[str, float], pipeline, num_inference_steps: int, guidance_scale: float = 1.0, **more
+    ) -> list[dict]:
         """Return a record for each metric, with everything that its value depends on, as in `evaluation.json`."""
         scheduler = type(pipeline.scheduler).__name__
         if pipeline.is_spaced_by_log_snr():
@@ -243,21 +287,36 @@ class Evaluator:
             settings |= {"feature_network": without_folders(network.name), "feature_digest": network.digest}
         if self.num_real < len(self.real):
             settings["num_left_out"] = len(self.real) - self.num_real
-        own = {name: {"num_held_out": self.held_out.count} for name in values if "held_out" in name}
-        if self.mirrored:
-            own |= {name: {"mirrored": True} for name in values if "memorization" in name}
-        return [
-            {"metric": name, "value": value, **more, **settings, **own.get(name, {})} for name, value in values.items()
-        ]
+        conditional = has_classes(pipeline)
+        if conditional:
+            settings |= {"class_labels": RULE, "num_classes": len(self.sampling.classes.names)}
+        records = []
+        for name, value in values.items():
+            metric, _, label = name.partition("/")
+            own = dict(settings)
+            if "held_out" in name:
+                own["num_held_out"] = self.held_out.count
+            elif conditional:
+                interval = list(self.settings.guidance_interval)
+                own |= {"guidance_scale": guidance_scale, "guidance_interval": interval}
+            if "memorization" in name and self.mirrored:
+                own["mirrored"] = True
+            if metric == AGREEMENT:
+                own["classifier"] = without_folders(self.settings.classifier)
+            if label:
+                own |= {"class": label, **self.by_class.sizes(label)}
+            records.append({"metric": metric, "value": value, **more, **own})
+        return records
 
     def describe(self, values: dict[str, float]) -> str:
         """Return the values as aligned lines, each with the number of samples or items that it comes from."""
         width = max(map(len, values))
-        samples, few = f"{self.settings.num_samples:,} samples", self.settings.num_samples < FEW
         lines = []
         for name, value in values.items():
-            source = f"{self.held_out.count:,} held-out items" if "held_out" in name else samples
+            metric, _, label = name.partition("/")
+            count = self.by_class.sizes(label)["num_samples"] if label else self.settings.num_samples
+            source = f"{self.held_out.count:,} held-out items" if "held_out" in name else f"{count:,} samples"
             source = f"{self.memorization.num_drawn:,} real items" if name == "memorization_real" else source
-            warning = f" (biased: below {FEW:,})" if few and name in BIASED else ""
+            warning = f" (biased: below {FEW:,})" if count < FEW and metric in BIASED else ""
             lines.append(f"  {name:<{width}}  {value:<12.6g} from {source}{warning}")
         return "\n".join(lines)

@@ -112,7 +112,7 @@ def save(file: Path, arrays: dict[str, np.ndarray], say: Callable[[str], None]) 
         os.replace(aside, file)
     except OSError as error:
         say(
-            f"warning: statistics of the real pictures cannot be kept in {file.parent} ({error}); the next evaluation "
+            f"warning: statistics of the real images cannot be kept in {file.parent} ({error}); the next evaluation "
             "computes them again. eval_cache_dir names another folder"
         )
         with contextlib.suppress(OSError):

@@ -1,6 +1,7 @@
 """The loss on items that training does not see, over buckets of timesteps."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,19 +25,21 @@ class HeldOutLoss:
         held_out: the items, map-style.
         settings: the settings of the evaluation.
         shares: the exchange between processes.
+        classes: the class (N,) of each item, for a model with classes; None if there are none.
 
     Attributes:
         count: the number of items; after a call, the number of those that could be read.
     """
 
-    def __init__(self, held_out, settings: EvalSettings, shares: Shares):
-        self.held_out, self.settings, self.shares = held_out, settings, shares
+    def __init__(self, held_out, settings: EvalSettings, shares: Shares, classes: np.ndarray | None = None):
+        self.held_out, self.settings, self.shares, self.classes = held_out, settings, shares, classes
         self.count = len(held_out)
 
     @torch.no_grad()
     def __call__(
-        self, pipeline, scheduler, metrics: list[str], encode: Callable[[Tensor], Tensor], between: Callable[[], None]
-    ) -> dict[str, float]:
+        self, pipeline, scheduler, metrics: list[str], encode: Callable[[Tensor], Tensor],
+        between: Callable[[], None] = lambda: None, model_classes: list[int] | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """Measure a pipeline.
 
         Args:
@@ -45,6 +48,7 @@ class HeldOutLoss:
             metrics: the metrics that are asked for.
             encode: a function from items of the dataset to the model's units.
             between: a function that is called before each batch, equally often on every process.
+            model_classes: the model's number for each class of the data; None for a model without classes.
 
         Returns:
             The values by name, with one value for each bucket of timesteps: `held_out_loss_t0-99` and so on.
@@ -61,10 +65,10 @@ class HeldOutLoss:
                 if batch is None:  # another process has more
                     continue
                 x0 = encode(batch.x0).to(pipeline.device, torch.float32)
-                columns = []
+                model, columns = self._model(pipeline.unet, batch.numbers, model_classes, x0.device), []
                 for bucket, (low, high) in enumerate(zip(edges[:-1], edges[1:])):
                     t, noise = self._draws(batch.numbers, bucket, low, high, x0)
-                    plain = diffusion_loss(pipeline.unet, scheduler, x0, t, noise, weighting="uniform").loss.double()
+                    plain = diffusion_loss(model, scheduler, x0, t, noise, weighting="uniform").loss.double()
                     columns.append(torch.stack((plain, plain * scheduler.loss_weights(t).to(plain))).cpu())
                 yield torch.stack(columns, dim=2).movedim(1, 0)  # (B, 2, buckets)
 
@@ -79,6 +83,13 @@ class HeldOutLoss:
         if "held_out_weighted_loss" in metrics:
             values["held_out_weighted_loss"] = weighted.mean().item()
         return values
+
+    def _model(self, unet, numbers: list[int], model_classes: list[int] | None, device) -> Callable:
+        """Return the model, told the classes of the items with these numbers if it takes classes."""
+        if model_classes is None or self.classes is None:
+            return unet
+        labels = torch.tensor(np.asarray(model_classes)[self.classes[numbers]], device=device)
+        return partial(unet, class_labels=labels)
 
     def _draws(self, numbers: list[int], bucket: int, low: int, high: int, x0: Tensor) -> tuple[Tensor, Tensor]:
         """Draw timesteps (B,) in [low, high) and noise shaped as x0 for the items with these numbers."""

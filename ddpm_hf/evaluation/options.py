@@ -23,6 +23,20 @@ class EvaluateConfig:
     num_inference_steps: list[int] | None = _option(
         None, "Number of sampling steps, or several for a curve. Default: the pipeline's."
     )
+    guidance_scale: list[float] | None = _option(
+        None, "Scale of classifier-free guidance, or several for a curve, for a model with classes; 1 is no guidance. "
+        "Default: 1."
+    )  # fmt: skip
+    guidance_interval: list[float] | None = _option(
+        None, "Lowest and highest noise level with guidance, from 0 (data) to 1 (noise). Default: 0 1."
+    )
+    per_class: bool = _option(
+        False, "Also compute FID, KID and the distances of sequences for each class, from its samples and real items."
+    )
+    classifier: str | None = _option(
+        None, "TorchScript file of a classifier, for the share of samples that it takes for the class that they were "
+        "asked for. It gets images (B, C, H, W) in [0, 1], or sequences (B, C, length) in the units of the data."
+    )  # fmt: skip
     sampler: str | None = _option(
         None, "'fast', for the pipeline's fast sampler, or a scheduler class of diffusers. Default: the pipeline's own."
     )  # fmt: skip

@@ -25,19 +25,25 @@ class PictureDistances:
         shape: the shape (C, H, W) of one picture.
         settings: the settings of the evaluation.
         shares: the exchange between processes.
+        network: the network of the features; None means the one that the settings name.
 
     Attributes:
-        bad: messages of the pictures that were left out of the statistics, if `load` found them in the cache.
+        bad: messages of the pictures that were left out of the statistics, once they are there.
 
     Raises:
         ValueError: if the pictures have other than 1, 3 or 4 channels, or the network cannot be loaded.
     """
 
-    def __init__(self, real: Part, shape: tuple, settings: EvalSettings, shares: Shares):
+    def __init__(
+        self, real: Part, shape: tuple, settings: EvalSettings, shares: Shares, network: FeatureNetwork | None = None
+    ):
         if shape[0] not in (1, 3, 4):
             raise ValueError(f"FID and KID need images of 1, 3 or 4 channels, the data has {shape[0]}")
         self.real, self.shape, self.settings, self.shares = real, shape, settings, shares
         self.accelerator = shares.accelerator
+        if network is not None:
+            self.network = network
+            return
         with self.accelerator.local_main_process_first():  # one process downloads the network if need be
             self.network = FeatureNetwork(
                 settings.feature_network, settings.feature_resolution, self.accelerator.device
@@ -55,10 +61,6 @@ class PictureDistances:
             self.gaussian, self.features = Gaussian(stored["mean"], stored["root"]), stored["features"]
             self.bad = stored["bad"].tolist()
             return True
-        self.accelerator.print(
-            f"features of {len(self.real):,} real pictures by {self.settings.feature_network}: computed once"
-            + (f", kept in {self.file}" if self.file else "")
-        )
         return False
 
     def of_real(self, x0: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ class PictureDistances:
             features: the features of all processes, in the order of the pictures.
             bad: messages of the pictures that could not be read.
         """
-        array = features.numpy()
+        array, self.bad = features.numpy(), bad
         self.gaussian = Gaussian.fit(array)
         chosen = np.random.default_rng(0).permutation(len(array))[:KID_FEATURES]
         self.features = array[np.sort(chosen)]
@@ -98,6 +100,13 @@ class PictureDistances:
             folder = Path(HF_HOME) / "ddpm_hf"
         more = (self.network.digest, self.settings.on_bad_image)
         return folder / feature_cache.file_name(underlying(self.real), self.shape, digests, *more)
+
+    def announce(self) -> None:
+        """Say that the features of the real pictures are computed, and where their statistics are kept."""
+        self.accelerator.print(
+            f"features of {len(self.real):,} real images by {self.settings.feature_network}: computed once"
+            + (f", kept in {self.file}" if self.file else "")
+        )
 
     # -- samples -------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from ddpm_hf.data.opening import build_dataset
 from ddpm_hf.data.sequence_files import FILE_ENDINGS
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.data.tables import table_folder
+from ddpm_hf.evaluation.classes import DataClasses
 from ddpm_hf.evaluation.options import EvaluateConfig
 from ddpm_hf.evaluation.settings import HELD_OUT
 from ddpm_hf.run.record import without_folders
@@ -36,12 +37,14 @@ class RealData:
         dataset: the items that the run trained on, or all items, map-style.
         held_out: the items that the run did not see, or None.
         shape: the shape of an item, (C, *spatial).
+        classes: the classes of the items, or None for data without classes.
         config: the options, with those that were taken from the run.
     """
 
     dataset: Any
     held_out: Any
     shape: tuple
+    classes: DataClasses | None
     config: EvaluateConfig
 
 
@@ -66,7 +69,8 @@ def open_real_data(config: EvaluateConfig, facts: dict, pipeline, say: Callable[
     dataset, shape = _open(config, run, pipeline)
     config.check_scope(is_image=len(shape) == 3)
     dataset, held_out = _split(config, run, dataset)
-    return RealData(dataset, held_out, shape, config)
+    classes = DataClasses.of(getattr(underlying(dataset), "labels", None), dataset, held_out)
+    return RealData(dataset, held_out, shape, classes, config)
 
 
 def read_record(place: str) -> dict:
@@ -144,8 +148,8 @@ def _first_shape(dataset, on_bad_image: str) -> tuple:
             return tuple(load_item(dataset, index).shape)
         except BadImageError as error:
             if on_bad_image != "skip":
-                raise ValueError(f"{error}. To leave such pictures out: --on_bad_image skip") from error
-    raise ValueError("none of the pictures can be read")
+                raise ValueError(f"{error}. To leave such images out: --on_bad_image skip") from error
+    raise ValueError("none of the images can be read")
 
 
 def _split(config: EvaluateConfig, run: dict, dataset) -> tuple[Any, Any]:

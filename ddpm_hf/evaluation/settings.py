@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 HELD_OUT = ("held_out_loss", "held_out_weighted_loss")
+AGREEMENT = "class_agreement"  # computed if there is a classifier
+BY_CLASS = ("fid", "kid", "frechet", "spectral_frechet", "sliced_wasserstein", "autocorrelation_error")
 IMAGE_METRICS = ("fid", "kid", "memorization", *HELD_OUT)
 SEQUENCE_METRICS = ("frechet", "spectral_frechet", "sliced_wasserstein", "autocorrelation_error", "memorization",
                     *HELD_OUT)  # fmt: skip
@@ -31,6 +33,10 @@ class EvalSettings:
         cache_dir: the folder for statistics of real pictures; None means ddpm_hf/ in the Hugging Face cache.
         workers: the number of processes that load data.
         on_bad_image: "stop", or "skip": a picture that cannot be read is left out everywhere and reported.
+        guidance_interval: the lowest and the highest noise level with guidance, in [0, 1]; see the call of a pipeline.
+        per_class: compute the metrics of `BY_CLASS` also for each class of the data, from the samples of that class and
+            its real items.
+        classifier: the TorchScript file of a classifier for the metric `class_agreement`; see `Classifier`.
         random_flip: True if training mirrors pictures although the dataset does not say so. For memorization a picture
             and its mirror image are then one item, so a mirrored copy is a copy.
     """
@@ -46,6 +52,9 @@ class EvalSettings:
     workers: int = 0
     on_bad_image: str = "stop"
     random_flip: bool = False
+    guidance_interval: Sequence[float] = (0.0, 1.0)
+    per_class: bool = False
+    classifier: str | None = None
 
     def check(self) -> None:
         """Check what does not depend on the data.
@@ -59,6 +68,9 @@ class EvalSettings:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
         if self.on_bad_image not in ("stop", "skip"):
             raise ValueError(f"on_bad_image must be 'stop' or 'skip', got {self.on_bad_image!r}")
+        low_high = tuple(self.guidance_interval)
+        if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
+            raise ValueError(f"guidance_interval must be two ascending numbers in [0, 1], got {low_high}")
 
 
 def choose_metrics(asked: Sequence[str] | None, is_image: bool, has_held_out: bool) -> list[str]:

@@ -22,6 +22,7 @@ from ddpm_hf.run.record import duration
 
 # In a checkout the template lies beside the package, and in an installed package inside it.
 TEMPLATES = [folder / "model_cards" / "template.md" for folder in Path(__file__).parents[1:3]]
+LISTED = 20  # the number of classes that the card names
 IMAGE_TASK, SEQUENCE_TASK = "unconditional-image-generation", "unconditional-sequence-generation"
 PAPERS = {
     "DDPM": "@inproceedings{ho2020denoising,\n  title={Denoising Diffusion Probabilistic Models},\n"
@@ -132,6 +133,16 @@ class Parts:
         name = (record or {}).get("data") or self.training.get("data", {}).get("name")
         return BUNDLED.get(name, name) or "data that was not recorded"
 
+    def classes(self) -> dict[str, int | None]:
+        """Return the model's classes by name, with the numbers of items that it was trained on, as far as known."""
+        number = self.unet.get("num_class_embeds")
+        if not number:
+            return {}
+        named = {name: int(key) for key, name in (self.index.get("id2label") or {}).items()}
+        names = sorted(named, key=named.get) or [f"class {key}" for key in range(number)]
+        counts = self.training.get("data", {}).get("classes", {})
+        return {name: counts.get(name) for name in names}
+
     def steps(self) -> int:
         """Return the number of sampling steps that a call takes by default."""
         return self.index.get("num_inference_steps") or self.scheduler["num_train_timesteps"]
@@ -181,11 +192,14 @@ def render(parts: Parts, repo_id: str | None, licence: str | None) -> str:
         "summary": _summary(parts),
         "samples": _samples(parts),
         "usage": {
-            "package": _snippet(f"from ddpm_hf import {parts.kind}", f"{parts.kind}.from_pretrained({place})", field),
+            "package": _snippet(
+                f"from ddpm_hf import {parts.kind}", f"{parts.kind}.from_pretrained({place})", field, parts
+            ),
             "diffusers": _snippet(
                 "from diffusers import DiffusionPipeline",
                 f"DiffusionPipeline.from_pretrained({place}, trust_remote_code=True)",
                 field,
+                parts,
             ),
             "code": Verbatim(" and ".join(f"`{name}`" for name in parts.code_files()) or "its code"),
             "steps": parts.steps(),
@@ -199,6 +213,8 @@ def render(parts: Parts, repo_id: str | None, licence: str | None) -> str:
         "has_curve": (parts.folder / "loss.png").exists(),
         "metrics": [_metric_row(parts, record) for record in parts.evaluation],
         "metrics_note": _metrics_note(parts),
+        "guided": any("guidance_scale" in record for record in parts.evaluation),
+        "classes": len(parts.classes()),
         "knows": _knows(parts),
         "memorization": (
             "The share of samples that are nearer to a training item than that item's own neighbour is (memorization): "
@@ -243,6 +259,10 @@ def _metric_name(record: dict) -> str:
     if "held_out" in record["metric"]:
         return f"{record['metric']} ({_counted(record)})"
     settings = [_counted(record), f"{record['num_inference_steps']} steps", record["scheduler"]]
+    if "guidance_scale" in record:
+        settings.append(f"guidance scale {record['guidance_scale']:g}")
+    if "class" in record:
+        settings.insert(0, f"class {record['class']}")
     if record["metric"] in ("fid", "kid"):
         settings.append(f"features {record['feature_network']}")
     return f"{record['metric']} ({', '.join(settings)})"
@@ -260,9 +280,10 @@ def _counted(record: dict) -> str:
     return f"{record['num_samples']:,} samples"
 
 
-def _snippet(first: str, load: str, field: str) -> str:
-    """Return code that loads the pipeline and draws four samples."""
-    call = f"{field} = pipe(batch_size=4, generator=torch.Generator().manual_seed(0)).{field}"
+def _snippet(first: str, load: str, field: str, parts: Parts) -> str:
+    """Return code that loads the pipeline and draws four samples, or one of each of the first four classes."""
+    asked = f"class_labels={list(range(min(4, len(parts.classes()))))}" if parts.classes() else "batch_size=4"
+    call = f"{field} = pipe({asked}, generator=torch.Generator().manual_seed(0)).{field}"
     return f"import torch\n{first}\n\npipe = {load}\n{call}"
 
 
@@ -276,7 +297,7 @@ def _shape(parts: Parts) -> str:
 
 
 def _summary(parts: Parts) -> str:
-    what = "pictures" if parts.is_image else "sequences"
+    what = "images" if parts.is_image else "sequences"
     trained = f", trained on {parts.data_name()}" if parts.training else ""
     return (
         f"A denoising diffusion model of {what} (channels x size: {_shape(parts)}) with {parts.parameters:,} "
@@ -290,7 +311,8 @@ def _samples(parts: Parts) -> dict | None:
         return None
     step, steps = parts.training.get("samples_step"), parts.training.get("options", {}).get("ddpm_num_inference_steps")
     what = "Samples" if parts.is_image else "Generated sequences (left) beside real ones (right)"
-    return {"caption": f"{what}, {steps} sampling steps, not selected; after {step:,} training steps."}
+    scale = f", guidance scale {parts.training.get('samples_guidance_scale', 1):g}" if parts.classes() else ""
+    return {"caption": f"{what}, {steps} sampling steps{scale}, not selected; after {step:,} training steps."}
 
 
 def _model_rows(parts: Parts) -> list[tuple]:
@@ -298,8 +320,18 @@ def _model_rows(parts: Parts) -> list[tuple]:
     hidden = {"sample_size", "in_channels", "out_channels"}
     rows = [("class", parts.unet["_class_name"]), ("parameters", f"{parts.parameters:,}"),
             ("channels x size", _shape(parts))]  # fmt: skip
+    if classes := parts.classes():
+        rows.append(("classes", _class_list(classes)))
+        hidden.add("num_class_embeds")
     settings = {k: v for k, v in parts.unet.items() if not k.startswith("_") and k not in hidden and v is not None}
     return rows + [(name, _cell(value)) for name, value in sorted(settings.items())]
+
+
+def _class_list(classes: dict[str, int | None]) -> str:
+    """Return the number of classes and the names of the first ones, with the numbers of their items."""
+    shown = [name if count is None else f"{name} ({count:,} items)" for name, count in list(classes.items())[:LISTED]]
+    more = f" and {len(classes) - LISTED:,} more" if len(classes) > LISTED else ""
+    return f"{len(classes):,}: {', '.join(shown)}{more}"
 
 
 def _schedule_rows(parts: Parts) -> list[tuple]:
@@ -346,9 +378,15 @@ def _metric_row(parts: Parts, record: dict) -> list[str]:
     compared = f"{record['num_real']:,} items of {parts.data_name(record)}"
     if "held_out" in record["metric"]:
         compared = "items that training did not see" if "num_held_out" in record else parts.data_name(record)
+    if record["metric"] == "class_agreement":
+        compared = f"the class that the classifier {record['classifier']} sees"
+    name = f"{record['metric']}, class {record['class']}" if "class" in record else record["metric"]
+    guidance = []
+    if any("guidance_scale" in other for other in parts.evaluation):
+        guidance.append(f"{record['guidance_scale']:g}" if "guidance_scale" in record else "")
     return [
-        record["metric"], f"{record['value']:.6g}", _counted(record), compared, str(record["num_inference_steps"]),
-        record["scheduler"], features, str(record["seed"]),
+        name, f"{record['value']:.6g}", _counted(record), compared, str(record["num_inference_steps"]),
+        record["scheduler"], *guidance, features, str(record["seed"]),
     ]  # fmt: skip
 
 
@@ -359,6 +397,8 @@ def _metrics_note(parts: Parts) -> str:
     notes = ["Fréchet distances of fewer than 10,000 samples are biased upwards."] if few else []
     if pixels:
         notes.append("A FID of the features `pixels` only compares runs with each other, and is not that of papers.")
+    if any("class_labels" in r for r in parts.evaluation):
+        notes.append("Samples have the frequencies of the data's classes.")
     return Verbatim(" ".join(notes))
 
 

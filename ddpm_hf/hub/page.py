@@ -22,8 +22,10 @@ OWN = "the pipeline's own (DDIM; DDPM at all steps)"
 FAST = "fast (DPM-Solver++; 5 to 20 steps are enough)"
 STOCK = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
          "DEISMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler")  # fmt: skip
+EVERY_CLASS, NO_CLASS = "every class in turn", "no class"
+MOST_SCALE = 10  # the largest scale of guidance
 MOST_SAMPLES, MOST_POINTS = 64, 16
-MOST_WORK = 16_000  # the product of samples and steps of one click
+MOST_WORK = 16_000  # the product of samples and steps of one click; guidance doubles it
 MOST_BYTES = 50_000_000  # the size of the frames that are kept for one visitor
 MOST_VALUES = 2**23  # the number of values in all samples of one click, so fewer large samples are allowed
 MOST_VISITORS = 8  # the number of visitors whose frames are kept
@@ -113,10 +115,17 @@ class Page:
         self.own_settings = {name: pipe.config[name] for name in settings if name in pipe.config}
         self.is_image = "data_scale" not in pipe.config
         self.steps = pipe.config.num_inference_steps or len(self.own)
+        self.classes = self._class_names()
         self.shape = (pipe.unet.config.in_channels, *pipe._size())
         self.most_samples = max(1, min(MOST_SAMPLES, MOST_VALUES // math.prod(self.shape)))
         self.most_points = max(2, min(MOST_POINTS, self.most_samples))
         pipe.set_progress_bar_config(disable=True)
+
+    def _class_names(self) -> list[str]:
+        """Return the names of the model's classes by their numbers; none for a model without classes."""
+        number = getattr(self.pipe.unet.config, "num_class_embeds", None) or 0
+        names = {int(key): str(name) for key, name in (self.pipe.config.get("id2label") or {}).items()}
+        return [names.get(key, f"class {key}") for key in range(number)]
 
     # -- from fields to arrays -------------------------------------------------------------------
 
@@ -152,10 +161,33 @@ class Page:
             self.pipe.scheduler = self.own
             self.pipe.register_to_config(**self.own_settings)
 
+    def _condition(self, count: int, chosen, scale) -> dict:
+        """Return the options of a call for the chosen class and the scale of guidance.
+
+        Args:
+            count: the number of samples.
+            chosen: the number of a class, EVERY_CLASS or NO_CLASS.
+            scale: the scale of classifier-free guidance.
+
+        Raises:
+            gr.Error: if there is no such class, or the scale is out of range.
+        """
+        if not self.classes:
+            return {}
+        if scale is None or not 0 <= scale <= MOST_SCALE:
+            raise refused(f"guidance scale must lie in 0 to {MOST_SCALE}, got {scale}")
+        if chosen == EVERY_CLASS:
+            labels = [index % len(self.classes) for index in range(count)]
+        elif chosen == NO_CLASS:
+            labels = [None] * count
+        else:
+            labels = [whole("class", chosen, 0, len(self.classes) - 1)] * count
+        return {"class_labels": labels, "guidance_scale": float(scale)}
+
     # -- what the buttons do ---------------------------------------------------------------------
 
-    def generate(self, count, steps, sampler, seed, eta):
-        """Draw samples.
+    def generate(self, count, steps, sampler, seed, eta, chosen=EVERY_CLASS, scale=1.0):
+        """Draw samples, of the chosen class if the model has classes.
 
         Returns:
             The picture of the samples, the frames of their trajectories, the slider of the frames set to the end, and
@@ -163,9 +195,12 @@ class Page:
         """
         count, seed = whole("samples", count, 1, self.most_samples), whole("seed", seed, 0, LARGEST_SEED)
         steps = whole("steps", steps, 1, self.own.config.num_train_timesteps)
-        if count * steps > MOST_WORK:
+        condition = self._condition(count, chosen, scale)
+        twice = condition.get("guidance_scale", 1) != 1
+        if count * steps * (1 + twice) > MOST_WORK:
             raise refused(
-                f"samples x steps must be at most {MOST_WORK:,}, got {count} x {steps}: ask for fewer of either"
+                f"samples x steps must be at most {MOST_WORK // (1 + twice):,}{' with guidance' if twice else ''}, got "
+                f"{count} x {steps}: ask for fewer of either"
             )
         generators = [generator_of(seed, i) for i in range(count)]
         latents = torch.cat(
@@ -174,8 +209,9 @@ class Page:
         frames = Frames(self, latents)
         with self._sampler(sampler, steps, eta) as options:
             (samples,) = self.pipe(
-                batch_size=count, generator=generators, latents=latents, callback_on_step_end=frames, **options
-            )
+                batch_size=count, generator=generators, latents=latents, callback_on_step_end=frames, **condition,
+                **options,
+            )  # fmt: skip
         last = len(frames.kept) - 1
         label = "Steps done" if last == frames.total else f"Frame ({last + 1} kept of {frames.total} steps)"
         picture = self.picture(samples)
@@ -190,16 +226,17 @@ class Page:
         samples = trajectory[:, step]
         return self.picture(samples / 255.0 if samples.dtype == np.uint8 else samples)
 
-    def interpolate(self, seed, other, points, steps, sampler):
-        """Return the picture of samples that start between the first noises of two seeds."""
+    def interpolate(self, seed, other, points, steps, sampler, chosen=EVERY_CLASS, scale=1.0):
+        """Return the picture of samples of one class that start between the first noises of two seeds."""
         seeds = [whole(name, value, 0, LARGEST_SEED) for name, value in (("seed", seed), ("other seed", other))]
         points = whole("points", points, 2, self.most_points)
         ends = [torch.randn((1, *self.shape), generator=generator_of(s, 0))[0] for s in seeds]
         latents = between(*ends, points)
         # samplers that add noise add the same noise for every point
         generators = [torch.Generator().manual_seed(seeds[0]) for _ in range(points)]
+        condition = self._condition(points, 0 if chosen == EVERY_CLASS else chosen, scale)
         with self._sampler(sampler, steps, 0.0) as options:
-            (samples,) = self.pipe(batch_size=points, latents=latents, generator=generators, **options)
+            (samples,) = self.pipe(batch_size=points, latents=latents, generator=generators, **condition, **options)
         return self.picture(samples, columns=points)
 
     # -- pictures --------------------------------------------------------------------------------
@@ -248,6 +285,13 @@ def build_page(pipe, title: str) -> gr.Blocks:
             seed = gr.Number(0, label="Seed", elem_id="seed")
             eta = gr.Number(0, label="Eta: DDIM's noise (0 to 1)", elem_id="eta")
         sampler = gr.Dropdown([OWN, FAST, *STOCK], value=OWN, label="Sampler", elem_id="sampler")
+        menu = [(name, name) for name in (EVERY_CLASS, NO_CLASS)]
+        menu += [(name, number) for number, name in enumerate(page.classes)]
+        shown = {"visible": bool(page.classes)}
+        with gr.Row(**shown):
+            chosen = gr.Dropdown(menu, value=EVERY_CLASS, label="Class", elem_id="class", **shown)
+            label = "Guidance scale (1 is no guidance)"
+            scale = gr.Slider(0, MOST_SCALE, 1, step=0.1, label=label, elem_id="scale", **shown)
         with gr.Tab("Samples"):
             button = gr.Button("Generate", variant="primary", elem_id="generate")
             samples = gr.Image(label="Samples", format="png", elem_id="samples")
@@ -260,12 +304,14 @@ def build_page(pipe, title: str) -> gr.Blocks:
                 most = page.most_points
                 points = gr.Number(min(8, most), label=f"Points (2 to {most})", elem_id="points")
             walk = gr.Button("Interpolate", variant="primary", elem_id="walk")
-            gr.Markdown("From the first sample of one seed to that of the other.")
+            first = f" {EVERY_CLASS.capitalize()}: here the first class." if page.classes else ""
+            gr.Markdown(f"From the first sample of one seed to that of the other.{first}")
             line = gr.Image(show_label=False, format="png", elem_id="line")
         trajectory = gr.State(time_to_live=CLEAN_AFTER)
-        button.click(page.generate, [count, steps, sampler, seed, eta], [samples, trajectory, step, frame])
+        fields = [count, steps, sampler, seed, eta, chosen, scale]
+        button.click(page.generate, fields, [samples, trajectory, step, frame])
         step.input(page.look_back, [trajectory, step], frame, trigger_mode="always_last", show_progress="hidden")
-        walk.click(page.interpolate, [seed, other, points, steps, sampler], line)
+        walk.click(page.interpolate, [seed, other, points, steps, sampler, chosen, scale], line)
     return blocks.queue(default_concurrency_limit=1, max_size=MOST_WAITING)  # one pipeline, one sampler at a time
 
 

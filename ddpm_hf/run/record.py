@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,27 @@ def duration(seconds: float) -> str:
     return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
 
 
-def data_facts(config: TrainConfig, dataset, items: int | None, shape: tuple) -> dict:
-    """Return the name, the number of items and the shape of the data, and `hub_id` if the data is on the Hub."""
+def data_facts(
+    config: TrainConfig, dataset, items: int | None, shape: tuple, class_names: Sequence[str] | None = None,
+    class_counts: Sequence[int] | None = None,
+) -> dict:  # fmt: skip
+    """Return the facts about the data: name, number of items and their shape, `hub_id` if it is on the Hub, `classes`.
+
+    Args:
+        config: the options of the run.
+        dataset: the dataset that is given from Python, if there is one.
+        items: the number of items; None if it is not known.
+        shape: the shape of an item, (C, *spatial).
+        class_names: the names of the classes; None for data without classes.
+        class_counts: the number of items of each class; None if it is not known.
+    """
     given = config.dataset_name or config.train_data_dir or config.train_data_file
     name = without_folders(str(Path(given))) if given else f"a data set given from Python ({type(dataset).__name__})"
     on_hub = config.dataset_name and config.dataset_name not in BUNDLED and not Path(config.dataset_name).exists()
-    return {"name": name, "hub_id": name if on_hub else None, "items": items, "shape": list(shape)}
+    facts = {"name": name, "hub_id": name if on_hub else None, "items": items, "shape": list(shape)}
+    if class_names is not None:
+        facts["classes"] = dict(zip(class_names, class_counts or [None] * len(class_names)))
+    return facts
 
 
 class RunRecord:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data.checking import check_shared_memory
+from ddpm_hf.evaluation.classes import DataClasses
 from ddpm_hf.evaluation.evaluator import EvalSettings, Evaluator
 from ddpm_hf.losses import first_step_warning
 from ddpm_hf.pipeline import IMAGE_MODES
@@ -149,7 +150,8 @@ def make_evaluator(config: TrainConfig, accelerator, feed) -> Evaluator | None:
         feature_network=c.feature_network, feature_resolution=c.feature_resolution, batch_size=c.eval_batch_size,
         seed=c.seed, cache_dir=c.eval_cache_dir, workers=c.dataloader_num_workers, on_bad_image=c.on_bad_image,
     )  # fmt: skip
-    evaluator = Evaluator(accelerator, feed.dataset, feed.shape, settings, feed.held_out)
+    classes = DataClasses.of(feed.labels, feed.dataset, feed.held_out)
+    evaluator = Evaluator(accelerator, feed.dataset, feed.shape, settings, feed.held_out, classes)
     # the batches of training wait in shared memory meanwhile
     check_shared_memory(feed.shared_memory + evaluator.shared_memory, c.dataloader_num_workers)
     if c.metric_for_best not in (None, *evaluator.metrics):

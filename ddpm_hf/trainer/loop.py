@@ -83,7 +83,9 @@ class Trainer:
         self.given_model = model is not None
         # for the card, which does not name options without effect
         self.options = config.applied(self.feed.kind, self.given_model)
-        facts = {**data_facts(config, dataset, self.feed.items, self.feed.shape), "held_out": self.feed.split}
+        feed = self.feed
+        named = data_facts(config, dataset, feed.items, feed.shape, feed.class_names, feed.class_counts)
+        facts = {**named, "held_out": feed.split}
         if self.feed.items is not None:  # an evaluation knows the data by it
             facts["content"] = self.feed.fingerprint()["digest"]
         self.record = RunRecord(config, facts, command, self.options)

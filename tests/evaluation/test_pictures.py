@@ -138,7 +138,7 @@ def test_bad_pictures_count_nowhere(tmp_path, capsys):
         assert values == {name: value for name, value in expected.items() if name[:3] in ("fid", metrics_[-1][:3])}
         records = e.records(values, make("images"), 5)
         assert {(r["num_real"], r["num_left_out"]) for r in records} == {(6, 6)}
-        assert "left out 6 of 12 real pictures" in capsys.readouterr().out
+        assert "left out 6 of 12 real images" in capsys.readouterr().out
     held = evaluator(images(list(good)), (1, 8, 8), images(mixed), metrics=["held_out_loss"], on_bad_image="skip")
     held(Known([], (1, 8, 8)), 5, GaussianScheduler())
     assert held.held_out.count == 6

@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from helpers import CARD_RUN, make
+from helpers import CARD_RUN, MODEL, make
 from hub_server import validate_card
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from ddpm_hf import TrainConfig, UNet2D, train
+from ddpm_hf import DDPMPipeline, GaussianScheduler, TrainConfig, UNet2D, train
 from ddpm_hf.config import BUNDLED
 from ddpm_hf.hub.card import card_text, write_card
 from ddpm_hf.run.record import duration, public_command, without_folders
@@ -175,6 +175,57 @@ def test_what_was_not_recorded_is_said(tmp_path):
     for sentence in ("No samples were recorded", "hardware and time were not recorded", "Nothing was measured",
                      "The loss was not recorded", "Whether it repeats training items was not measured"):  # fmt: skip
         assert sentence in text
+
+
+def test_the_card_of_a_model_with_classes(tmp_path):
+    """Names in the order of the numbers, with the counts of training; the snippet asks for classes; the caption says
+    the scale of the pictures; a metric says its class and scale, and what has none leaves the cell empty."""
+    unet = UNet2D(sample_size=8, in_channels=1, num_class_embeds=3, **MODEL)
+    pipe = DDPMPipeline(unet, GaussianScheduler(), id2label={0: "owl", 1: "a|b", 2: "cat"})
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "samples.png").touch()
+    data = {"name": "pets", "items": 12, "shape": [1, 8, 8], "hub_id": None, "classes": {"cat": 5, "owl": 7, "a|b": 0}}
+    facts = {
+        "name": "x",
+        "data": data,
+        "steps": 4,
+        "samples_step": 4,
+        "samples_guidance_scale": 1.5,
+        "options": {"max_train_steps": 4, "use_ema": True, "ddpm_num_inference_steps": 3},
+        "processes": 1,
+        "global_batch": 4,
+        "machine": "m",
+        "seconds": 3.0,
+        "mixed_precision": "no",
+        "versions": {},
+        "command": None,
+    }
+    (tmp_path / "training.json").write_text(json.dumps(facts))
+    shared = {
+        "num_samples": 8,
+        "num_real": 8,
+        "num_inference_steps": 3,
+        "seed": 0,
+        "scheduler": "s",
+        "class_labels": "frequencies",
+        "feature_network": "pixels",
+    }
+    guided = {**shared, "guidance_scale": 2.0}
+    records = [{"metric": "fid", "value": 1.0, **guided}, {"metric": "fid", "value": 2.0, **guided, "class": "a|b"},
+               {"metric": "class_agreement", "value": 0.75, **guided, "classifier": "judge.pt"},
+               {"metric": "held_out_loss", "value": 3.0, **shared, "num_held_out": 4}]  # fmt: skip
+    (tmp_path / "evaluation.json").write_text(json.dumps(records))
+    text, data = read(tmp_path)
+    assert validate_card(text) == [] and len(data["model-index"][0]["results"][0]["metrics"]) > 0
+    model, measured = table(text, "Model"), table(text, "Evaluation")
+    assert model["classes"] == ["3: owl (7 items), a|b (0 items), cat (5 items)"] and "num_class_embeds" not in model
+    assert "pipe(class_labels=[0, 1, 2], generator=" in text and "3 sampling steps, guidance scale 1.5, not" in text
+    assert measured["fid"] == ["1", "8 samples", "8 items of pets", "3", "s", "2", "pixels", "0"]
+    assert measured["fid, class a|b"][0] == "2" and measured["held_out_loss"][5] == ""
+    assert measured["class_agreement"][2] == "the class that the classifier judge.pt sees"
+    assert "can be asked for one of its 3 classes" in text and "frequencies of the data's classes" in text
+    names = [metric["name"] for result in data["model-index"][0]["results"] for metric in result["metrics"]]
+    assert any("class a|b, 8 samples, 3 steps, s, guidance scale 2" in name for name in names)
 
 
 def test_a_card_that_someone_has_edited_is_kept(runs, tmp_path):

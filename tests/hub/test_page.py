@@ -19,11 +19,25 @@ import pytest
 import torch
 from conftest import ROOT, run_program
 from diffusers.configuration_utils import FrozenDict
-from helpers import make
+from helpers import MODEL, make
 from hub_server import serving
 from PIL import Image
 
-from ddpm_hf.hub.page import FAST, MOST_BYTES, MOST_SAMPLES, OWN, STOCK, Page, between, build_page, generator_of, serve
+from ddpm_hf import DDPMPipeline, GaussianScheduler, UNet2D
+from ddpm_hf.hub.page import (
+    EVERY_CLASS,
+    FAST,
+    MOST_BYTES,
+    MOST_SAMPLES,
+    NO_CLASS,
+    OWN,
+    STOCK,
+    Page,
+    between,
+    build_page,
+    generator_of,
+    serve,
+)
 from ddpm_hf.hub.publish import write_space
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -338,6 +352,46 @@ def test_bad_values(change, says):
         Page(make("images")).generate(**fields)
     with pytest.raises(gr.Error, match="generate samples first"):
         Page(make("images")).look_back(None, 0)
+
+
+def conditional():
+    """A pipeline of images with three classes, two of which look alike to a menu."""
+    unet = UNet2D(sample_size=8, in_channels=1, num_class_embeds=3, **MODEL)
+    names = {0: "owl", 1: EVERY_CLASS, 2: "7"}
+    return DDPMPipeline(unet, GaussianScheduler(), num_inference_steps=3, id2label=names)
+
+
+def test_classes_and_guidance():
+    """What the page draws is what the pipeline draws for these classes and this scale."""
+    pipe = conditional()
+    page = Page(pipe)
+    for chosen, scale, labels in ((EVERY_CLASS, 1, [0, 1, 2, 0]), (2, 2.5, [2] * 4), (NO_CLASS, 1, [None] * 4)):
+        _, frames, _, _ = page.generate(4, 3, OWN, 5, 0, chosen, scale)
+        generators = [generator_of(5, i) for i in range(4)]
+        (expected,) = pipe(4, generator=generators, output_type="np", return_dict=False, class_labels=labels,
+                           guidance_scale=scale)  # fmt: skip
+        assert np.array_equal(frames[:, -1], (expected * 255).round().astype(np.uint8))
+    walks = [page.interpolate(0, 1, 3, 3, OWN, chosen, 2.0) for chosen in (EVERY_CLASS, 0, 2)]
+    assert np.array_equal(walks[0], walks[1]) and not np.array_equal(walks[0], walks[2])
+    for chosen, scale, message in (
+        (3, 1, "class must be a whole number from 0 to 2, got 3"),
+        (0, -0.1, "guidance scale must lie in 0 to 10, got -0.1"),
+        (0, None, "got None"),
+    ):
+        with pytest.raises(gr.Error, match=message):
+            page.generate(4, 3, OWN, 5, 0, chosen, scale)
+    with pytest.raises(gr.Error, match="at most 8,000 with guidance, got 64 x 126"):
+        page.generate(64, 126, OWN, 5, 0, 0, 2.0)
+
+
+def test_the_menu_of_classes():
+    """It is shown for a model with classes; a class may have the name of another entry."""
+    for pipe, visible in ((conditional(), True), (make("images"), False)):
+        parts = build_page(pipe, "x").blocks.values()
+        (menu,) = [part for part in parts if getattr(part, "elem_id", None) == "class"]
+        assert menu.visible is visible
+        if visible:
+            assert menu.choices[2:] == [("owl", 0), (EVERY_CLASS, 1), ("7", 2)]
 
 
 def test_between_two_noises():

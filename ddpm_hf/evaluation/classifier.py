@@ -1,0 +1,58 @@
+"""A classifier that the user names: the share of samples that it takes for the class that they were asked for."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Classifier:
+    """A TorchScript classifier of generated samples.
+
+    It gets images as float32 (B, C, H, W) in [0, 1], and sequences as float32 (B, C, length) in the units of the data.
+    It returns (B, classes): a larger value means a more probable class, and the classes are in the model's order.
+
+    Args:
+        file: the TorchScript file.
+        shape: the shape of a sample, (C, *spatial).
+        classes: the number of the model's classes.
+        device: the device to compute on.
+
+    Raises:
+        ValueError: if the file cannot be loaded, or the network does not take such samples or return such an output.
+    """
+
+    def __init__(self, file: str, shape: tuple, classes: int, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+        if not Path(file).is_file():
+            raise ValueError(f"classifier must be a TorchScript file; there is no file {file}")
+        try:
+            self.network = torch.jit.load(file, map_location=self.device).eval()
+        except Exception as error:
+            raise ValueError(f"classifier {file} is not a TorchScript file: {error}") from error
+        form = f"float32 (B, {', '.join(map(str, shape))})"
+        try:
+            output = self._run(torch.zeros(2, *shape))
+        except Exception as error:  # a network of the user may raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise ValueError(f"classifier {file} must take {form}: {reason}") from error
+        if not isinstance(output, Tensor) or tuple(output.shape) != (2, classes):
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"classifier {file} must return (B, {classes}), one value for each class of the model; got {got} for "
+                "B = 2"
+            )
+
+    @torch.no_grad()
+    def _run(self, samples: Tensor) -> Tensor:
+        return self.network(samples.to(self.device, torch.float32))
+
+    def __call__(self, samples: np.ndarray) -> Tensor:
+        """Return the class that the network finds most probable for each sample, int64 (B,) on the CPU.
+
+        Args:
+            samples: images (B, H, W, C) in [0, 1], or sequences (B, C, length), as a pipeline returns them.
+        """
+        x = torch.from_numpy(np.ascontiguousarray(samples))
+        return self._run(x.movedim(-1, 1) if x.ndim == 4 else x).argmax(dim=1).cpu()
