@@ -14,12 +14,13 @@ from torch import Tensor
 from ddpm_hf.data.checking import check_shared_memory, worker_memory
 from ddpm_hf.data.images import ImageDataset
 from ddpm_hf.data.loading import Part, underlying
-from ddpm_hf.evaluation.classes import RULE, DataClasses, has_classes, model_classes
+from ddpm_hf.evaluation.classes import DataClasses, has_classes, model_classes
 from ddpm_hf.evaluation.classifier import Classifier
 from ddpm_hf.evaluation.groups import ClassGroups
 from ddpm_hf.evaluation.held_out import HeldOutLoss
 from ddpm_hf.evaluation.memorization import Memorization, neighbour_size, neighbour_vectors
 from ddpm_hf.evaluation.pictures import PictureDistances
+from ddpm_hf.evaluation.records import describe, make_records
 from ddpm_hf.evaluation.sampling import Sampling
 from ddpm_hf.evaluation.sequences import SequenceDistances, natural_units, tensor_of
 from ddpm_hf.evaluation.settings import (
@@ -34,7 +35,7 @@ from ddpm_hf.evaluation.settings import (
 )
 from ddpm_hf.evaluation.shares import Items, Shares
 from ddpm_hf.randomness import Stream, derive_seed
-from ddpm_hf.run.record import duration, without_folders
+from ddpm_hf.run.record import duration
 
 
 class Evaluator:
@@ -273,50 +274,9 @@ class Evaluator:
     def records(
         self, values: dict[str, float], pipeline, num_inference_steps: int, guidance_scale: float = 1.0, **more
     ) -> list[dict]:
-        """Return a record for each metric, with everything that its value depends on, as in `evaluation.json`."""
-        scheduler = type(pipeline.scheduler).__name__
-        if pipeline.is_spaced_by_log_snr():
-            scheduler += " at log_snr_timesteps"
-        settings = {
-            "num_samples": self.settings.num_samples, "num_real": self.num_real, "shape": list(self.shape),
-            "num_inference_steps": num_inference_steps, "scheduler": scheduler,
-            "seed": self.settings.seed,
-        }  # fmt: skip
-        if self.pictures is not None:
-            network = self.pictures.network
-            settings |= {"feature_network": without_folders(network.name), "feature_digest": network.digest}
-        if self.num_real < len(self.real):
-            settings["num_left_out"] = len(self.real) - self.num_real
-        conditional = has_classes(pipeline)
-        if conditional:
-            settings |= {"class_labels": RULE, "num_classes": len(self.sampling.classes.names)}
-        records = []
-        for name, value in values.items():
-            metric, _, label = name.partition("/")
-            own = dict(settings)
-            if "held_out" in name:
-                own["num_held_out"] = self.held_out.count
-            elif conditional:
-                interval = list(self.settings.guidance_interval)
-                own |= {"guidance_scale": guidance_scale, "guidance_interval": interval}
-            if "memorization" in name and self.mirrored:
-                own["mirrored"] = True
-            if metric == AGREEMENT:
-                own["classifier"] = without_folders(self.settings.classifier)
-            if label:
-                own |= {"class": label, **self.by_class.sizes(label)}
-            records.append({"metric": metric, "value": value, **more, **own})
-        return records
+        """Return a record for each value; see `records.make_records`."""
+        return make_records(self, values, pipeline, num_inference_steps, guidance_scale, **more)
 
     def describe(self, values: dict[str, float]) -> str:
-        """Return the values as aligned lines, each with the number of samples or items that it comes from."""
-        width = max(map(len, values))
-        lines = []
-        for name, value in values.items():
-            metric, _, label = name.partition("/")
-            count = self.by_class.sizes(label)["num_samples"] if label else self.settings.num_samples
-            source = f"{self.held_out.count:,} held-out items" if "held_out" in name else f"{count:,} samples"
-            source = f"{self.memorization.num_drawn:,} real items" if name == "memorization_real" else source
-            warning = f" (biased: below {FEW:,})" if count < FEW and metric in BIASED else ""
-            lines.append(f"  {name:<{width}}  {value:<12.6g} from {source}{warning}")
-        return "\n".join(lines)
+        """Return the values as aligned lines; see `records.describe`."""
+        return describe(self, values)

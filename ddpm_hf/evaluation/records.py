@@ -1,0 +1,71 @@
+"""The records of an evaluation for evaluation.json, and its values as lines to print."""
+
+from ddpm_hf.evaluation.classes import RULE, has_classes
+from ddpm_hf.evaluation.settings import AGREEMENT, BIASED, FEW
+from ddpm_hf.run.record import without_folders
+
+
+def make_records(
+    evaluator, values: dict[str, float], pipeline, num_inference_steps: int, guidance_scale: float, **more
+) -> list[dict]:
+    """Return a record for each value, with everything that it depends on, as in `evaluation.json`.
+
+    Args:
+        evaluator: the `Evaluator` that measured.
+        values: the values that it returned.
+        pipeline: the pipeline that was measured.
+        num_inference_steps, guidance_scale: as in that call.
+        more: further entries of every record.
+    """
+    scheduler = type(pipeline.scheduler).__name__
+    if pipeline.is_spaced_by_log_snr():
+        scheduler += " at log_snr_timesteps"
+    settings = {
+        "num_samples": evaluator.settings.num_samples, "num_real": evaluator.num_real, "shape": list(evaluator.shape),
+        "num_inference_steps": num_inference_steps, "scheduler": scheduler,
+        "seed": evaluator.settings.seed,
+    }  # fmt: skip
+    if evaluator.pictures is not None:
+        network = evaluator.pictures.network
+        settings |= {"feature_network": without_folders(network.name), "feature_digest": network.digest}
+    if evaluator.num_real < len(evaluator.real):
+        settings["num_left_out"] = len(evaluator.real) - evaluator.num_real
+    conditional = has_classes(pipeline)
+    if conditional:
+        settings |= {"class_labels": RULE, "num_classes": len(evaluator.sampling.classes.names)}
+    records = []
+    for name, value in values.items():
+        metric, _, label = name.partition("/")
+        own = dict(settings)
+        if "held_out" in name:
+            own["num_held_out"] = evaluator.held_out.count
+        elif conditional:
+            interval = list(evaluator.settings.guidance_interval)
+            own |= {"guidance_scale": guidance_scale, "guidance_interval": interval}
+        if "memorization" in name and evaluator.mirrored:
+            own["mirrored"] = True
+        if metric == AGREEMENT:
+            own["classifier"] = without_folders(evaluator.settings.classifier)
+        if label:
+            own |= {"class": label, **evaluator.by_class.sizes(label)}
+        records.append({"metric": metric, "value": value, **more, **own})
+    return records
+
+
+def describe(evaluator, values: dict[str, float]) -> str:
+    """Return the values as aligned lines, each with the number of samples or items that it comes from.
+
+    Args:
+        evaluator: the `Evaluator` that measured.
+        values: the values that it returned.
+    """
+    width = max(map(len, values))
+    lines = []
+    for name, value in values.items():
+        metric, _, label = name.partition("/")
+        count = evaluator.by_class.sizes(label)["num_samples"] if label else evaluator.settings.num_samples
+        source = f"{evaluator.held_out.count:,} held-out items" if "held_out" in name else f"{count:,} samples"
+        source = f"{evaluator.memorization.num_drawn:,} real items" if name == "memorization_real" else source
+        warning = f" (biased: below {FEW:,})" if count < FEW and metric in BIASED else ""
+        lines.append(f"  {name:<{width}}  {value:<12.6g} from {source}{warning}")
+    return "\n".join(lines)
