@@ -235,10 +235,6 @@ class Batch:
         """The conditions in model units, float32, or None."""
         return None if self.conditions is None else _in_model_units(self.conditions)
 
-    def to(self, device: torch.device) -> Tensor:
-        """Return x0 on a device. Images are copied there as bytes, and scaled there."""
-        return Batch(self.items.to(device, non_blocking=True), []).x0
-
     def on(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on a device; images are still bytes there, until `x0` scales them."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
