@@ -3,7 +3,7 @@
 Sources: the objective is equation 14 of Ho et al. (arXiv:2006.11239). The weights are those of
 denoising-diffusion-pytorch, or min-SNR (Hang et al., arXiv:2303.09556). Offset noise adds one number to a channel;
 immiscible diffusion is that of Li et al. (arXiv:2406.12303) and self-conditioning that of Chen et al.
-(arXiv:2208.04202).
+(arXiv:2208.04202). Dropping labels prepares a model for classifier-free guidance (Ho & Salimans, arXiv:2207.12598).
 
 Nothing here reads a number back from the device, except immiscible diffusion, which assigns the noise on the host.
 """
@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ddpm_hf.randomness import normal_numbers, random_words, uniform_integers
+from ddpm_hf.randomness import happens, normal_numbers, random_words, uniform_integers
 
 
 @dataclass
@@ -93,6 +93,24 @@ def training_draws(
     return timesteps, noise.to(x0.dtype)
 
 
+def drop_labels(labels: Tensor, numbers: Tensor, probability: float, no_class: int, key: int | Tensor = 0) -> Tensor:
+    """Replace labels by "no class" at random (Ho & Salimans, algorithm 1), so that a model learns both.
+
+    Whether a label is replaced follows from the sample's number and the key alone, as in `training_draws`.
+
+    Args:
+        labels: (B,) int64, the classes of the samples.
+        numbers: (B,) int64, the numbers of the samples, on the device of the labels.
+        probability: probability of a replacement, from 0 to 1.
+        no_class: the number that stands for "no class".
+        key: an int64 number of its own: with the key of `training_draws` the draws would depend on each other.
+
+    Returns:
+        (B,) int64.
+    """
+    return labels.masked_fill(happens(random_words(key, numbers, 1)[:, 0], probability), no_class)
+
+
 def first_step_warning(config) -> str | None:
     """Return a sentence of warning if sampling begins at a timestep that training will hardly see; None otherwise.
 
@@ -141,11 +159,13 @@ def diffusion_loss(
     weighting: str = "snr",
     immiscible: bool = False,
     self_condition: bool = False,
+    class_labels: Tensor | None = None,
 ) -> DiffusionLoss:
     """Compute the loss of each sample. None of the given tensors is changed.
 
     Args:
-        model: called as model(x_t, t), with x_self_cond if `self_condition`; returns its prediction in `.sample`.
+        model: called as model(x_t, t), with x_self_cond if `self_condition` and with class_labels if they are given;
+            returns its prediction in `.sample`.
         scheduler: a `GaussianScheduler`, whose `prediction_type` says what the target is.
         x0: data in [-1, 1], `(B, C, *spatial)`.
         timesteps: (B,) integers in [0, T).
@@ -156,6 +176,8 @@ def diffusion_loss(
             is SNR + 1.
         immiscible: assign the noise anew within the batch; x_t and the target both use the assigned noise.
         self_condition: give the model its own estimate of x0 in this step (the paper does so in half of the steps).
+        class_labels: (B,) int64, the class that the model is told for each sample, for a model with classes; the
+            estimate of `self_condition` is made with it too. None: the model is told none.
 
     Raises:
         ValueError: shapes do not fit, `weighting` is unknown, or the model's output is not shaped as the target.
@@ -165,6 +187,8 @@ def diffusion_loss(
             f"noise must be shaped as x0, {tuple(x0.shape)}, and timesteps ({len(x0)},); "
             f"got {tuple(noise.shape)} and {tuple(timesteps.shape)}"
         )
+    if class_labels is not None and class_labels.shape != timesteps.shape:
+        raise ValueError(f"class_labels must have the shape ({len(x0)},), got {tuple(class_labels.shape)}")
     if weighting not in LOSS_WEIGHTINGS:
         raise ValueError(f"weighting must be one of {', '.join(LOSS_WEIGHTINGS)}, got {weighting!r}")
     if immiscible:
@@ -172,10 +196,10 @@ def diffusion_loss(
     x_t = scheduler.add_noise(x0, noise, timesteps)
     target = scheduler.target(x0, noise, timesteps)
 
-    extra = {}
+    extra = {} if class_labels is None else {"class_labels": class_labels}
     if self_condition:
         with torch.no_grad():
-            estimate = model(x_t, timesteps).sample
+            estimate = model(x_t, timesteps, **extra).sample
             extra["x_self_cond"] = scheduler.predict_x0(estimate.to(x_t.dtype), timesteps, x_t)
     # Autocast keeps the weights that it has cast. Those of a call without gradients (the estimate above, or a sampler)
     # have no history, and the call below would take them, at least up to torch 2.9: most weights would get no gradient.

@@ -280,6 +280,10 @@ class DiffusionOptions:
         ABOVE_0,
         scope.LOGIT_NORMAL,
     )
+    class_dropout_prob: float = option(
+        0.1, "Probability with which an item is trained without its class, so that samples can be guided towards a "
+        "class (guidance_scale). 0: every item with its class.", FROM_0_TO_1, scope.WITH_CLASSES, off=0,
+    )  # fmt: skip
     immiscible: bool = option(
         False, "Assign the noise within each batch of train_batch_size samples to the nearest data."
     )

@@ -39,6 +39,8 @@ class Stream(IntEnum):
     EVALUATION = 8
     SHARDS = 9
     STAND_IN = 10
+    CLASS_DROPOUT = 11
+    MASKS = 12
 
 
 def derive_seed(seed: int, stream: Stream, *place: int) -> int:
@@ -106,6 +108,16 @@ def uniform_integers(words: Tensor, bound: int) -> Tensor:
         bound: from 1 to 2^31.
     """
     return (_shift_right(words, 32) * bound) >> 32
+
+
+def happens(words: Tensor, probability: float) -> Tensor:
+    """Turn each random word into True with a probability, right to 2^-32, and into False otherwise.
+
+    Args:
+        words: int64 of any shape, from `random_words`; the upper 32 bits are used.
+        probability: from 0 (never) to 1 (always).
+    """
+    return _shift_right(words, 32) < round(probability * 2**32)
 
 
 def normal_numbers(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

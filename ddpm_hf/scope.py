@@ -115,6 +115,7 @@ SINUSOIDAL = Scope(
 )  # fmt: skip
 STREAMING = _with("streaming")
 MUON = _with("optimizer", "muon")
+WITH_CLASSES = _with("class_labels")
 LOGIT_NORMAL = _with("timestep_sampling", "logit_normal")
 WARM_UP = Scope("every lr_scheduler but constant", holds=lambda c: c.lr_scheduler != "constant", option="lr_scheduler")
 EMA = _with("use_ema")

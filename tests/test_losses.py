@@ -16,7 +16,8 @@ from scipy.stats import norm
 from torch import nn
 
 from ddpm_hf import DDPMPipeline1D, TrainConfig, UNet1D
-from ddpm_hf.losses import diffusion_loss, first_step_warning, immiscible_assignment, training_draws
+from ddpm_hf.losses import diffusion_loss, drop_labels, first_step_warning, immiscible_assignment, training_draws
+from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.scheduler import PREDICTION_TYPES, GaussianScheduler
 
 
@@ -26,8 +27,9 @@ class Spy:
     def __init__(self, output):
         self.output, self.calls = output, []
 
-    def __call__(self, x_t, t, x_self_cond=None):
-        self.calls.append(SimpleNamespace(x_t=x_t, t=t, x_self_cond=x_self_cond, grad=torch.is_grad_enabled()))
+    def __call__(self, x_t, t, x_self_cond=None, class_labels=None):
+        grad = torch.is_grad_enabled()
+        self.calls.append(SimpleNamespace(x_t=x_t, t=t, x_self_cond=x_self_cond, class_labels=class_labels, grad=grad))
         return SimpleNamespace(sample=self.output)
 
 
@@ -105,6 +107,42 @@ def test_self_conditioning_shows_the_models_own_estimate(batch):
     assert first.x_self_cond is None and not first.grad and second.grad
     expected = s.x0_from_v(first.x_t, batch.t, batch.out)
     torch.testing.assert_close(second.x_self_cond, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_model_and_its_estimate_are_told_the_classes(batch):
+    s, model, labels = GaussianScheduler(), Spy(batch.out), torch.tensor([0, 1, 2, 3, 3, 0])
+    arguments = (s, batch.x0, batch.t, batch.noise)
+    told = diffusion_loss(model, *arguments, self_condition=True, class_labels=labels).loss
+    assert [call.class_labels is labels for call in model.calls] == [True, True]
+    assert torch.equal(told, diffusion_loss(model, *arguments, self_condition=True).loss)
+    assert model.calls[-1].class_labels is None
+    with pytest.raises(ValueError, match=r"class_labels must have the shape \(6,\), got \(5,\)"):
+        diffusion_loss(model, *arguments, class_labels=labels[:5])
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 1.0])
+def test_labels_are_dropped_with_their_probability(probability):
+    """Of 100,000 labels, in each of four classes alike: binomial numbers, 5 deviations allowed."""
+    labels = torch.arange(100_000) % 4
+    dropped = drop_labels(labels, torch.arange(100_000), probability, 4, key=7)
+    assert dropped.dtype == torch.int64 and torch.equal(dropped[dropped != 4], labels[dropped != 4])
+    for k in range(4):
+        count = (dropped[labels == k] == 4).sum().item()
+        assert abs(count - 25_000 * probability) <= 5 * np.sqrt(25_000 * probability * (1 - probability))
+    part = drop_labels(labels[70:80], torch.arange(70, 80), probability, 4, key=7)
+    assert torch.equal(part, dropped[70:80])
+
+
+def test_dropped_labels_have_draws_of_their_own():
+    """Keys of two streams: a sample's dropped label says nothing about its timestep and its first noise. The means of
+    those dropped and of all differ by 5 deviations at most."""
+    numbers = torch.arange(40_000)
+    keys = [derive_seed(0, stream) for stream in (Stream.NOISE, Stream.CLASS_DROPOUT)]
+    t, noise = training_draws(GaussianScheduler(1000), torch.zeros(40_000, 1, 2), numbers, key=keys[0])
+    dropped = drop_labels(torch.zeros_like(numbers), numbers, 0.5, 1, key=keys[1]) == 1
+    for values, deviation in ((t, 1000 / np.sqrt(12)), (noise[:, 0, 0], 1), (noise[:, 0, 1], 1)):
+        difference = values[dropped].double().mean() - values[~dropped].double().mean()
+        assert abs(difference) < 5 * deviation / np.sqrt(10_000)
 
 
 @contextmanager
@@ -229,14 +267,16 @@ class Scale(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
 
-    def forward(self, x, t, x_self_cond=None):
+    def forward(self, x, t, x_self_cond=None, class_labels=None):
         x = x if x_self_cond is None else x + x_self_cond
+        x = x if class_labels is None else x + class_labels.reshape(-1, 1, 1, 1)
         return UNet2DOutput(sample=self.weight * x)
 
 
 def draws_and_loss(scheduler, model, x0, numbers, key, sampling, weighting, self_condition):
     t, noise = training_draws(scheduler, x0, numbers, 0.1, sampling, key=key)
-    options = {"weighting": weighting, "min_snr_gamma": 5.0, "self_condition": self_condition}
+    labels = drop_labels(numbers % 3, numbers, 0.1, 3, key + 1) if self_condition else None
+    options = {"class_labels": labels, "weighting": weighting, "min_snr_gamma": 5.0, "self_condition": self_condition}
     return diffusion_loss(model, scheduler, x0, t, noise, **options).loss
 
 
@@ -259,7 +299,7 @@ def test_draws_and_loss_stay_on_their_device(target, sampling, weighting, own):
     draws_and_loss(s, model, x0, numbers, key, sampling, weighting, own)
     with OnDevice("meta") as seen:
         draws_and_loss(s, model, x0, numbers, key, sampling, weighting, own).mean().backward()
-    assert seen.operations < 100
+    assert seen.operations < 120
 
 
 @pytest.mark.parametrize(("target", "sampling", "weighting", "own"), CASES)

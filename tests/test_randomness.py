@@ -6,7 +6,15 @@ import torch
 from helpers import OnDevice
 from scipy import stats
 
-from ddpm_hf.randomness import Stream, derive_seed, generator_seeds, normal_numbers, random_words, uniform_integers
+from ddpm_hf.randomness import (
+    Stream,
+    derive_seed,
+    generator_seeds,
+    happens,
+    normal_numbers,
+    random_words,
+    uniform_integers,
+)
 
 # Parameters of SplitMix64, and their inverses modulo 2^64
 GAMMA, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -127,6 +135,18 @@ def test_integers_are_uniform(bound):
     counts = torch.bincount(uniform_integers(random_words(KEY, torch.arange(100_000), 1), bound)[:, 0], minlength=bound)
     expected = 100_000 / bound
     assert abs(((counts - expected) ** 2 / expected).sum() - (bound - 1)) <= 5 * np.sqrt(2 * (bound - 1))
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.999, 1.0])
+def test_events_have_their_probability(probability):
+    """Of 2^16 words spread evenly over all words, the share is right to 2^-16; of random ones, to 5 deviations. What
+    never or always happens does so for the ends too."""
+    spread = torch.arange(-(2**15), 2**15) << 48
+    assert abs(happens(spread, probability).sum().item() - probability * 2**16) <= 1
+    count = happens(random_words(KEY, torch.arange(100_000), 1), probability).sum().item()
+    assert abs(count - 1e5 * probability) <= 5 * np.sqrt(1e5 * probability * (1 - probability))
+    ends = happens(torch.tensor([0, -1]), probability)
+    assert ends.tolist() == [probability > 0, probability == 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

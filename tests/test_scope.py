@@ -35,6 +35,7 @@ ALWAYS = {
 VALUES = {
     "dataset_config_name": ("plain", {}), "dataset_split": ("test", {}), "image_column": ("image", {}),
     "sequence_columns": (["wave"], {}), "class_labels": ("label", {}), "condition_column": ("c", {}),
+    "class_dropout_prob": (0.2, {"class_labels": "label"}),
     "resolution": ([16], {}), "image_channels": (3, {}), "center_crop": (False, {}),
     "random_flip": (True, {}), "sequence_length": (8, {}), "stride": (2, {"sequence_length": 8}),
     "sequence_norm": ("meanstd", {}), "on_bad_image": ("skip", {}), "streaming": (True, {}),
@@ -63,6 +64,7 @@ AGAINST = {
     **{name: {"use_ema": False} for name in VALUES if name.startswith("ema_")},
     **{name: {"timestep_sampling": "uniform"} for name in ("logit_mean", "logit_std")},
     "muon_learning_rate": {"optimizer": "adamw"}, "shuffle_buffer": {"streaming": False},
+    "class_dropout_prob": {"class_labels": None},
     **{name: {"eval_steps": 0} for name in VALUES if name.startswith("eval_") or name == "metric_for_best"},
     "feature_network": {"eval_steps": 5, "eval_metrics": ["memorization"]},
     "eval_cache_dir": {"eval_steps": 5, "eval_metrics": ["memorization"]},
@@ -75,7 +77,7 @@ FEATURES = {"feature_network", "feature_resolution", "eval_cache_dir"}
 TABLE = {"dataset_config_name", "dataset_split"}
 DATA = IMAGE | SEQUENCE | FEATURES | TABLE | {
     "image_column", "sequence_columns", "streaming", "shuffle_buffer", "cache_gb", "on_bad_image", "class_labels",
-    "condition_column",
+    "condition_column", "class_dropout_prob",
 }  # fmt: skip
 # Those that apply to each kind of data.
 HAS = {
@@ -98,7 +100,7 @@ NEW_MODEL = {
 
 
 for kind in set(HAS) - {"ecg"}:
-    HAS[kind] = HAS[kind] | {"class_labels"}
+    HAS[kind] = HAS[kind] | {"class_labels", "class_dropout_prob"}
 
 
 for kind in ("image table", "sequence table", "sequence file", "array", "given images", "given sequences"):
