@@ -160,12 +160,14 @@ def diffusion_loss(
     immiscible: bool = False,
     self_condition: bool = False,
     class_labels: Tensor | None = None,
+    condition: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> DiffusionLoss:
     """Compute the loss of each sample. None of the given tensors is changed.
 
     Args:
-        model: called as model(x_t, t), with x_self_cond if `self_condition` and with class_labels if they are given;
-            returns its prediction in `.sample`.
+        model: called as model(x_t, t), with x_self_cond if `self_condition`, and with class_labels and condition if
+            they are given; returns its prediction in `.sample`.
         scheduler: a `GaussianScheduler`, whose `prediction_type` says what the target is.
         x0: data in [-1, 1], `(B, C, *spatial)`.
         timesteps: (B,) integers in [0, T).
@@ -178,6 +180,10 @@ def diffusion_loss(
         self_condition: give the model its own estimate of x0 in this step (the paper does so in half of the steps).
         class_labels: (B,) int64, the class that the model is told for each sample, for a model with classes; the
             estimate of `self_condition` is made with it too. None: the model is told none.
+        condition: (B, channels, *spatial), further input of a model with `condition_channels`, for the estimate too;
+            None: the model is given none.
+        counted: bool, shaped as x0: the loss of a sample is the mean over the values where this is True, and 0 if
+            there is none; None: over all.
 
     Raises:
         ValueError: shapes do not fit, `weighting` is unknown, or the model's output is not shaped as the target.
@@ -187,6 +193,8 @@ def diffusion_loss(
             f"noise must be shaped as x0, {tuple(x0.shape)}, and timesteps ({len(x0)},); "
             f"got {tuple(noise.shape)} and {tuple(timesteps.shape)}"
         )
+    if counted is not None and counted.shape != x0.shape:
+        raise ValueError(f"counted must be shaped as x0, {tuple(x0.shape)}, got {tuple(counted.shape)}")
     if class_labels is not None and class_labels.shape != timesteps.shape:
         raise ValueError(f"class_labels must have the shape ({len(x0)},), got {tuple(class_labels.shape)}")
     if weighting not in LOSS_WEIGHTINGS:
@@ -196,7 +204,8 @@ def diffusion_loss(
     x_t = scheduler.add_noise(x0, noise, timesteps)
     target = scheduler.target(x0, noise, timesteps)
 
-    extra = {} if class_labels is None else {"class_labels": class_labels}
+    optional = {"class_labels": class_labels, "condition": condition}
+    extra = {name: value for name, value in optional.items() if value is not None}
     if self_condition:
         with torch.no_grad():
             estimate = model(x_t, timesteps, **extra).sample
@@ -212,7 +221,12 @@ def diffusion_loss(
             "(a model with learned variance cannot be trained with this loss)"
         )
     wide = torch.promote_types(target.dtype, torch.float32)
-    loss = (prediction.to(wide) - target.to(wide)).square().flatten(1).mean(dim=1)
+    errors = (prediction.to(wide) - target.to(wide)).square().flatten(1)
+    if counted is None:
+        loss = errors.mean(dim=1)
+    else:
+        counted = counted.flatten(1)
+        loss = errors.masked_fill(~counted, 0.0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
     if weighting == "snr":
         loss = loss * scheduler.loss_weights(timesteps, min_snr_gamma).to(loss)
     return DiffusionLoss(loss=loss, timesteps=timesteps)

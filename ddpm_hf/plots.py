@@ -1,6 +1,7 @@
 """Pictures of results: grids of images, generated sequences beside real ones, losses, metrics over sampling steps."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,16 @@ def save_image_grid(images: list[Image.Image], path: Path, columns: int | None =
     grid.save(path)
 
 
-def save_sequence_plot(generated: np.ndarray, real: np.ndarray, path: Path, rows: int = 6) -> None:
+def save_sequence_plot(
+    generated: np.ndarray, real: np.ndarray, path: Path, rows: int = 6, titles: Sequence[str] | None = None
+) -> None:
     """Save a plot with generated sequences in the left column and real ones in the right, on one scale, as PNG.
 
     Args:
-        generated, real: `(N, C, length)`; all channels of a sequence are drawn into one panel.
+        generated, real: `(N, C, length)`; all channels of a sequence are drawn into one panel. NaN is not drawn.
         path: the file to write.
         rows: number of sequences of each kind, at most.
+        titles: a title for each row; None: only the columns have titles.
     """
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
@@ -51,8 +55,10 @@ def save_sequence_plot(generated: np.ndarray, real: np.ndarray, path: Path, rows
             for channel in sequences[row]:
                 axes[row, column].plot(channel, linewidth=0.9)
             axes[row, column].grid(alpha=0.25)
-    axes[0, 0].set_title("generated")
-    axes[0, 1].set_title("real")
+    for column, kind in enumerate(("generated", "real")):
+        axes[0, column].set_title(kind)
+        for row, title in enumerate((titles or ())[:rows]):
+            axes[row, column].set_title(f"{kind}: {title}", fontsize="small")
     figure.savefig(path, dpi=100)
 
 

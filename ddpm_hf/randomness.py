@@ -100,12 +100,12 @@ def random_words(key: int | Tensor, numbers: Tensor, count: int) -> Tensor:
     return z ^ _shift_right(z, 31)
 
 
-def uniform_integers(words: Tensor, bound: int) -> Tensor:
+def uniform_integers(words: Tensor, bound: int | Tensor) -> Tensor:
     """Turn random words into integers that are uniform on 0 to bound - 1 up to a relative error of bound / 2^32.
 
     Args:
         words: int64 of any shape, from `random_words`; the upper 32 bits are used.
-        bound: from 1 to 2^31.
+        bound: from 1 to 2^31; an int64 tensor broadcasts against the words.
     """
     return (_shift_right(words, 32) * bound) >> 32
 

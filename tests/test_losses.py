@@ -27,9 +27,9 @@ class Spy:
     def __init__(self, output):
         self.output, self.calls = output, []
 
-    def __call__(self, x_t, t, x_self_cond=None, class_labels=None):
-        grad = torch.is_grad_enabled()
-        self.calls.append(SimpleNamespace(x_t=x_t, t=t, x_self_cond=x_self_cond, class_labels=class_labels, grad=grad))
+    def __call__(self, x_t, t, x_self_cond=None, class_labels=None, condition=None):
+        call = {"x_t": x_t, "t": t, "x_self_cond": x_self_cond, "class_labels": class_labels, "condition": condition}
+        self.calls.append(SimpleNamespace(**call, grad=torch.is_grad_enabled()))
         return SimpleNamespace(sample=self.output)
 
 
@@ -118,6 +118,35 @@ def test_the_model_and_its_estimate_are_told_the_classes(batch):
     assert model.calls[-1].class_labels is None
     with pytest.raises(ValueError, match=r"class_labels must have the shape \(6,\), got \(5,\)"):
         diffusion_loss(model, *arguments, class_labels=labels[:5])
+
+
+def test_the_loss_of_the_unknown_part(batch):
+    """The mean over the values that count, by hand; a value that does not count is in neither loss nor gradient, and a
+    sample of which all values count has the ordinary loss."""
+    s = GaussianScheduler()
+    counted = torch.rand(6, 2, 4) < 0.5
+    counted[0], counted[1] = True, False
+    out = batch.out.requires_grad_()
+    target, arguments = s.target(batch.x0, batch.noise, batch.t), (s, batch.x0, batch.t, batch.noise)
+    found = diffusion_loss(Spy(out), *arguments, weighting="uniform", counted=counted).loss
+    for i in range(6):
+        errors = ((out[i] - target[i]) ** 2)[counted[i]]
+        assert found[i].item() == pytest.approx(errors.mean().item() if len(errors) else 0.0, rel=1e-12)
+    found.sum().backward()
+    assert torch.equal(out.grad != 0, counted)
+    ordinary = diffusion_loss(Spy(out), *arguments).loss
+    torch.testing.assert_close(diffusion_loss(Spy(out), *arguments, counted=counted).loss[0], ordinary[0])
+    torch.testing.assert_close(
+        diffusion_loss(Spy(out), *arguments, counted=torch.ones_like(counted)).loss, ordinary, rtol=1e-12, atol=0
+    )
+    with pytest.raises(ValueError, match="counted must be shaped as x0"):
+        diffusion_loss(Spy(out), *arguments, counted=counted[:, 0])
+
+
+def test_the_model_and_its_estimate_are_given_the_condition(batch):
+    model, condition = Spy(batch.out), torch.zeros(6, 4, 4)
+    diffusion_loss(model, GaussianScheduler(), batch.x0, batch.t, batch.noise, self_condition=True, condition=condition)
+    assert [call.condition is condition for call in model.calls] == [True, True]
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 1.0])
