@@ -419,6 +419,7 @@ _RULES = (
     ("fourier_dim", lambda v: v >= 2 and v % 2 == 0, "be even and at least 2"),
     ("num_mem_kv", _is_number, "be a number"),
     ("num_mem_kv", lambda v: v >= 0, "be at least 0"),
+    ("condition_channels", lambda v: isinstance(v, int) and v >= 0, "be a whole number of at least 0"),
 )
 
 
@@ -553,7 +554,8 @@ class UNetBody(ModelMixin, ConfigMixin):
                 channels, o.mid_attn_heads or heads[-1], o.mid_attn_dim_head or dim_heads[-1], o.num_mem_kv
             )
 
-        self.conv_in = conv(o.in_channels * (2 if o.self_condition else 1), widths[0], 7, padding=3)
+        channels_in = o.in_channels * (2 if o.self_condition else 1) + o.condition_channels
+        self.conv_in = conv(channels_in, widths[0], 7, padding=3)
         self.time_embed = TimeEmbedding(o.dim, o.time_embedding, o.fourier_dim, o.theta)
         self.down_stages, self.up_stages = nn.ModuleList(), nn.ModuleList()
         for stage, (inner, outer) in enumerate(zip(widths[:-1], widths[1:])):
@@ -592,6 +594,20 @@ class UNetBody(ModelMixin, ConfigMixin):
             )
         return torch.cat((x_self_cond, sample), dim=1)
 
+    def _with_condition(self, sample: Tensor, condition: Tensor | None, like: Tensor) -> Tensor:
+        """Put the condition, or zeros, after the channels of the sample if the model takes it; `like` is x_t."""
+        channels = self.config.condition_channels
+        if not channels:
+            if condition is not None:
+                raise ValueError("condition was given to a model whose configuration has condition_channels=0")
+            return sample
+        shape = (len(like), channels, *like.shape[2:])
+        if condition is None:
+            condition = like.new_zeros(shape)
+        if condition.shape != shape:
+            raise ValueError(f"condition must have the shape {tuple(shape)}, got {tuple(condition.shape)}")
+        return torch.cat((sample, condition.to(sample.dtype)), dim=1)
+
     def _checked_labels(self, labels: Tensor | None, sample: Tensor) -> Tensor | None:
         """Return the labels on the sample's device, (1,) "no class" for None; None for a model without classes."""
         none = self.config.num_class_embeds
@@ -622,6 +638,7 @@ class UNetBody(ModelMixin, ConfigMixin):
         x_self_cond: Tensor | None = None,
         return_dict: bool = True,
         class_labels: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> UNetOutput | tuple:
         """Predict epsilon, x0 or v, as trained.
 
@@ -632,12 +649,15 @@ class UNetBody(ModelMixin, ConfigMixin):
             return_dict: a `UNetOutput` if true, else a tuple of one tensor.
             class_labels: the class of each sample, `(B,)` whole numbers in [0, num_class_embeds], where
                 num_class_embeds means "no class", as None does for all; models with `num_class_embeds` only.
+            condition: what the model is told of the sample, `(B, condition_channels, *spatial)` (zeros if None);
+                models with `condition_channels` only.
 
         Raises:
             ValueError: a wrong number of dimensions or channels, a size that cannot be halved often enough,
                 a timestep of another length, `x_self_cond` for a model without self-conditioning, `class_labels` for a
                 model without classes, of another shape or type, or outside their range (checked on CPU only: on a card
-                PyTorch's embedding stops with an assertion, because checking would wait for the card).
+                PyTorch's embedding stops with an assertion, because checking would wait for the card), a `condition`
+                of another shape or for a model without one.
         """
         if sample.ndim != self.ndim + 2 or sample.shape[1] != self.config.in_channels:
             shape = f"(batch, {self.config.in_channels}, {'height, width' if self.ndim == 2 else 'length'})"
@@ -652,7 +672,7 @@ class UNetBody(ModelMixin, ConfigMixin):
             )
         timestep = timestep.reshape(-1)  # one for all: its embedding is made once
         class_labels = self._checked_labels(class_labels, sample)
-        sample = self._with_self_condition(sample, x_self_cond)
+        sample = self._with_condition(self._with_self_condition(sample, x_self_cond), condition, sample)
 
         if self.ndim == 1:
             sample = sample.unsqueeze(2)
@@ -695,6 +715,8 @@ _OPTIONS_DOC = """
         time_embedding: "sinusoidal" (with `theta`), "learned_fourier" or "random_fourier" (`fourier_dim` features).
         num_class_embeds: number of classes, for models that are told the class of each sample; one further learned
             embedding stands for "no class" (Ho & Salimans, arXiv:2207.12598). None: a model without classes.
+        condition_channels: number of further input channels, for models that are told more about a sample, such as the
+            part of it that is known (Tashiro et al., arXiv:2107.03502).
 
     Raises:
         ValueError: an option outside its range; the message has the rule and the value.
@@ -730,6 +752,7 @@ class UNet2D(UNetBody):
         fourier_dim: int = 16,
         theta: float = 10000,
         num_class_embeds: int | None = None,
+        condition_channels: int = 0,
     ):
         super().__init__()
         self._build(2)
@@ -762,6 +785,7 @@ class UNet1D(UNetBody):
         fourier_dim: int = 16,
         theta: float = 10000,
         num_class_embeds: int | None = None,
+        condition_channels: int = 0,
     ):
         super().__init__()
         self._build(1)

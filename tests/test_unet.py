@@ -256,6 +256,7 @@ def test_device_map_auto(tmp_path):
         ({"sample_size": 7}, "6 and 8"), ({"sample_size": (8, 9)}, "8 and 10"), ({"sample_size": (8,)}, "sample_size"),
         ({"dropout": "a"}, "dropout must be a number"),
         ({"fourier_dim": 3}, "fourier_dim"), ({"in_channels": 0}, "in_channels"), ({"theta": 0}, "theta"),
+        ({"condition_channels": -1}, "condition_channels must be a whole number of at least 0, got -1"),
         ({"num_class_embeds": 0}, "num_class_embeds must be a whole number of at least 1, got 0"),
     ],
 )  # fmt: skip
@@ -305,6 +306,29 @@ def test_classes_add_one_embedding(ndim, tmp_path):
         assert torch.equal(type(model).from_pretrained(tmp_path)(x, t, class_labels=labels).sample, out)
         model.class_embedding.weight.zero_()
         assert torch.equal(model(x, t, class_labels=labels).sample, plain(x, t).sample)
+
+
+@pytest.mark.parametrize(("ndim", "options"), [(1, {}), (2, {"self_condition": True, "num_class_embeds": 2})])
+def test_a_condition_is_further_input(ndim, options, tmp_path):
+    """None is a condition of zeros; where its weights are zero, the model is the one without. Saving keeps it."""
+    plain, model = small(ndim, **options).eval(), small(ndim, condition_channels=4, **options).eval()
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in plain.named_parameters():
+            (weights[name][:, : value.shape[1]] if name == "conv_in.weight" else weights[name]).copy_(value)
+        x, t, condition = torch.randn(2, 3, *(8, 8)[:ndim]), torch.tensor([1, 2]), torch.randn(2, 4, *(8, 8)[:ndim])
+        out = model(x, t, condition=condition).sample
+        assert torch.equal(model(x, t).sample, model(x, t, condition=torch.zeros_like(condition)).sample)
+        assert (out - model(x, t).sample).norm() > 1e-3 * out.norm()
+        model.save_pretrained(tmp_path)
+        assert torch.equal(type(model).from_pretrained(tmp_path)(x, t, condition=condition).sample, out)
+        model.conv_in.weight[:, -4:] = 0
+        torch.testing.assert_close(model(x, t, condition=condition).sample, plain(x, t).sample)
+    for wrong in (condition[:, :2], condition[:1]):
+        with pytest.raises(ValueError, match=rf"condition must have the shape .*, got \({len(wrong)}, "):
+            model(x, t, condition=wrong)
+    with pytest.raises(ValueError, match="condition_channels=0"):
+        plain(x, t, condition=condition)
 
 
 def test_labels_that_do_not_fit():
