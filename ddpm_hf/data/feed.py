@@ -50,6 +50,7 @@ class StoredFeed:
         shared_memory: bytes of shared memory that the loader's workers need.
         kind: the kind of data, of `scope.KINDS`.
         labels: the classes of the rows of `units`, a `Labels` (see `item_labels`), or None without class_labels.
+        item_labels: int64 (items,), the class number of each item to train on; None without class_labels.
         class_names: the names of the classes, whose place is the class number; None without class_labels.
         class_counts: the number of items to train on in each class; None where it is not known.
         condition, held_out_condition: the conditions of the items to train on and of the held-out items, as `load_pair`
@@ -75,9 +76,9 @@ class StoredFeed:
         self.units, self.items = underlying(self.dataset), len(self.dataset)
         self.scaling = scaling_of(self.units)
         self._find_conditions(kind)
-        self._item_labels = item_labels(self.dataset, self.labels)
+        self.item_labels = item_labels(self.dataset, self.labels)
         self.class_names = None if self.labels is None else list(self.labels.names)
-        self.class_counts = None if self.labels is None else self.labels.counts(self._item_labels)
+        self.class_counts = None if self.labels is None else self.labels.counts(self.item_labels)
         first = self._first()
         self.shape = tuple(first.x0.shape[1:])
         self.condition_shape = None if first.conditions is None else tuple(first.conditions.shape[1:])
@@ -131,7 +132,7 @@ class StoredFeed:
         return notes + (class_notes(self.class_names, self.class_counts) if self.class_names else [])
 
     def _view(self) -> TrainingView:
-        return TrainingView(self.dataset, self.config.seed, self.config.on_bad_image, labels=self._item_labels,
+        return TrainingView(self.dataset, self.config.seed, self.config.on_bad_image, labels=self.item_labels,
                             condition=self.condition)  # fmt: skip
 
     def check_items(self) -> None:

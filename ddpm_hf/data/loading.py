@@ -237,16 +237,20 @@ class Batch:
 
     def on(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on a device; images are still bytes there, until `x0` scales them."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.changed(lambda name, tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Return the batch with its tensors in pinned memory; the DataLoader calls this."""
-        return self._with(torch.Tensor.pin_memory)
+        return self.changed(lambda name, tensor: tensor.pin_memory())
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {name: getattr(self, name) for name in ("items", "labels", "conditions")}
-        changed = {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
-        return replace(self, **changed)
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that the batch has, by name."""
+        found = {name: getattr(self, name) for name in ("items", "labels", "conditions")}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def changed(self, change: Callable[[str, Tensor], Tensor]) -> "Batch":
+        """Return the batch with each of its tensors replaced by change(name, tensor)."""
+        return replace(self, **{name: change(name, tensor) for name, tensor in self.tensors().items()})
 
 
 def _in_model_units(items: Tensor) -> Tensor:

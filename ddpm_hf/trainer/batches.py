@@ -10,12 +10,11 @@ from ddpm_hf.trainer.progress import Run, TrainingError
 from ddpm_hf.trainer.transfer import CopyStream, Transfer
 
 
-class Batches(Iterator[Tensor]):
+class Batches(Iterator[Batch]):
     """The endless batches of this process, from the next optimizer step of the run on.
 
-    Each is `(B, C, *spatial)` on the device: x0 in model units, or images as uint8. On a card, a batch is valid until
-    two more steps have been launched. Images that cannot be read are counted in the run's progress, and each is named
-    once.
+    The tensors of each are on the device. On a card, a batch is valid until two more steps have been launched. Images
+    that cannot be read are counted in the run's progress, and each is named once.
     """
 
     def __init__(self, run: Run):
@@ -27,10 +26,10 @@ class Batches(Iterator[Tensor]):
         )  # fmt: skip
         self._loaded: Iterator[Batch] = iter(loader)
         self._named: set[str] = set()
-        on_card = acc.device.type == "cuda"
-        self._transfer = Transfer(CopyStream(acc.device), run.config.gradient_accumulation_steps) if on_card else None
+        self._copies = CopyStream(acc.device) if acc.device.type == "cuda" else None
+        self._transfers: dict[str, Transfer] = {}  # by the name of the tensor
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Batch:
         """Return the next batch.
 
         Raises:
@@ -51,14 +50,19 @@ class Batches(Iterator[Tensor]):
                 tqdm.write(f"left out: {message}")
         if batch.error:
             raise TrainingError(f"step {step}: {batch.error}")
-        if self._transfer is None:
-            return batch.items.to(self.run.accelerator.device)
-        return self._transfer(batch.items)
+        if self._copies is None:
+            return batch.on(self.run.accelerator.device)
+        return batch.changed(self._copy)
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self._transfers:
+            self._transfers[name] = Transfer(self._copies, self.run.config.gradient_accumulation_steps)
+        return self._transfers[name](tensor)
 
     def launched(self) -> None:
         """Take note that the step of the newest batches has been launched."""
-        if self._transfer is not None:
-            self._transfer.launched()
+        for transfer in self._transfers.values():
+            transfer.launched()
 
     def check_files(self) -> None:
         """Check that the files that are mapped into memory are as they were: reading one that was cut would end the

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+from diffusers import UNet2DModel
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_hf.config import TrainConfig
@@ -33,13 +34,16 @@ def make_scheduler(config: TrainConfig, feed) -> GaussianScheduler:
     )
 
 
-def make_model(config: TrainConfig, shape: tuple) -> UNet1D | UNet2D:
-    """Build a U-Net for items of `shape`, (C, length) or (C, H, W), with weights drawn from the global generator."""
-    channels, *size = shape
+def make_model(config: TrainConfig, feed) -> UNet1D | UNet2D:
+    """Build a U-Net for the items and classes of the data, with weights drawn from the global generator."""
+    channels, *size = feed.shape
+    options = config.model_options()
+    if feed.class_names is not None:
+        options["num_class_embeds"] = len(feed.class_names)
     if len(size) == 1:
-        return UNet1D(sample_size=size[0], in_channels=channels, **config.model_options())
+        return UNet1D(sample_size=size[0], in_channels=channels, **options)
     sample_size = size[0] if size[0] == size[1] else tuple(size)
-    return UNet2D(sample_size=sample_size, in_channels=channels, **config.model_options())
+    return UNet2D(sample_size=sample_size, in_channels=channels, **options)
 
 
 def check_model(config: TrainConfig, feed, model, given: bool) -> None:
@@ -58,6 +62,7 @@ def check_model(config: TrainConfig, feed, model, given: bool) -> None:
         able = able and getattr(model, "_supports_gradient_checkpointing", True)
         if config.gradient_checkpointing and not able:
             raise ValueError(f"gradient_checkpointing must be false: {name} does not support it")
+    _check_classes(config, feed, model)
     channels, *own = feed.shape
     if model_config.in_channels != channels:
         raise ValueError(f"the model takes {model_config.in_channels} channels, the data has {channels}")
@@ -67,6 +72,31 @@ def check_model(config: TrainConfig, feed, model, given: bool) -> None:
     expected = list(size) if isinstance(size, (tuple, list)) else [size] * len(own)
     if expected != own:
         raise ValueError(f"the model's sample_size must be the data's {tuple(own)}, got {size}")
+
+
+def _check_classes(config: TrainConfig, feed, model) -> None:
+    """Check that the model has the classes of the data.
+
+    Raises:
+        ValueError: it has not, or a name stands for several classes.
+    """
+    names, has = feed.class_names, getattr(model.config, "num_class_embeds", None)
+    if names is None:
+        if has is not None:
+            raise ValueError(f"class_labels must be given for a model with classes (num_class_embeds {has}), got None")
+        return
+    if has != len(names):
+        raise ValueError(
+            f"num_class_embeds of the model must be the number of classes of the data, {len(names)}, got {has}"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"each class must have a name of its own, got several named {', '.join(twice[:5])}")
+    if isinstance(model, UNet2DModel) and config.class_dropout_prob:
+        raise ValueError(
+            'class_dropout_prob must be 0 with a UNet2DModel, which has no embedding for "no class"; got '
+            f"{config.class_dropout_prob}"
+        )
 
 
 def enable_checkpointing(config: TrainConfig, model, given: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+from ddpm_hf.data.loading import Batch
 from ddpm_hf.trainer.device import on_card
 from ddpm_hf.trainer.graphs import StepGraphs
 from ddpm_hf.trainer.step import StepNumbers
@@ -102,7 +103,7 @@ class Runner:
         if plan.inductor == "now":
             step.network = torch.compile(step.network, dynamic=False)
 
-    def __call__(self, parts: Sequence[Tensor], numbers: StepNumbers, self_condition: bool, steps_left: int) -> Tensor:
+    def __call__(self, parts: Sequence[Batch], numbers: StepNumbers, self_condition: bool, steps_left: int) -> Tensor:
         """Do one step.
 
         Args:
@@ -113,8 +114,10 @@ class Runner:
         """
         if self.graphs is None:
             return self.step(parts, numbers, self_condition)
-        tensors = [*parts, *self._on_device(numbers, parts[0].device)]
-        choices = {"self_condition": self_condition, "averaging": numbers.share is not None}
+        tensors = [x for part in parts for x in part.tensors().values()]
+        tensors += self._on_device(numbers, tensors[0].device)
+        fields = tuple(parts[0].tensors())
+        choices = {"self_condition": self_condition, "averaging": numbers.share is not None, "fields": fields}
         if self._undecided and self.graphs.replaying:
             return self._timed(tensors, steps_left, choices)
         if self._plain is not None and frozenset(choices.items()) not in self._compiled:
@@ -133,12 +136,16 @@ class Runner:
         rates = [group["lr"] for group in self.step.optimizer.param_groups]
         return first + [torch.full((), number, device=device) for number in (*rates, numbers.share or 0.0)]
 
-    def _work(self, *tensors: Tensor, self_condition: bool, averaging: bool) -> Tensor:
-        groups = len(self.step.optimizer.param_groups)
-        parts = (len(tensors) - groups - 1) // 2
-        items, first, rates, share = tensors[:parts], tensors[parts : 2 * parts], tensors[2 * parts : -1], tensors[-1]
-        numbers = StepNumbers(first, share if averaging else None, torch.stack(rates))
-        return self.step(items, numbers, self_condition)
+    def _work(self, *tensors: Tensor, self_condition: bool, averaging: bool, fields: tuple[str, ...]) -> Tensor:
+        """Do one step on tensors: those of each part, by `fields`, then the numbers as `_on_device` has them."""
+        groups, width = len(self.step.optimizer.param_groups), len(fields)
+        count = (len(tensors) - groups - 1) // (width + 1)
+        data, first, rates = tensors[: count * width], tensors[count * width : -groups - 1], tensors[-groups - 1 : -1]
+        parts = [
+            Batch(skipped=[], **dict(zip(fields, data[start : start + width]))) for start in range(0, len(data), width)
+        ]
+        numbers = StepNumbers(first, tensors[-1] if averaging else None, torch.stack(rates))
+        return self.step(parts, numbers, self_condition)
 
     def _timed(self, tensors: Sequence[Tensor], steps_left: int, choices: dict) -> Tensor:
         backend, captures = self.graphs.backend, self.graphs.captures

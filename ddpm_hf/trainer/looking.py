@@ -20,6 +20,8 @@ from ddpm_hf.trainer.progress import Run, TrainingError
 from ddpm_hf.trainer.saving import Saver
 from ddpm_hf.trainer.trackers import log_picture
 
+PLOTTED = 12  # rows of a plot of sequences with classes, at most
+
 
 class LossWatch:
     """The losses and gradient norms of the steps: checked, averaged, and written to metrics.jsonl and the trackers."""
@@ -74,6 +76,14 @@ class LossWatch:
         acc.log(values, step=progress.step)
 
 
+def picture_classes(count: int, classes: int) -> list[int]:
+    """Return the class of each sample of a picture with at most `count` samples (but one at least), row by row.
+
+    Each class has a row of equally many; of more classes than samples, the first have one sample each.
+    """
+    return [number for number in range(min(count, classes)) for _ in range(max(1, count // classes))]
+
+
 class Looks:
     """Sample pictures and evaluations of the averaged weights, made by all processes together.
 
@@ -86,6 +96,8 @@ class Looks:
 
     def __init__(self, run: Run, saver: Saver, evaluator: Evaluator | None, between: Callable[[], None]):
         self.run, self.saver, self.evaluator, self.between = run, saver, evaluator, between
+        names = run.feed.class_names
+        self._classes = None if names is None else picture_classes(run.config.num_samples, len(names))
 
     def due(self) -> list[str]:
         """Return what is to be made after this step, of `LOOKS`."""
@@ -107,19 +119,25 @@ class Looks:
         return self.run.pipeline(model).use_cuda_graphs(self.run.config.compile != "none")
 
     def save_samples(self) -> None:
-        """Sample from the averaged weights, from the same x_T every time, and draw the samples in one picture."""
+        """Sample from the averaged weights, from the same x_T every time, and draw the samples in one picture.
+
+        With classes, the picture has a row of each class.
+        """
         c, acc, shares = self.run.config, self.run.accelerator, Shares(self.run.accelerator)
-        numbers, size, samples = shares.of(c.num_samples), c.eval_batch_size, []
+        count = c.num_samples if self._classes is None else len(self._classes)
+        numbers, size, samples = shares.of(count), c.eval_batch_size, []
         with self.run.average.weights() as model:
             pipeline = self._pipeline(model)
-            for start in range(0, shares.largest(c.num_samples), size):
+            for start in range(0, shares.largest(count), size):
                 self.between()
                 part = numbers[start : start + size]
                 if not part:
                     continue
                 seeds = generator_seeds(c.seed, Stream.SAMPLES, part)
                 generators = [torch.Generator().manual_seed(s) for s in seeds]
-                samples += list(pipeline(batch_size=len(part), generator=generators, return_dict=False)[0])
+                classes = None if self._classes is None else [self._classes[number] for number in part]
+                named = {"generator": generators, "class_labels": classes, "return_dict": False}
+                samples += list(pipeline(batch_size=len(part), **named)[0])
         samples = gather_object(samples)
         if not acc.is_main_process:
             return
@@ -132,16 +150,31 @@ class Looks:
 
     def _draw(self, samples: list, path) -> None:
         path.parent.mkdir(exist_ok=True)
-        feed = self.run.feed
+        feed, a_class = self.run.feed, 1 if self._classes is None else self._classes.count(0)
         if len(feed.shape) == 3:
-            save_image_grid(samples, path)
+            save_image_grid(samples, path, columns=a_class if a_class > 1 else None)
             return
-        rng = np.random.default_rng(self.run.config.seed)
-        chosen = rng.choice(feed.items, min(6, feed.items), replace=False)
-        real = torch.stack([load_item(feed.dataset, int(i)) for i in chosen])
+        shown, titles = samples, None
+        if self._classes is not None:
+            shown = samples[::a_class][:PLOTTED]
+            titles = [feed.class_names[number] for number in range(len(shown))]
+        real = torch.stack([self._item(index) for index in self._real_items()])
         in_units = self.run.pipeline(self.run.accelerator.unwrap_model(self.run.model))
-        save_sequence_plot(np.stack(samples), in_units._decode(real, "np"), path)
+        rows = 6 if self._classes is None else PLOTTED
+        save_sequence_plot(np.stack(shown), in_units._decode(real, "np"), path, rows, titles)
         np.save(path.with_suffix(".npy"), np.stack(samples))
+
+    def _real_items(self) -> list[int | None]:
+        """Draw the items that are plotted beside samples: one of each class (None: it has none), or any six."""
+        feed, rng = self.run.feed, np.random.default_rng(self.run.config.seed)
+        if self._classes is None:
+            return rng.choice(feed.items, min(6, feed.items), replace=False).tolist()
+        of_classes = [np.flatnonzero(feed.item_labels == number) for number in dict.fromkeys(self._classes)]
+        return [int(rng.choice(items)) if len(items) else None for items in of_classes[:PLOTTED]]
+
+    def _item(self, index: int | None) -> Tensor:
+        feed = self.run.feed
+        return torch.full(feed.shape, torch.nan) if index is None else load_item(feed.dataset, index)
 
     def evaluate(self) -> None:
         """Measure the averaged weights; where they are the best so far, save the pipeline in best/."""

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import open_data
+from ddpm_hf.data.loading import Batch
 from ddpm_hf.hub.publish import check_token, make_publisher, target_of
 from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.run import checkpoint
@@ -91,7 +92,7 @@ class Trainer:
         self.record = RunRecord(config, facts, command, self.options)
         torch.manual_seed(derive_seed(config.seed, Stream.WEIGHTS))
         self.scheduler = build.make_scheduler(config, self.feed)
-        self.model = build.make_model(config, self.feed.shape) if model is None else model
+        self.model = build.make_model(config, self.feed) if model is None else model
         build.check_model(config, self.feed, self.model, self.given_model)
         self.description = build.describe(config, self.feed, self.model)
         self.progress = Progress()
@@ -167,7 +168,8 @@ class Trainer:
         self.parts = Run(
             c, acc, self.folder, self.feed, self.scheduler, self.model, average, self.progress, self.global_batch
         )
-        self.training_step = TrainingStep(self.model, self.scheduler, optimizer, average, c, acc)
+        classes = None if self.feed.class_names is None else len(self.feed.class_names)
+        self.training_step = TrainingStep(self.model, self.scheduler, optimizer, average, c, acc, classes)
         plan = compiling.make_plan(c, acc)
         self.runner = Runner(self.training_step, plan, CudaBackend(acc.device) if plan.graphs else None, tqdm.write)
         self.losses = LossWatch(self.parts)
@@ -234,7 +236,7 @@ class Trainer:
 
     # -- one step ------------------------------------------------------------------------------
 
-    def _train_step(self, batches: Iterator[Tensor]) -> Tensor:
+    def _train_step(self, batches: Iterator[Batch]) -> Tensor:
         """Run one optimizer step; return (2,): the mean loss of this process and the gradient norm, on the device."""
         c, acc, step = self.config, self.accelerator, self.progress.step
         torch.manual_seed(derive_seed(c.seed, Stream.DROPOUT, step, acc.process_index))

@@ -72,12 +72,14 @@ class Run:
 
     def pipeline(self, model: nn.Module) -> DDPMPipeline | DDPMPipeline1D:
         """Return a pipeline of `model` without a progress bar, which samples in the units of the data."""
-        steps = self.config.ddpm_num_inference_steps
+        options: dict = {"num_inference_steps": self.config.ddpm_num_inference_steps}
+        if self.feed.class_names is not None:
+            options["id2label"] = dict(enumerate(self.feed.class_names))
         scheduler = GaussianScheduler.from_config(self.scheduler.config)
         if len(self.feed.shape) == 3:
-            pipeline = DDPMPipeline(model, scheduler, num_inference_steps=steps)
+            pipeline = DDPMPipeline(model, scheduler, **options)
         else:
-            pipeline = DDPMPipeline1D(model, scheduler, num_inference_steps=steps, **self.feed.scaling.to_json())
+            pipeline = DDPMPipeline1D(model, scheduler, **options, **self.feed.scaling.to_json())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

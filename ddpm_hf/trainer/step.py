@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.data.loading import Batch
-from ddpm_hf.losses import diffusion_loss, training_draws
+from ddpm_hf.losses import diffusion_loss, drop_labels, training_draws
 from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.trainer.ema import WeightAverage
 from ddpm_hf.trainer.optimizer import rates_from
@@ -45,16 +45,20 @@ class TrainingStep:
         average: the average of the weights, which takes in the new weights.
         config: the `TrainConfig`.
         accelerator: runs the backward pass, accumulation and clipping on one process or several.
+        classes: the number of classes, for batches with labels.
 
     Attributes:
         network: the model as the loss calls it; may be set to a compiled form of it.
     """
 
-    def __init__(self, model, scheduler, optimizer, average: WeightAverage, config, accelerator):
+    def __init__(
+        self, model, scheduler, optimizer, average: WeightAverage, config, accelerator, classes: int | None = None
+    ):
         self.model, self.scheduler, self.optimizer = model, scheduler, optimizer
         self.average, self.config, self.accelerator = average, config, accelerator
-        self.network = model
-        self.noise_key = derive_seed(config.seed, Stream.NOISE)
+        self.network, self.classes = model, classes
+        streams = (Stream.NOISE, Stream.CLASS_DROPOUT)
+        self.noise_key, self.label_key = (derive_seed(config.seed, stream) for stream in streams)
 
     def numbers(self, step: int) -> StepNumbers:
         """Return the numbers of the step that follows `step` optimizer steps."""
@@ -64,11 +68,11 @@ class TrainingStep:
         first = [(start + part * acc.num_processes) * c.train_batch_size for part in range(parts)]
         return StepNumbers(first, self.average.share(step))
 
-    def __call__(self, parts: Sequence[Tensor], numbers: StepNumbers, self_condition: bool = False) -> Tensor:
+    def __call__(self, parts: Sequence[Batch], numbers: StepNumbers, self_condition: bool = False) -> Tensor:
         """Train on the parts of one batch, whose gradients are accumulated.
 
         Args:
-            parts: `gradient_accumulation_steps` tensors `(B, C, *spatial)`: data in [-1, 1], or images as uint8.
+            parts: `gradient_accumulation_steps` batches, whose tensors are on the device.
             numbers: the numbers of the step.
             self_condition: let the model see its own estimate of x0 in this step.
 
@@ -79,9 +83,9 @@ class TrainingStep:
         loss = torch.zeros((), device=acc.device)
         rates = contextlib.nullcontext() if numbers.rates is None else rates_from(self.optimizer, numbers.rates)
         with rates:
-            for items, first in zip(parts, numbers.first, strict=True):
+            for part, first in zip(parts, numbers.first, strict=True):
                 with acc.accumulate(self.model):
-                    part_loss = self._loss(Batch(items, []).x0, first, self_condition)
+                    part_loss = self._loss(part, first, self_condition)
                     acc.backward(part_loss)
                     loss += part_loss.detach() / len(parts)
                     if acc.sync_gradients:
@@ -108,16 +112,19 @@ class TrainingStep:
         for p in self.model.parameters():
             p.grad = None
 
-    def _loss(self, x0: Tensor, first: int | Tensor, self_condition: bool) -> Tensor:
+    def _loss(self, batch: Batch, first: int | Tensor, self_condition: bool) -> Tensor:
         """Return the mean loss of samples that have the numbers from `first` on."""
-        c = self.config
+        c, x0, labels = self.config, batch.x0, batch.labels
+        numbers = first + torch.arange(len(x0), device=x0.device)
         timesteps, noise = training_draws(
-            self.scheduler, x0, first + torch.arange(len(x0), device=x0.device), c.noise_offset,
-            c.timestep_sampling, c.logit_mean, c.logit_std, self.noise_key,
-        )  # fmt: skip
+            self.scheduler, x0, numbers, c.noise_offset, c.timestep_sampling, c.logit_mean, c.logit_std, self.noise_key
+        )
+        if labels is not None:
+            labels = drop_labels(labels, numbers, c.class_dropout_prob, self.classes, self.label_key)
         with self.accelerator.autocast():
             losses = diffusion_loss(
                 self.network, self.scheduler, x0, timesteps, noise, min_snr_gamma=c.min_snr_gamma or None,
                 weighting=c.loss_weighting, immiscible=c.immiscible, self_condition=self_condition,
+                class_labels=labels,
             ).loss  # fmt: skip
         return losses.mean()

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ddpm_hf import TrainConfig
+from ddpm_hf.data.loading import Batch
 from ddpm_hf.trainer import compiling
 from ddpm_hf.trainer.compiling import INDUCTOR_SAVES, INDUCTOR_SECONDS, TIMED_STEPS, Plan, Runner
 from ddpm_hf.trainer.step import StepNumbers
@@ -88,7 +89,7 @@ class Step:
         self.state = self.model.parameters
 
     def __call__(self, parts, numbers, twice=False):
-        (x,) = parts
+        x = parts[0].items
         y = self.network(x + numbers.first[0] / 64)
         loss = F.mse_loss(self.network(y) if twice else y, x)
         loss.backward()
@@ -139,8 +140,8 @@ def run(busy, steps, idle=0.0, broken=False, monkeypatch=None, twice=False):
     for k in range(60):
         x = torch.randn(3, 4, generator=torch.Generator().manual_seed(k))
         numbers, conditioned = StepNumbers([k], None), twice and k % 2 == 1
-        made.append(runner([x], numbers, conditioned, steps - k))
-        expected.append(plain([x], numbers, conditioned))
+        made.append(runner([Batch(x, [])], numbers, conditioned, steps - k))
+        expected.append(plain([Batch(x, [])], numbers, conditioned))
         card.now += card.idle
     return torch.stack(made), torch.stack(expected), lines, compiled, step, runner.graphs
 
@@ -197,5 +198,5 @@ def test_inductor_by_name_compiles_at_once(monkeypatch):
     step, plain = Step(), Step()
     runner = Runner(step, Plan(inductor="now"))
     assert step.network is not step.model
-    x = torch.ones(2, 4)
-    assert torch.equal(runner([x], StepNumbers([0], None), False, 10), plain([x], StepNumbers([0], None)))
+    parts = [Batch(torch.ones(2, 4), [])]
+    assert torch.equal(runner(parts, StepNumbers([0], None), False, 10), plain(parts, StepNumbers([0], None)))

@@ -39,8 +39,16 @@ from ddpm_hf.trainer.loop import Trainer, TrainingError
             "optimizer": "muon",
             "timestep_sampling": "logit_normal",
             "loss_weighting": "uniform",
+            "class_labels": "label",
         },
-        {"gradient_accumulation_steps": 2, "self_condition": True, "random_flip": True, "dataloader_num_workers": 2},
+        {
+            "gradient_accumulation_steps": 2,
+            "self_condition": True,
+            "random_flip": True,
+            "dataloader_num_workers": 2,
+            "class_labels": "label",
+            "class_dropout_prob": 0.4,
+        },
         {"dataset_name": "ecg", "sequence_length": 32, "mixed_precision": "bf16", "noise_offset": 0.1},
     ],
 )

@@ -12,7 +12,7 @@ TRAIN = ROOT / "training" / "train.py"
 OPTIONS = [
     "--dataset_name=digits", "--max_train_steps=50", "--dim=8", "--dim_mults", "1", "2", "--logging_steps=1",
     "--ddpm_num_inference_steps=5", "--num_samples=5", "--report_to=none", "--lr_warmup_steps=5", "--random_flip",
-    "--noise_offset=0.1", "--self_condition", "--num_cpu_threads=1",
+    "--noise_offset=0.1", "--self_condition", "--num_cpu_threads=1", "--class_labels=label",
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ddpm_hf import GaussianScheduler, TrainConfig, UNet1D, UNet2D, train
+from ddpm_hf.data.loading import Batch
 from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.trainer import compiling, graphs, loop
 from ddpm_hf.trainer.compiling import Plan, Runner
@@ -34,8 +35,10 @@ class Training:
     def __init__(self, runner=None, one_dimension=False, **options):
         self.config = c = TrainConfig(**{**SMALL, "max_train_steps": 20, **options})
         torch.manual_seed(0)
-        model = UNet1D(sample_size=16, in_channels=2, **c.model_options()) if one_dimension else UNet2D(
-            sample_size=8, in_channels=1, **c.model_options()
+        self.classes = 3 if c.class_labels else None
+        told = {"num_class_embeds": self.classes, **c.model_options()}
+        model = UNet1D(sample_size=16, in_channels=2, **told) if one_dimension else UNet2D(
+            sample_size=8, in_channels=1, **told
         )  # fmt: skip
         model.channels_last()
         self.accelerator = acc = Accelerator(
@@ -50,16 +53,18 @@ class Training:
         self.model, self.optimizer = acc.prepare(model, optimizer)
         self.average.start(self.model)
         self.scheduler = GaussianScheduler(c.ddpm_num_steps)
-        self.step = TrainingStep(self.model, self.scheduler, self.optimizer, self.average, c, acc)
+        self.step = TrainingStep(self.model, self.scheduler, self.optimizer, self.average, c, acc, self.classes)
         self.shape = (c.train_batch_size, *((2, 16) if one_dimension else (1, 8, 8)))
         self.runner = None if runner is None else runner(self.step)
 
     def parts(self, k):
         g = torch.Generator().manual_seed(k)
-        return [
-            torch.randint(256, self.shape, generator=g, dtype=torch.uint8)
-            for _ in range(self.config.gradient_accumulation_steps)
-        ]
+        parts = []
+        for _ in range(self.config.gradient_accumulation_steps):
+            items = torch.randint(256, self.shape, generator=g, dtype=torch.uint8)
+            labels = torch.randint(self.classes, self.shape[:1], generator=g) if self.classes else None
+            parts.append(Batch(items, [], labels=labels))
+        return parts
 
     def run(self, steps):
         results = []
@@ -95,8 +100,9 @@ def never_captured(step):
         {"dropout": 0.2, "ema_update_every": 3, "noise_offset": 0.1, "timestep_sampling": "logit_normal"},
         {"optimizer": "muon", "min_snr_gamma": 5.0, "one_dimension": True, "lr_warmup_steps": 3},
         {"mixed_precision": "bf16", "use_ema": False},
+        {"class_labels": "label", "class_dropout_prob": 0.3, "self_condition": True, "gradient_accumulation_steps": 2},
     ],
-    ids=["conditioned parts", "dropout", "muon", "bf16"],
+    ids=["conditioned parts", "dropout", "muon", "bf16", "classes"],
 )
 def test_captured_steps_are_bit_for_bit_those_that_run(options):
     """Over 20 steps, with changes of the learning rate, of the average's share, and two evaluations between."""
@@ -159,7 +165,8 @@ class Watch(TorchDispatchMode):
 def on(device, **options):
     """A `TrainingStep` on a device, without accelerate, which has none called meta."""
     c = TrainConfig(**{**SMALL, **options})
-    model = UNet2D(sample_size=8, in_channels=1, **c.model_options()).to(device).train()
+    classes = 3 if c.class_labels else None
+    model = UNet2D(sample_size=8, in_channels=1, num_class_embeds=classes, **c.model_options()).to(device).train()
     accelerator = SimpleNamespace(
         device=torch.device(device), num_processes=1, process_index=0, distributed_type="NO", sync_gradients=True,
         accumulate=lambda model: contextlib.nullcontext(), autocast=contextlib.nullcontext,
@@ -168,19 +175,23 @@ def on(device, **options):
     average = WeightAverage(model, accelerator, c)
     optimizer = make_optimizer(model, c)
     average.start(model)
-    return TrainingStep(model, GaussianScheduler(c.ddpm_num_steps), optimizer, average, c, accelerator)
+    return TrainingStep(model, GaussianScheduler(c.ddpm_num_steps), optimizer, average, c, accelerator, classes)
 
 
 def one_step(step, device, watch):
     """Run a step twice, as graphs are given it, and watch the second."""
     c = step.config
     runner = Runner(step, Plan(graphs=True), Tape())
-    parts = [torch.zeros(4, 1, 8, 8, dtype=torch.uint8, device=device) for _ in range(c.gradient_accumulation_steps)]
+    part = {"items": torch.zeros(4, 1, 8, 8, dtype=torch.uint8, device=device)}
+    if c.class_labels:
+        part["labels"] = torch.zeros(4, dtype=torch.int64, device=device)
     numbers = step.numbers(0)
-    tensors = [*parts, *runner._on_device(numbers, torch.device(device))]
+    tensors = list(part.values()) * c.gradient_accumulation_steps
+    tensors += runner._on_device(numbers, torch.device(device))
+    choices = {"self_condition": c.self_condition, "averaging": numbers.share is not None, "fields": tuple(part)}
     for mode in (contextlib.nullcontext(), watch):
         with mode:
-            values = runner._work(*tensors, self_condition=c.self_condition, averaging=numbers.share is not None)
+            values = runner._work(*tensors, **choices)
     return values
 
 
@@ -188,6 +199,7 @@ OPTIONS = [
     {}, {"self_condition": True, "gradient_accumulation_steps": 2}, {"noise_offset": 0.1, "min_snr_gamma": 5.0},
     {"timestep_sampling": "logit_normal", "dropout": 0.1}, {"optimizer": "muon", "ema_update_every": 2},
     {"loss_weighting": "snr", "prediction_type": "epsilon", "norm": "group", "time_embedding": "learned_fourier"},
+    {"class_labels": "label", "self_condition": True, "gradient_accumulation_steps": 2},
 ]  # fmt: skip
 
 
@@ -221,17 +233,17 @@ def test_draws_and_loss_are_one_graph():
     """torch.compile takes them whole: an operation that it cannot follow, a read among them, would raise."""
     torch._dynamo.reset()
     options = {"noise_offset": 0.1, "timestep_sampling": "logit_normal", "min_snr_gamma": 5.0}
-    step = on("cpu", dim_mults=[1], self_condition=True, **options)
-    x0, first = torch.randn(2, 1, 8, 8), torch.tensor(5)
+    step = on("cpu", dim_mults=[1], self_condition=True, class_labels="label", **options)
+    x0, labels, first = torch.randn(2, 1, 8, 8), torch.tensor([2, 0]), torch.tensor(5)
 
-    def loss_of(x0, first):
-        return step._loss(x0, first, self_condition=True)
+    def loss_of(x0, labels, first):
+        return step._loss(Batch(x0, [], labels=labels), first, self_condition=True)
 
-    expected = loss_of(x0, first)
+    expected = loss_of(x0, labels, first)
     expected.backward()
     gradients = [p.grad.clone() for p in step.model.parameters()]
     step.drop_gradients()
-    loss = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(x0, first)
+    loss = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(x0, labels, first)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     for p, gradient in zip(step.model.parameters(), gradients):
@@ -252,7 +264,7 @@ def test_a_whole_run_of_captured_steps(tmp_path, monkeypatch):
     options = {
         "max_train_steps": 14, "self_condition": True, "gradient_accumulation_steps": 2, "dropout": 0.1,
         "random_flip": True, "save_samples_steps": 5, "eval_steps": 6, "holdout": 100, "ema_update_every": 2,
-        "eval_metrics": ["held_out_loss"], "checkpointing_steps": 4,
+        "eval_metrics": ["held_out_loss"], "checkpointing_steps": 4, "class_labels": "label",
     }  # fmt: skip
     tapes, states = [], []
     monkeypatch.setattr(compiling, "make_plan", lambda config, accelerator: Plan(graphs=True))
