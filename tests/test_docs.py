@@ -24,7 +24,9 @@ SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 1, "attn_dim_head": 4}
 def work(tmp_path, monkeypatch):
     """A working folder with small pipelines at the paths of the demos' pipelines, and training cut to two steps."""
     scheduler = GaussianScheduler()
-    digits = DDPMPipeline(UNet2D(8, in_channels=1, **SMALL), scheduler, num_inference_steps=3)
+    names = dict(enumerate("0123456789"))
+    unet = UNet2D(8, in_channels=1, num_class_embeds=10, **SMALL)
+    digits = DDPMPipeline(unet, scheduler, num_inference_steps=3, id2label=names)
     for folder in ("runs/digits/pipeline", "runs/digits-guide/pipeline"):
         digits.save_pretrained(tmp_path / folder)
     averages = {f"{i:05d}": weight.detach().contiguous() for i, weight in enumerate(digits.unet.parameters())}
@@ -38,7 +40,7 @@ def work(tmp_path, monkeypatch):
 
     def train_briefly(config: TrainConfig, **arguments):
         small = {**SMALL, "dim_mults": [1, 2], "max_train_steps": 2, "train_batch_size": 2, "num_samples": 1}
-        given = {"output_dir": config.output_dir, "ddpm_num_inference_steps": 2, "report_to": "none"}
+        given = {"output_dir": config.output_dir, "class_labels": config.class_labels, "ddpm_num_inference_steps": 2, "report_to": "none"}
         return train(TrainConfig(**given, **small), **arguments)
 
     monkeypatch.setattr(trainer, "train", train_briefly)
