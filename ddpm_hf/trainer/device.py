@@ -142,7 +142,7 @@ def check_deterministic(model: nn.Module, scheduler, shape: tuple[int, ...], con
                 losses = diffusion_loss(
                     trial, scheduler, x0, timesteps, torch.zeros_like(x0), weighting=config.loss_weighting,
                     min_snr_gamma=config.min_snr_gamma or None, self_condition=config.self_condition,
-                    class_labels=timesteps if getattr(model.config, "num_class_embeds", None) else None,
+                    class_labels=timesteps if config.class_labels else None,
                 ).loss  # fmt: skip
             losses.mean().backward()
         except RuntimeError as error:
