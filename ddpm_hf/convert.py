@@ -19,8 +19,8 @@ from ddpm_hf.scheduler import GaussianScheduler, cosine_betas, linear_betas
 from ddpm_hf.unet import UNet1D, UNet2D
 
 FILE_KEYS = ("model", "ema", "step")
-DEFAULT_SIZE = 128  # image_size and seq_length of its README; its constructors have no default
-HOW = {True: "given", False: "not in the file: its default"}
+DEFAULT_SIZE = 128  # image_size and seq_length in the README of the library, whose constructors have no default
+HOW = {True: "given", False: "not in the file: the library's default"}
 
 
 @dataclass
@@ -98,7 +98,7 @@ def read_checkpoint(
         auto_normalize: True if the data was given in [0, 1]; in 1D the samples then come in [0, 1] too.
 
     Raises:
-        ValueError: as `from_denoising_diffusion_pytorch`.
+        ValueError: for the reasons that `from_denoising_diffusion_pytorch` names.
     """
     state, trained = _state_of(source, weights)
     unet_state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
@@ -145,7 +145,7 @@ def _unet_lines(options: dict, ndim: int, heads_given: bool, size_given: bool) -
     lines.append(f"attn_heads: {options['attn_heads']} ({heads_source})")
     if options["norm"] == "group":
         lines.append(f"norm_groups: {options['norm_groups']} ({HOW[options['norm_groups'] != 8]})")
-    size_source = HOW[True] if size_given else "not in the file: that of its README"
+    size_source = HOW[True] if size_given else "not in the file: the one in the library's README"
     return [*lines, f"sample_size: {options['sample_size']} ({size_source})"]
 
 
@@ -175,14 +175,14 @@ def _state_of(source, weights: str) -> tuple[dict[str, Tensor], set[str] | None]
 
 
 def _check_names(unet_state: dict, buffers: dict) -> None:
-    """Check that the tensors are there without which nothing can be inferred.
+    """Check that the tensors from which the configuration is inferred exist.
 
     Raises:
-        ValueError: the first one that is missing.
+        ValueError: if one is missing; the message names the first.
     """
     for name in ("init_conv.weight", "time_mlp.1.weight", "final_conv.weight", "downs.0.0.block1.proj.weight"):
         if name not in unet_state:
-            raise ValueError(f"not a checkpoint of its Unet or Unet1D: there is no tensor model.{name}")
+            raise ValueError(f"not a checkpoint of denoising-diffusion-pytorch: there is no tensor model.{name}")
     for name in ("betas", "alphas_cumprod", "loss_weight"):
         if name not in buffers:
             raise ValueError(f"not a checkpoint of GaussianDiffusion or GaussianDiffusion1D: there is no tensor {name}")
@@ -192,7 +192,7 @@ def _per_timestep(buffers: dict) -> tuple[Tensor, Tensor]:
     """Return betas and loss_weight, `(T,)` each.
 
     Raises:
-        ValueError: if their shapes are others.
+        ValueError: if they do not have one number for each timestep.
     """
     betas, loss_weight = buffers["betas"], buffers["loss_weight"]
     if betas.ndim != 1 or len(betas) == 0 or loss_weight.shape != betas.shape:
@@ -204,11 +204,12 @@ def _per_timestep(buffers: dict) -> tuple[Tensor, Tensor]:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
+    """Read a checkpoint file without running code from it."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle's faults are of many kinds
+    except Exception as error:  # a damaged pickle raises many kinds of errors
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise ValueError(
                 f"{path} is refused: it holds more than tensors and plain values, and loading it would run its code"
@@ -314,7 +315,7 @@ class _Attention:
 
 
 def _attention(state, ndim: int, number: int, place: str, attn_heads) -> _Attention:
-    """Infer the form of the `number`-th attention, which has the name `place`; heads that no tensor tells are given."""
+    """Infer the form of the `number`-th attention, at `place`; `attn_heads` is used where no tensor tells the heads."""
     inner = place if f"{place}.to_qkv.weight" in state else f"{place}.fn.fn"  # in 1D: Residual(PreNorm(...))
     hidden = _shape(state, ndim + 2, f"{inner}.to_qkv.weight")[0] // 3
     full, memory, memories = f"{inner}.to_out.weight" in state, state.get(f"{inner}.mem_kv"), None
@@ -452,7 +453,7 @@ def _scheduler_options(betas, loss_weight, unet_options: dict, ndim: int, eta: f
         "prediction_type": target,
         "eta": eta,
         "variance_type": "learned_range" if unet_options["learned_variance"] else "fixed_small",
-        # its 1D DDIM keeps the predicted noise where x0 was clipped
+        # the original's 1D DDIM keeps the predicted noise where x0 was clipped
         "use_clipped_model_output": not (ndim == 1 and target == "epsilon"),
         **({"trained_betas": betas.tolist()} if schedule is None else {"beta_schedule": schedule}),
     }
@@ -464,7 +465,7 @@ def _scheduler_options(betas, loss_weight, unet_options: dict, ndim: int, eta: f
 
 
 def _peer_sigmoid(steps: int) -> Tensor:
-    """Return the betas (float64) of its default sigmoid schedule, whose two end values are rounded to float32."""
+    """Return the float64 betas of the original's default sigmoid schedule, whose end values are rounded to float32."""
     ends = torch.tensor([-3.0, 3.0]).sigmoid().double()
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     abar = (ends[1] - (6 * t - 3).sigmoid()) / (ends[1] - ends[0])
@@ -493,12 +494,13 @@ def _schedule(betas: Tensor) -> tuple[str | None, Tensor]:
             return name, betas.double() if precision.bits >= 32 else exact
     if not ((betas > 0) & (betas < 1)).all():
         raise ValueError(
-            "its betas must lie strictly between 0 and 1 (a linear schedule of fewer than 20 steps does not)"
+            "the checkpoint's betas must lie strictly between 0 and 1 (a linear schedule of fewer than 20 steps does "
+            "not)"
         )
     if precision.bits < 32:
         raise ValueError(
-            f"its betas are rounded to {betas.dtype} and are of none of the named schedules (linear, cosine, sigmoid "
-            "at their defaults), so the exact ones are lost: convert the checkpoint as it was before it was halved, or "
+            f"the checkpoint's betas are rounded to {betas.dtype} and fit none of the named schedules (linear, cosine, "
+            "sigmoid at their defaults), so the exact ones are lost: convert the checkpoint as it was before it was halved, or "
             "put its float32 betas back"
         )
     return None, betas.double()
@@ -512,7 +514,7 @@ def _objective(betas: Tensor, loss_weight: Tensor) -> tuple[str, float | None]:
     """
     if not (torch.isfinite(betas).all() and (loss_weight >= 0).all() and (loss_weight > 0).any()):
         raise ValueError(
-            "its loss_weight must be one number for each timestep, none negative or NaN, not all of them 0"
+            "the checkpoint's loss_weight must be one number for each timestep, none negative or NaN, not all of them 0"
         )
     # not from its float32 alphas_cumprod, which near 1 leave few digits to 1 - abar
     alphas_cumprod = torch.cumprod(1 - betas, 0)
@@ -527,4 +529,6 @@ def _objective(betas: Tensor, loss_weight: Tensor) -> tuple[str, float | None]:
         if torch.allclose(expected, weight, rtol=rtol, atol=precision.smallest_normal * precision.eps):
             unclipped = gamma >= (1 - rtol) * min(snr.max().item(), precision.max)
             return target, None if unclipped else gamma.item()
-    raise ValueError("its loss_weight is of no known objective (pred_noise, pred_x0, pred_v, with or without min-SNR)")
+    raise ValueError(
+        "the checkpoint's loss_weight fits no known objective (pred_noise, pred_x0, pred_v, with or without min-SNR)"
+    )
