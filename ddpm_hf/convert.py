@@ -500,8 +500,8 @@ def _schedule(betas: Tensor) -> tuple[str | None, Tensor]:
     if precision.bits < 32:
         raise ValueError(
             f"the checkpoint's betas are rounded to {betas.dtype} and fit none of the named schedules (linear, cosine, "
-            "sigmoid at their defaults), so the exact ones are lost: convert the checkpoint as it was before it was halved, or "
-            "put its float32 betas back"
+            "sigmoid at their defaults), so the exact ones are lost: convert the checkpoint from before it was "
+            "halved, or put its float32 betas back"
         )
     return None, betas.double()
 

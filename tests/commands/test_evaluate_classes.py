@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from conftest import load_program
-from helpers import MODEL
+from helpers import MODEL, config
 from PIL import Image
 
-from ddpm_hf import DDPMPipeline, GaussianScheduler, UNet2D
+from ddpm_hf import DDPMPipeline, GaussianScheduler, UNet2D, train
 
 evaluate = load_program("evaluate").main
 NAMES = [str(digit) for digit in range(10)]
@@ -52,6 +52,32 @@ def test_the_program_with_classes(digits, tmp_path, capsys):
     assert "2 steps, guidance scale 2.5:" in said and "fid/7" in said
     card = (digits / "README.md").read_text()
     assert "| fid |" in card and "| class_agreement |" in card and "class 7" in card and "2.5" in card
+
+
+def test_a_run_with_classes_is_measured_as_in_training(tmp_path):
+    """The program takes classes and held-out items from the run: its values are those of the run's last evaluation."""
+    train(
+        config(
+            tmp_path / "run", class_labels="label", max_train_steps=2, eval_steps=2, eval_num_samples=30, holdout=20,
+            feature_network="pixels", eval_cache_dir=str(tmp_path / "cache"),
+        )
+    )  # fmt: skip
+    pipeline = tmp_path / "run" / "pipeline"
+    trained = json.loads((pipeline / "evaluation.json").read_text())
+    command = [f"--pipeline={pipeline}", "--data=digits", "--feature_network=pixels", "--num_samples=30"]
+    assert evaluate([*command, f"--output_dir={tmp_path}/out", f"--eval_cache_dir={tmp_path}/cache"]) == 0
+    again = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert {r["metric"] for r in again} == {r["metric"] for r in trained}
+    for record, other in zip(trained, again):
+        record.pop("step")
+        assert other == {
+            **record,
+            "value": pytest.approx(record["value"], rel=1e-4),
+            "data": "digits",
+            "split": "train",
+        }
+    classes = json.loads((pipeline / "training.json").read_text())["data"]["classes"]
+    assert sum(classes.values()) == 1797 - 20 and list(classes) == NAMES
 
 
 @pytest.mark.parametrize(
