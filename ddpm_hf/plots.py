@@ -1,4 +1,4 @@
-"""Pictures of results: grids of images, generated sequences beside real ones, losses, metrics over sampling steps."""
+"""Pictures of results: grids of images, generated sequences beside real ones, completions, losses and metrics."""
 
 import math
 from collections.abc import Sequence
@@ -125,3 +125,76 @@ def save_steps_plot(records: list[dict], title: str, path: Path) -> None:
         axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=100)
+
+
+def save_fan_plot(items: Sequence, path: Path) -> None:
+    """Save a plot of completed sequences as PNG: truth, known part, median, 50% and 90% bands of the completions.
+
+    A panel shows one channel of one sequence; of many channels the first three are drawn.
+
+    Args:
+        items: records with `truth` (C, length), `hidden` (length,), True where it was hidden, and `completions`
+            (M, C, length); missing values are NaN.
+        path: the file to write.
+    """
+    from matplotlib.figure import Figure
+
+    channels = min(3, len(items[0].truth))
+    panels = [(item, channel) for item in items for channel in range(channels)]
+    columns = min(len(panels), 2) if channels == 1 else channels
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(11, 1.9 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
+    for axis, (item, channel) in zip(axes.ravel(), panels):
+        times = np.arange(len(item.hidden))
+        only_known = np.where(item.hidden, np.nan, item.truth[channel])
+        low_90, low_50, median, high_50, high_90 = (
+            np.where(item.hidden, quantile, np.nan)
+            for quantile in np.quantile(
+                item.completions[:, channel], (0.05, 0.25, 0.5, 0.75, 0.95), axis=0, method="weibull"
+            )
+        )
+        axis.fill_between(times, low_90, high_90, color="tab:orange", alpha=0.25, linewidth=0, label="90% band")
+        axis.fill_between(times, low_50, high_50, color="tab:orange", alpha=0.45, linewidth=0, label="50% band")
+        axis.plot(times, median, color="tab:red", linewidth=1.2, label="median")
+        axis.plot(times, np.where(item.hidden, item.truth[channel], np.nan), "k--", linewidth=0.9, label="truth")
+        axis.plot(times, only_known, color="tab:blue", linewidth=1.0, label="known")
+        axis.grid(alpha=0.25)
+    if channels > 1:
+        for channel, axis in enumerate(axes[0]):
+            axis.set_title(f"channel {channel}")
+    for axis in axes.ravel()[len(panels) :]:
+        axis.set_visible(False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def save_completed_images(items: Sequence, path: Path) -> None:
+    """Save a picture of completed images as PNG: in each row the known part, two completions and the true image.
+
+    Args:
+        items: records with `truth` (C, H, W), levels from 0 to 1, `hidden` (H, W), True where it was hidden, and
+            `completions` (M, C, H, W) with M of at least 2.
+        path: the file to write.
+    """
+    from matplotlib.figure import Figure
+
+    titles = ("known", "completion", "completion", "truth")
+    height, width = items[0].hidden.shape
+    figure = Figure(figsize=(6.4, 1.6 * height / width * len(items) + 0.4), layout="constrained")
+    axes = figure.subplots(len(items), len(titles), squeeze=False)
+    for row, item in zip(axes, items):
+        known, *others = (_as_rgb(image) for image in (item.truth, *item.completions[:2], item.truth))
+        known[item.hidden] = (0.85, 0.35, 0.25)  # a colour that grey images do not have
+        for axis, image in zip(row, (known, *others)):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def _as_rgb(image: np.ndarray) -> np.ndarray:
+    """Return an image (C, H, W) with levels from 0 to 1 as RGB (H, W, 3), without a channel of opacity."""
+    colours = image[:3] if len(image) >= 3 else image[[0, 0, 0]]
+    return np.moveaxis(colours, 0, -1).clip(0, 1)

@@ -3,10 +3,12 @@
     python training/evaluate.py --pipeline runs/digits/pipeline --data digits --feature_network pixels
     python training/evaluate.py --pipeline runs/ecg/pipeline --data ecg --num_inference_steps 10 25 50
     python training/evaluate.py --pipeline runs/x/pipeline --data digits --per_class --guidance_scale 1 1.5 2 3
+    python training/evaluate.py --pipeline runs/ecg/pipeline --data ecg --task forecast --num_inference_steps 50
     accelerate launch training/evaluate.py --pipeline me/my-model --data photos/ --num_samples 10000
 
 The results are added to evaluation.json in the pipeline's folder, or in --output_dir, and the model card takes them
-from there. Several numbers of steps, or scales of guidance, also draw steps-versus-metric.png.
+from there. Several numbers of steps, or scales of guidance, also draw steps-versus-metric.png. With a task, held-out
+items are completed instead; the scores are added to completion.json, with a picture of the first setting.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import itertools
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -23,13 +26,14 @@ from transformers import HfArgumentParser
 
 from ddpm_hf import GaussianScheduler
 from ddpm_hf.arguments import SuggestingParser
+from ddpm_hf.evaluation.completion import Completion, CompletionSettings, describe, make_records
 from ddpm_hf.evaluation.evaluator import Evaluator
 from ddpm_hf.evaluation.options import EvaluateConfig
 from ddpm_hf.evaluation.run_data import RealData, open_real_data, read_record, trained_mirrored
 from ddpm_hf.evaluation.settings import HELD_OUT, EvalSettings
 from ddpm_hf.hub.card import write_card
 from ddpm_hf.hub.publish import load_pipeline
-from ddpm_hf.plots import save_steps_plot
+from ddpm_hf.plots import save_completed_images, save_fan_plot, save_steps_plot
 from ddpm_hf.run.checkpoint import write_text
 from ddpm_hf.run.record import without_folders
 from ddpm_hf.trainer.memory import keep_freed_memory
@@ -82,7 +86,9 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     pipeline, own = load(config)
     facts = read_record(config.pipeline)
     data = open_real_data(config, facts, pipeline, accelerator.print)
-    config = data.config
+    config = replace(data.config, num_samples=data.config.num_samples or (20 if data.config.task else 1000))
+    if config.task:
+        return complete(config, data, pipeline, own, accelerator)
     if data.held_out is not None and not isinstance(own, GaussianScheduler):
         raise ValueError(f"the held-out loss needs a pipeline with a GaussianScheduler, got {type(own).__name__}")
     steps = _numbers_of_steps(config, pipeline, own)
@@ -91,7 +97,7 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     evaluator.check(pipeline, scales)
     pipeline.to(accelerator.device)
     pipeline.unet.eval()
-    folder = Path(config.output_dir or (config.pipeline if Path(config.pipeline).is_dir() else "evaluation"))
+    folder = _folder(config)
     earlier = read_records(folder)
     evaluator.prepare()
     records = []
@@ -108,6 +114,61 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         save(records, earlier, config, folder)
     accelerator.end_training()
     return records
+
+
+def complete(config: EvaluateConfig, data: RealData, pipeline, own, accelerator) -> list[dict]:
+    """Complete held-out items, and save and print the scores.
+
+    Args:
+        config: the options, with a task.
+        data: the real data.
+        pipeline: the pipeline.
+        own: its own scheduler.
+        accelerator: accelerate's `Accelerator`.
+
+    Returns:
+        The records of this evaluation, one for each score, method, number of steps and scale of guidance.
+
+    Raises:
+        ValueError: if options, pipeline or data do not fit.
+    """
+    settings = CompletionSettings(
+        task=config.task, unknown_share=config.unknown_share, num_items=config.num_items, season=config.season,
+        num_samples=config.num_samples, num_real=config.num_real, batch_size=config.batch_size, seed=config.seed,
+        jump_length=config.jump_length, jump_n_sample=config.jump_n_sample, workers=config.dataloader_num_workers,
+        guidance_interval=config.guidance_interval or (0.0, 1.0), on_bad_image=config.on_bad_image,
+    )  # fmt: skip
+    steps, scales = _numbers_of_steps(config, pipeline, own), config.guidance_scale or [1.0]
+    completion = Completion(accelerator, data.dataset, data.held_out, data.shape, settings, data.classes)
+    for scale in scales:
+        completion.check(pipeline, scale)
+    pipeline.to(accelerator.device)
+    pipeline.unet.eval()
+    folder = _folder(config)
+    earlier = read_records(folder, "completion.json")
+    completion.prepare()
+    records, shown = [], []
+    for n, scale in itertools.product(steps, scales):
+        scores = completion(pipeline, n, scale)
+        guided = f", guidance scale {scale:g}" if config.guidance_scale else ""
+        accelerator.print(f"{config.task}, {n} steps{guided}:\n{describe(completion, scores)}", flush=True)
+        place = {"data": without_folders(config.data), "split": config.dataset_split}
+        new = make_records(completion, scores, pipeline, n, scale, **place)
+        records += [record for record in new if record not in records]  # baselines have neither steps nor guidance
+        shown = shown or completion.shown
+    if accelerator.is_main_process:
+        save_records(records, earlier, folder / "completion.json")
+        picture = folder / f"completion-{config.task}.png"
+        draw = save_completed_images if len(data.shape) == 3 else save_fan_plot
+        draw(shown, picture)
+        print(f"picture: {picture}")
+    accelerator.end_training()
+    return records
+
+
+def _folder(config: EvaluateConfig) -> Path:
+    """Return the folder of the results."""
+    return Path(config.output_dir or (config.pipeline if Path(config.pipeline).is_dir() else "evaluation"))
 
 
 def _numbers_of_steps(config: EvaluateConfig, pipeline, own) -> list[int]:
@@ -138,13 +199,17 @@ def make_evaluator(config: EvaluateConfig, facts: dict, data: RealData, accelera
     return Evaluator(accelerator, data.dataset, data.shape, settings, data.held_out, data.classes)
 
 
-def read_records(folder: Path) -> list[dict]:
+def read_records(folder: Path, name: str = "evaluation.json") -> list[dict]:
     """Read the records that earlier evaluations left in the folder, which is made if it does not exist.
 
+    Args:
+        folder: the folder of the results.
+        name: the name of the file.
+
     Raises:
-        ValueError: if evaluation.json holds something else, or the folder cannot be made or written.
+        ValueError: if the file holds something else, or the folder cannot be made or written.
     """
-    file = folder / "evaluation.json"
+    file = folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -172,7 +237,24 @@ def save(records: list[dict], earlier: list[dict], config: EvaluateConfig, folde
     Raises:
         ValueError: if evaluation.json cannot be written.
     """
-    file = folder / "evaluation.json"
+    save_records(records, earlier, folder / "evaluation.json")
+    if (folder / "model_index.json").exists():
+        write_card(folder)
+    shown = [r for r in records if not ("class" in r or "held_out" in r["metric"] or r["metric"].endswith("_real"))]
+    if len({(r["num_inference_steps"], r.get("guidance_scale")) for r in shown}) > 1:
+        picture = folder / "steps-versus-metric.png"
+        sampler = records[0]["scheduler"]
+        title = f"{without_folders(config.pipeline)}, {sampler}, {config.num_samples:,} samples"
+        save_steps_plot(shown, title, picture)
+        print(f"picture: {picture}")
+
+
+def save_records(records: list[dict], earlier: list[dict], file: Path) -> None:
+    """Write records and the earlier ones to a file; new ones replace earlier ones with the same settings.
+
+    Raises:
+        ValueError: if the file cannot be written.
+    """
 
     def settings(record: dict) -> dict:
         return {name: value for name, value in record.items() if name != "value"}
@@ -184,15 +266,6 @@ def save(records: list[dict], earlier: list[dict], config: EvaluateConfig, folde
     except OSError as error:
         raise ValueError(f"{file} cannot be written: {error}. The results are those printed above") from error
     print(f"results: {file}")
-    if (folder / "model_index.json").exists():
-        write_card(folder)
-    shown = [r for r in records if not ("class" in r or "held_out" in r["metric"] or r["metric"].endswith("_real"))]
-    if len({(r["num_inference_steps"], r.get("guidance_scale")) for r in shown}) > 1:
-        picture = folder / "steps-versus-metric.png"
-        sampler = records[0]["scheduler"]
-        title = f"{without_folders(config.pipeline)}, {sampler}, {config.num_samples:,} samples"
-        save_steps_plot(shown, title, picture)
-        print(f"picture: {picture}")
 
 
 def main(arguments: list) -> int:

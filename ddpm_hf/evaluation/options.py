@@ -19,6 +19,20 @@ class EvaluateConfig:
     class_labels: str | None = _option(
         None, "The classes of the data, as in training. Default: as in the pipeline's run, if --data is its data."
     )
+    task: str | None = _option(
+        None, "Measure how held-out items are completed, instead of comparing samples with data: 'forecast' hides the "
+        "last part of each sequence, 'impute' a gap of each sequence or a block of each image. Default: no task."
+    )  # fmt: skip
+    unknown_share: float = _option(0.25, "Share of each item that a task hides, between 0 and 1.")
+    num_items: int = _option(100, "Largest number of held-out items that a task completes.")
+    season: int | None = _option(
+        None, "Length of a season for a task's seasonal baseline. Default: the first high peak of the autocorrelation "
+        "of the training data."
+    )  # fmt: skip
+    jump_length: int = _option(
+        10, "Steps of a jump of RePaint, for a task with a model that was not trained for it; see inpaint."
+    )
+    jump_n_sample: int = _option(10, "Number of times that RePaint passes each place that it jumps from; 1: no jumps.")
     metrics: list[str] | None = _option(None, "Metrics to compute. Default: all that the data allows.")
     num_inference_steps: list[int] | None = _option(
         None, "Number of sampling steps, or several for a curve. Default: the pipeline's."
@@ -40,7 +54,10 @@ class EvaluateConfig:
     sampler: str | None = _option(
         None, "'fast', for the pipeline's fast sampler, or a scheduler class of diffusers. Default: the pipeline's own."
     )  # fmt: skip
-    num_samples: int = _option(1000, "Number of generated samples. FID of fewer than 10,000 is biased.")
+    num_samples: int | None = _option(
+        None, "Number of generated samples; with a task, number of completions of each item. FID of fewer than 10,000 "
+        "samples is biased. Default: 1000, and 20 with a task."
+    )  # fmt: skip
     num_real: int = _option(50_000, "Largest number of real items that samples are compared with.")
     feature_network: str = _option(
         "inception", "Features of FID and KID: 'inception', a TorchScript file, or 'pixels'."
@@ -78,7 +95,7 @@ class EvaluateConfig:
         return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
 
     def check_scope(self, is_image: bool) -> None:
-        """Check that options of features and of mirrored images are given only where they have an effect.
+        """Check that options of features, of mirrored images and of tasks are given only where they have an effect.
 
         Options of the data are checked when it is opened.
 
@@ -86,6 +103,13 @@ class EvaluateConfig:
             ValueError: if one was given that has none.
         """
         given = self.given()
+        of_samples = ("metrics", "per_class", "classifier", "feature_network", "feature_resolution", "eval_cache_dir",
+                      "random_flip")  # fmt: skip
+        of_tasks = ("unknown_share", "num_items", "season", "jump_length", "jump_n_sample")
+        for name in of_samples if self.task else of_tasks:
+            if name in given:
+                only = f"evaluations of samples, not to --task {self.task}" if self.task else "a --task"
+                raise ValueError(f"--{name} applies to {only}; got {getattr(self, name)!r}: leave it out")
         for name in ("feature_network", "feature_resolution", "eval_cache_dir", "random_flip"):
             if name in given and not is_image:
                 raise ValueError(f"--{name} applies to images; got {getattr(self, name)!r} for sequences: leave it out")

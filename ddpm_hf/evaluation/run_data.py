@@ -164,7 +164,7 @@ def _split(config: EvaluateConfig, run: dict, dataset) -> tuple[Any, Any]:
         )
     count = (count if run else 0) if asked is None else asked
     if not count:
-        wanted = sorted(set(HELD_OUT) & set(config.metrics or ()))
+        wanted = [f"--task {config.task}"] if config.task else sorted(set(HELD_OUT) & set(config.metrics or ()))
         if run and wanted and asked is None:
             raise ValueError(
                 f"{', '.join(wanted)} needs items that training does not see, and the pipeline's run held none of "

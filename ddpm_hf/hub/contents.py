@@ -9,7 +9,8 @@ from ddpm_hf.reading import read_json
 
 # The files beside model_index.json, and those in the folder of each component that it names.
 ROOT_FILES = ("model_index.json", "README.md", "LICENSE*", "training.json", "evaluation.json", "samples.png",
-              "loss.png", "steps-versus-metric.png", "pipeline_ddpm_hf_*.py")  # fmt: skip
+              "loss.png", "steps-versus-metric.png", "completion.json", "completion-*.png",
+              "pipeline_ddpm_hf_*.py")  # fmt: skip
 COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetensors.index.json", "*_ddpm_hf_*.py")
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg")
 
