@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from contenders import alternate, operations
+from contenders import operations
+from measures import alternate
 from PIL import Image
 from torch.utils.data import DataLoader
 

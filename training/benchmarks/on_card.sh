@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Everything that a graphics card is needed for, within eight minutes: the tests, the benchmark's quick table, and the
+# demo of digits. It installs nothing. Each part has a limit of time, and a failure of one does not stop the others.
+#
+#   bash training/benchmarks/on_card.sh [FOLDER]
+#
+# The logs and results are written to FOLDER, or to a new temporary folder. PYTHON names another interpreter.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
+
+python=${PYTHON:-python}
+results=${1:-$(mktemp -d)}
+mkdir -p "$results" || exit 1
+results=$(cd "$results" && pwd)
+echo "results: $results"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TQDM_DISABLE=1
+
+summary=()
+failed=0
+
+# Run a command with a limit of seconds; its output goes to NAME.log.
+part() {
+  local name=$1 limit=$2 start=$SECONDS status=0 word
+  shift 2
+  echo "== $name (at most $limit s)"
+  # SIGINT lets each program end in order: pytest reports its failures so far, training saves a checkpoint
+  timeout --signal=INT --kill-after=10 "$limit" "$@" >"$results/$name.log" 2>&1 || status=$?
+  case $status in
+    0) word=passed ;;
+    124 | 137) word="stopped after $limit s" ;;
+    *) word="failed with status $status" ;;
+  esac
+  [ "$status" = 0 ] || failed=1
+  tail -n 60 "$results/$name.log"
+  summary+=("$name: $word, $((SECONDS - start)) s")
+}
+
+"$python" - <<'PYTHON' | tee "$results/machine.txt"
+import torch
+card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no card"
+print(f"torch {torch.__version__}, {card}")
+PYTHON
+
+part tests 160 "$python" -m pytest tests/test_cuda.py -q -n 0 --durations=10
+part benchmark 225 "$python" training/benchmarks/benchmark.py --device "${DEVICE:-cuda}" --only card --quick \
+  --minutes 3.4 --output_dir "$results/benchmark"
+part digits 75 "$python" training/train.py --config training/configs/digits.yaml --output_dir "$results/digits"
+
+if [ -f "$results/digits/metrics.jsonl" ]; then
+  steps=$("$python" - "$results/digits" <<'PYTHON'
+import json, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+done = max(line["step"] for line in lines)
+text = f"{done:,} steps logged"
+record = folder / "pipeline" / "training.json"
+if record.is_file():
+    facts = json.loads(record.read_text())
+    seconds = facts.get("seconds")
+    if seconds:
+        text = f"{facts['steps']:,} steps in {seconds:.1f} s, {facts['steps'] / seconds:.0f} a second, looks included"
+fid = [line["eval/fid"] for line in lines if "eval/fid" in line]
+print(text + (f"; FID of pixels {fid[-1]:.3g}" if fid else ""))
+PYTHON
+  )
+  summary+=("digits: $steps")
+fi
+
+{
+  cat "$results/machine.txt"
+  printf '%s\n' "${summary[@]}"
+  echo "total: $SECONDS s"
+} | tee "$results/summary.txt"
+exit "$failed"
