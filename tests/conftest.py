@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from cards import CARD, DEVICES  # noqa: E402
 from diffusers.utils import logging  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,34 @@ ROOT = Path(__file__).parents[1]
 def fixed_seed_and_threads():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Each device of this machine; on a card, products and convolutions of float32 are exact, not in TF32."""
+    device = torch.device(request.param)
+    if device.type == "cpu":
+        yield device
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    CARD.show()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield device
+    CARD.hide()
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(autouse=True)
+def card_where_asked_for(request):
+    """Show the graphics card to tests with the marker `card`; all others run as on a machine without one."""
+    if CARD.is_there and request.node.get_closest_marker("card"):
+        CARD.show()
+        yield
+        torch.cuda.synchronize()
+        CARD.hide()
+    else:
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cards import tolerance
 from conftest import ROOT
 from denoising_diffusion_pytorch import Unet, Unet1D
 from safetensors.torch import load_file
@@ -36,12 +37,11 @@ GRID_1D = [
     ({"dim": 8, "dim_mults": (1, 2), "random_fourier_features": True}, (3, 3, 4)),
     ({"dim": 8, "dim_mults": (1, 2), "sinusoidal_pos_emb_theta": 500}, (3, 3, 4)),
 ]  # fmt: skip
-TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 @pytest.mark.parametrize("ndim,options,shape", [(2, *row) for row in GRID_2D] + [(1, *row) for row in GRID_1D], ids=str)
-def test_outputs_and_gradients(ndim, options, shape, double):
-    peer = (Unet if ndim == 2 else Unet1D)(**options)
+def test_outputs_and_gradients(ndim, options, shape, device, double):
+    peer = (Unet if ndim == 2 else Unet1D)(**options).to(device)
     for parameter in peer.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))  # fresh gains are all ones
     state = peer.state_dict()
@@ -49,15 +49,15 @@ def test_outputs_and_gradients(ndim, options, shape, double):
     found["theta"] = options.get("sinusoidal_pos_emb_theta", 10000)
     if options.get("random_fourier_features"):
         found["time_embedding"] = "random_fourier"
-    ours = (OurUNet2D if ndim == 2 else OurUNet1D)(**found)
+    ours = (OurUNet2D if ndim == 2 else OurUNet1D)(**found).to(device)
     ours.load_state_dict(_convert_weights(state, found, ndim))
 
-    x, t = torch.randn(shape), torch.tensor([3, 0, 999])[: shape[0]]
-    conditions = [None, torch.randn(shape)] if options.get("self_condition") else [None]
+    x, t = torch.randn(shape).to(device), torch.tensor([3, 0, 999])[: shape[0]].to(device)
+    conditions = [None, torch.randn(shape).to(device)] if options.get("self_condition") else [None]
     for condition in conditions:
         extra = {} if condition is None else {"x_self_cond": condition}
         expected, got = peer(x, t, **extra), ours(x, t, **extra).sample
-        torch.testing.assert_close(got, expected, **TOLERANCE)
+        torch.testing.assert_close(got, expected, **tolerance(device, 1e-10, 1e-12))
 
     direction = torch.randn_like(expected)
     for out in (expected, got):
@@ -73,16 +73,15 @@ def test_outputs_and_gradients(ndim, options, shape, double):
         torch.testing.assert_close(
             parameter.grad.flatten(),
             gradient.flatten(),
-            rtol=1e-10,
-            atol=1e-10 * scale,
+            **tolerance(device, 1e-10, 1e-10 * scale),
             msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
 @pytest.mark.parametrize("name", ["2d", "1d"])
-def test_the_2023_form(name):
+def test_the_2023_form(name, device):
     """Group norm, no memory key-values; outputs of version 1.8.0, see fixtures/make_peer_2023.py."""
-    data = load_file(ROOT / "tests" / "fixtures" / f"peer_2023_{name}.safetensors")
+    data = load_file(ROOT / "tests" / "fixtures" / f"peer_2023_{name}.safetensors", device=str(device))
     state = {key.removeprefix("state."): value for key, value in data.items() if key.startswith("state.")}
     pipe = from_denoising_diffusion_pytorch(state)
     config = pipe.unet.config
@@ -91,5 +90,5 @@ def test_the_2023_form(name):
     scheduler = pipe.scheduler.config
     assert (scheduler.beta_schedule, scheduler.prediction_type, scheduler.num_train_timesteps) == expected
     with torch.no_grad():
-        out = pipe.unet.double()(data["x"], data["t"], data.get("x_self_cond")).sample
-    torch.testing.assert_close(out, data["out"], rtol=1e-10, atol=1e-12)
+        out = pipe.unet.to(device).double()(data["x"], data["t"], data.get("x_self_cond")).sample
+    torch.testing.assert_close(out, data["out"], **tolerance(device, 1e-10, 1e-12))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cards import tolerance
 from helpers import OnDevice
 from scipy import stats
 
@@ -98,6 +99,16 @@ def test_no_word_is_drawn_twice():
     """200,000 samples, four words each, for two keys: of 1.6 million random words a pair is alike in 7e-8 of cases."""
     words = [random_words(derive_seed(s, Stream.NOISE), torch.arange(200_000), 4) for s in (0, 1)]
     assert len(torch.stack(words).unique()) == 1_600_000
+
+
+def test_every_device_has_the_same_draws(device):
+    """The bits and whole numbers are equal. Normal numbers come from logarithm, cosine and sine in float32."""
+    numbers = torch.tensor([0, 1, 2**36 - 1])
+    expected, found = random_words(KEY, numbers, 500), random_words(KEY, numbers.to(device), 500)
+    assert found.device.type == device.type and torch.equal(found.cpu(), expected)
+    assert torch.equal(uniform_integers(found, 1000).cpu(), uniform_integers(expected, 1000))
+    close = tolerance(device, 2e-6, 2e-6)
+    torch.testing.assert_close(normal_numbers(found).cpu(), normal_numbers(expected), **close)
 
 
 def test_more_words_than_a_sample_has():

@@ -6,6 +6,7 @@ import math
 import diffusers
 import pytest
 import torch
+from cards import tolerance
 from conftest import exact_abar, optimal_prediction
 
 from ddpm_hf.scheduler import (
@@ -95,16 +96,16 @@ def test_trained_betas():
 
 
 @pytest.mark.parametrize("schedule", BETA_SCHEDULES)
-def test_conversions_invert(schedule):
+def test_conversions_invert(schedule, device):
     """epsilon, x0 and v of one x_t convert into each other at every timestep, to 1e-12."""
     s = scheduler_of(schedule)
-    t = torch.arange(1000)
-    x0, eps = torch.randn(2, 1000, 4, dtype=torch.float64)
+    t = torch.arange(1000, device=device)
+    x0, eps = torch.randn(2, 1000, 4, dtype=torch.float64).to(device)
     x_t, v = s.add_noise(x0, eps, t), s.get_velocity(x0, eps, t)
-    tight = {"rtol": 1e-12, "atol": 1e-12}
+    tight = tolerance(device, 1e-12, 1e-12)
     # dividing by sqrt(abar) or sqrt(1 - abar) magnifies the rounding of x_t
-    by_signal = {"rtol": 0, "atol": max(1e-12, 50 * EPS / exact_abar(s).min().sqrt().item())}
-    by_noise = {"rtol": 0, "atol": max(1e-12, 50 * EPS / (1 - exact_abar(s)).min().sqrt().item())}
+    by_signal = tolerance(device, 0, max(1e-12, 50 * EPS / exact_abar(s).min().sqrt().item()))
+    by_noise = tolerance(device, 0, max(1e-12, 50 * EPS / (1 - exact_abar(s)).min().sqrt().item()))
     torch.testing.assert_close(s.x0_from_v(x_t, t, v), x0, **tight)
     torch.testing.assert_close(s.epsilon_from_v(x_t, t, v), eps, **tight)
     torch.testing.assert_close(s.epsilon_from_x0(x_t, t, s.x0_from_epsilon(x_t, t, eps)), eps, **by_noise)
