@@ -26,6 +26,7 @@ from ddpm_hf.data.loading import (
     underlying,
 )
 from ddpm_hf.data.mapped import MappedFiles, mapped_files
+from ddpm_hf.data.resident import LEAST_EPOCHS, ResidentData, ResidentView, make_resident, resident_bytes
 from ddpm_hf.data.scaling import scaling_of
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.data.streaming import ImageStream, Place, StreamingSampler, StreamingView, probe
@@ -151,12 +152,35 @@ class StoredFeed:
             ValueError: the state is that of another version.
         """
 
-    def loader(self, step: int, process: int, processes: int, state: dict, pin_memory: bool) -> DataLoader:
-        """Return a loader of the batches of one process after `step` optimizer steps; `state(step)` gave `state`."""
+    def loader(
+        self, step: int, process: int, processes: int, state: dict, pin_memory: bool,
+        resident: ResidentData | None = None,
+    ) -> DataLoader:  # fmt: skip
+        """Return a loader of the batches of one process after `step` optimizer steps; `state(step)` gave `state`.
+
+        For data that is `resident` on a device, the batches hold the numbers by which `resident.gather` makes them.
+        """
         c = self.config
         start = step * c.train_batch_size * c.gradient_accumulation_steps * processes
         sampler = StreamSampler(len(self.dataset), c.train_batch_size, c.seed, start, process, processes)
-        return _loader(self._view(), sampler, c, pin_memory)
+        return _loader(self._view() if resident is None else resident.view, sampler, c, pin_memory)
+
+    def resident(self, device: torch.device, most: int, draws: int) -> ResidentData | None:
+        """Put the items to train on on a device, if they can stay there; return None if they cannot.
+
+        Args:
+            most: bytes of the device's memory that they may take.
+            draws: number of items that training still draws. Images are put there if that is several times their
+                number, because all are decoded first.
+        """
+        c, size = self.config, resident_bytes(self.dataset, self.condition)
+        few = isinstance(self.units, ImageDataset) and draws < LEAST_EPOCHS * len(self.dataset)
+        if size is None or size > most or few:
+            return None
+        return make_resident(
+            self.dataset, c.seed, c.on_bad_image, self.item_labels, self.condition, device,
+            c.dataloader_num_workers or 0, c.train_batch_size,
+        )  # fmt: skip
 
     def state(self, step: int) -> dict:
         """Return what must be kept to go on after `step`: nothing here, because the order follows from the step."""
@@ -200,13 +224,18 @@ class StreamedFeed:
     def check(self, state: dict) -> None:
         Place.from_json(state)
 
-    def loader(self, step: int, process: int, processes: int, state: dict, pin_memory: bool) -> DataLoader:
+    def loader(
+        self, step: int, process: int, processes: int, state: dict, pin_memory: bool, resident: None = None
+    ) -> DataLoader:
         c = self.config
         self.sampler = StreamingSampler(
             self.dataset, c.train_batch_size, c.gradient_accumulation_steps, c.seed, process, processes, step, state,
             ahead=2 * (c.dataloader_num_workers or 0),
         )  # fmt: skip
         return _loader(StreamingView(self.dataset, c.seed, c.on_bad_image), self.sampler, c, pin_memory)
+
+    def resident(self, device: torch.device, most: int, draws: int) -> None:
+        return None
 
     def state(self, step: int) -> dict:
         return self.sampler.state(step)
@@ -242,12 +271,19 @@ def _shared_memory(config, shape: tuple, first: Batch) -> int:
     return needed
 
 
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
 def _loader(view, sampler, config, pin_memory: bool) -> DataLoader:
+    resident = isinstance(view, ResidentView)
+    # numbers are quick to find, but for those that the flips of images are drawn by
+    workers = 0 if resident and not view.random_flip else config.dataloader_num_workers or 0
     return DataLoader(
         view,
         batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=config.dataloader_num_workers or 0,
+        collate_fn=_as_it_is if resident else collate,
+        num_workers=workers,
         pin_memory=pin_memory,
         # its own generator, so that workers take nothing from the global one
         generator=torch.Generator(),

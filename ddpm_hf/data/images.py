@@ -284,9 +284,13 @@ class ImageDataset(Dataset):
     def finish(self, array: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
         """Crop and flip an image (H, W, C) that covers the resolution; returns uint8 (C, H, W)."""
         array = self._crop(array, None if self.center_crop else rng)
-        if rng is not None and self.random_flip and rng.random() < 0.5:
+        if rng is not None and self.mirrors(rng):
             array = array[:, ::-1]
         return to_tensor(array)
+
+    def mirrors(self, rng: np.random.Generator) -> bool:
+        """Return True if an image is to be mirrored, as `rng` draws it."""
+        return self.random_flip and bool(rng.random() < 0.5)
 
     def _crop(self, array: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Crop from the centre, or at a place that `rng` draws; (H, W, C) -> (height, width, C)."""

@@ -284,9 +284,8 @@ class TrainingView(Dataset):
         skipped: list[str] = []
         for index in self._candidates(epoch, first):
             try:
-                place = derive_seed(self.seed, Stream.AUGMENTATION, epoch, index)
                 label = None if self.labels is None else int(self.labels[index])
-                x, condition = load_pair(self.dataset, self.condition, index, place if self.augment else None)
+                x, condition = self._load(epoch, index)
                 return Item(x, skipped, label=label, condition=condition)
             except BadImageError as error:
                 if self.on_bad == "stop":
@@ -295,6 +294,10 @@ class TrainingView(Dataset):
             except ValueError as error:
                 return Item(None, skipped, f"item {index} of the data: {error}")
         return Item(None, skipped, "none of the images can be read")
+
+    def _load(self, epoch: int, index: int) -> tuple[Tensor, Tensor | None]:
+        place = derive_seed(self.seed, Stream.AUGMENTATION, epoch, index) if self.augment else None
+        return load_pair(self.dataset, self.condition, index, place)
 
     def _candidates(self, epoch: int, first: int) -> Iterator[int]:
         """Yield the image asked for, then all images in a random order.

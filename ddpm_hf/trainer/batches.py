@@ -6,6 +6,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_hf.data.loading import Batch
+from ddpm_hf.data.resident import ResidentData
+from ddpm_hf.trainer.device import room_for_data
 from ddpm_hf.trainer.progress import Run, TrainingError
 from ddpm_hf.trainer.transfer import CopyStream, Transfer
 
@@ -13,21 +15,41 @@ from ddpm_hf.trainer.transfer import CopyStream, Transfer
 class Batches(Iterator[Batch]):
     """The endless batches of this process, from the next optimizer step of the run on.
 
-    The tensors of each are on the device. On a card, a batch is valid until two more steps have been launched. Images
-    that cannot be read are counted in the run's progress, and each is named once.
+    The tensors of each are on the device. On a card, a batch is valid until two more steps have been launched. Data
+    that fits a tenth of the card's memory is put there at the start, and batches are gathered there. Images that cannot
+    be read are counted in the run's progress, and each is named once.
     """
 
     def __init__(self, run: Run):
         self.run = run
         acc, progress = run.accelerator, run.progress
+        self._resident = self._put_on_device()
         loader = run.feed.loader(
             progress.step, process=acc.process_index, processes=acc.num_processes, state=progress.stream,
-            pin_memory=acc.device.type == "cuda",
+            pin_memory=acc.device.type == "cuda", resident=self._resident,
         )  # fmt: skip
         self._loaded: Iterator[Batch] = iter(loader)
         self._named: set[str] = set()
         self._copies = CopyStream(acc.device) if acc.device.type == "cuda" else None
         self._transfers: dict[str, Transfer] = {}  # by the name of the tensor
+
+    def _put_on_device(self) -> ResidentData | None:
+        """Put the data on the device, if it fits there, and say so; None leaves it to the host."""
+        run, acc = self.run, self.run.accelerator
+        room = room_for_data(acc.device)
+        if not room:
+            return None
+        draws = (run.config.max_train_steps - run.progress.step) * run.global_batch
+        try:
+            resident = run.feed.resident(acc.device, room, draws)
+        except Exception as error:  # memory, or data that cannot be read: that error comes with the step that needs it
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+            acc.print(f"the data does not stay on {acc.device.type}, and is copied batch by batch: {reason}")
+            return None
+        if resident is not None:
+            size = f"{resident.nbytes / 1e6:,.1f} MB"
+            acc.print(f"the data stays on {acc.device.type}, where batches are gathered: {size}")
+        return resident
 
     def __next__(self) -> Batch:
         """Return the next batch.
@@ -50,9 +72,8 @@ class Batches(Iterator[Batch]):
                 tqdm.write(f"left out: {message}")
         if batch.error:
             raise TrainingError(f"step {step}: {batch.error}")
-        if self._copies is None:
-            return batch.on(self.run.accelerator.device)
-        return batch.changed(self._copy)
+        batch = batch.on(self.run.accelerator.device) if self._copies is None else batch.changed(self._copy)
+        return batch if self._resident is None else self._resident.gather(batch)
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self._transfers:

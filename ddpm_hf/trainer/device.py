@@ -73,6 +73,11 @@ def _default_workers(config: TrainConfig, dataset: Any) -> int:
     return workers
 
 
+def room_for_data(device: torch.device) -> int:
+    """Return the bytes of a device's memory that data may take to stay there: a tenth on a card, 0 elsewhere."""
+    return torch.cuda.get_device_properties(device).total_memory // 10 if device.type == "cuda" else 0
+
+
 def precision_warning(config: TrainConfig) -> str | None:
     """Return a sentence if bf16 was chosen for a processor without instructions for it; None otherwise."""
     if config.mixed_precision != "bf16" or on_card() or not hasattr(torch.cpu, "get_capabilities"):
