@@ -2,11 +2,12 @@
 
 The loop is algorithm 2 of Ho et al. (arXiv:2006.11239), with the step of any diffusers scheduler in the place of its
 update. Self-conditioning follows Chen et al. (arXiv:2208.04202), guidance Ho & Salimans (arXiv:2207.12598) and Karras
-et al. (arXiv:2406.02507).
+et al. (arXiv:2406.02507), the completion of known parts Lugmayr et al. (RePaint, arXiv:2201.09865).
 
 This file is longer than 600 lines because it ships inside every saved pipeline: from the Hub, diffusers fetches one
 file of code for a pipeline and no helper files. For the same reason it imports nothing from ddpm_hf. From top to bottom
-it has the outputs, the saved folder, the schedulers, the pieces of the loop, the loop, and the two pipelines.
+it has the outputs, the rules for arguments, the saved folder, the schedulers, the pieces of the loop, classes and
+guidance, CUDA graphs, the loop, the completion of what is known, and the two pipelines.
 """
 
 import contextlib
@@ -173,6 +174,13 @@ GUIDANCE_RULES = (
         "guidance_interval must ascend and lie in [0, 1], got {c.interval!r}",
     ),
 )
+INPAINT_RULES = tuple(
+    (
+        lambda c, name=name: _is_whole(getattr(c, name)) and getattr(c, name) >= 1,
+        f"{name} must be a whole number of at least 1, got {{c.{name}!r}}",
+    )
+    for name in ("num_samples", "jump_length", "jump_n_sample")
+)
 INTERPOLATION_RULES = (
     (
         lambda c: c.weights and all(0 <= w <= 1 for w in c.weights),
@@ -218,10 +226,15 @@ def _interpolation_numbers(weights, strength) -> tuple[list[float], float]:
     return weights, strength
 
 
-def _check_parts(pipeline, unet, num_inference_steps: int | None, ndim: int, other: str) -> None:
+def _check_parts(pipeline, unet, num_inference_steps: int | None, condition, ndim: int, other: str) -> None:
     """Check the arguments of a pipeline's constructor; `other` is the name of the pipeline of other data."""
     if getattr(unet, "ndim", ndim) != ndim:
         raise ValueError(f"{type(pipeline).__name__} was given a {type(unet).__name__}: use {other}")
+    if condition not in (None, "known"):
+        raise ValueError(f"condition must be 'known' or None, got {condition!r}")
+    channels, got = 2 * unet.config.in_channels, getattr(unet.config, "condition_channels", None)
+    if condition == "known" and got != channels:
+        raise ValueError(f"condition='known' needs a model with condition_channels={channels}, got {got!r}")
     if num_inference_steps is not None:
         _check_steps(num_inference_steps)
 
@@ -1187,7 +1200,7 @@ class _SamplingPipeline(_SavedWithCode):
     @torch.no_grad()
     def _denoise(
         self, x: Tensor, timesteps, options: dict, trajectory: list | None = None, callback=None, callback_inputs=(),
-        guidance: _Guidance | None = None,
+        guidance: _Guidance | None = None, condition: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Run the chain from x_T to x_0. Nothing is read back from the device.
 
@@ -1197,6 +1210,7 @@ class _SamplingPipeline(_SavedWithCode):
             options: further arguments of the scheduler's step.
             trajectory: a list to which the x of each step is appended; None: they are not kept.
             guidance: the predictions of a model with classes, or with a guide; None: those of the model as they are.
+            condition: known values and where they are, for a model that takes them; None: nothing is known.
         """
         self_condition = self.unet.config.get("self_condition", False)
         estimate_x0 = _X0Estimate(self.scheduler) if self_condition else None
@@ -1204,11 +1218,12 @@ class _SamplingPipeline(_SavedWithCode):
         model = self._model_to_call(x.device)
         timesteps_for_model = timesteps.to(x.device)  # one copy for all steps
         last = max(self.scheduler.config.num_train_timesteps - 1, 1)
+        constant = {} if condition is None else {"condition": condition}
         self._interrupt = False
         x0 = None
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = self.scheduler.scale_model_input(x, t)
-            extra = {"x_self_cond": x0} if self_condition else {}
+            extra = {"x_self_cond": x0, **constant} if self_condition else constant
             if guidance is None:
                 prediction = model(model_input, timesteps_for_model[i], **extra)
             else:
@@ -1326,10 +1341,216 @@ class _SamplingPipeline(_SavedWithCode):
 
 
 # ---------------------------------------------------------------------------------------------
+# Completing what is known. A mask is true, or white, where the data is unknown.
+
+
+def _read_mask(mask, shape: tuple[int, ...]) -> Tensor:
+    """Return a mask as a tensor of bools on the CPU, True where the data is unknown.
+
+    Args:
+        mask: PIL images, of which white is unknown, or an array or tensor of bools or of 0 (known) and 1 (unknown).
+        shape: that of the data, `(B, C, *spatial)`, to which a mask with one item, one channel or neither is expanded.
+            Arrays of images have their channels last.
+    """
+    if isinstance(mask, Image.Image):
+        mask = [mask]
+    if isinstance(mask, (list, tuple)) and mask and isinstance(mask[0], Image.Image):
+        size, got = tuple(shape[:1:-1]), {image.size for image in mask}
+        if got != {size}:
+            raise ValueError(f"mask must have the size of the images, {size}; got {sorted(got)}")
+        mask = np.stack([np.asarray(image.convert("L")) >= 128 for image in mask])[..., None]
+    if isinstance(mask, np.ndarray) and mask.ndim == len(shape) == 4:
+        mask = np.moveaxis(mask, -1, 1)
+    try:
+        mask = mask.copy() if isinstance(mask, np.ndarray) else mask  # torch warns of arrays that it may not write to
+        tensor = torch.as_tensor(mask, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"mask must be PIL images, an array or a tensor, got {type(mask).__name__}") from error
+    if not ((tensor == 0) | (tensor == 1)).all():
+        raise ValueError(f"mask must have only 0 (known) and 1 (unknown), got {tensor.min():.4g} to {tensor.max():.4g}")
+    whole = tensor[None, None] if tensor.ndim == len(shape) - 2 else tensor
+    fits = whole.shape[2:] == shape[2:] and all(n in (1, full) for n, full in zip(whole.shape[:2], shape))
+    if whole.ndim != len(shape) or not fits:
+        raise ValueError(
+            "mask must have the shape of the data, where batch and channels may be 1 or both left out; as (batch, "
+            f"channels, ...) the data has {tuple(shape)}, mask {tuple(tensor.shape)}"
+        )
+    return (whole != 0).expand(shape)
+
+
+def _resampling_plan(steps: int, jump_length: int, jump_n_sample: int) -> list[tuple[int, int]]:
+    """Return RePaint's schedule (Lugmayr et al., appendix B): for each call of the model two places in the chain.
+
+    Places count the steps that have been made, from 0 (x_T) to `steps` (x_0). A call's step leads from the first place
+    to the next one. The second place is where the chain is then: that next one, or `jump_length` places before it. From
+    the last noisy place on, every `jump_length`-th one is arrived at `jump_n_sample` times, if there is room to jump.
+    """
+    left = dict.fromkeys(range(steps - 1, jump_length - 1, -jump_length), jump_n_sample - 1)
+    plan, place = [], 0
+    while place < steps:
+        start, place = place, place + 1
+        if left.get(place, 0):
+            left[place] -= 1
+            place -= jump_length
+        plan.append((start, place))
+    return plan
+
+
+class _Repaint:
+    """What RePaint does after each step (Lugmayr et al., algorithm 1), as a callback of the loop.
+
+    The known part is replaced by the known data at the new noise level, and after a jump all of it is noised again, by
+    the transition of the forward process between two timesteps of the chain.
+
+    Args:
+        scheduler: a `GaussianScheduler` whose chain is chosen.
+        known: the data in the model's units, `(B, C, *spatial)`; what is unknown in it is not read.
+        unknown: bools, shaped as `known`.
+        jump_length, jump_n_sample: as in `inpaint`.
+        generator: as in `inpaint`, with one per sample.
+    """
+
+    def __init__(self, scheduler, known: Tensor, unknown: Tensor, jump_length: int, jump_n_sample: int, generator):
+        self.scheduler, self.known, self.unknown, self.generator = scheduler, known, unknown, generator
+        self.chain = scheduler.timesteps.tolist()
+        snr = [scheduler.snr(t).item() for t in self.chain]
+        self.abar = [each / (1 + each) for each in snr]
+        self.plan = _resampling_plan(len(self.chain), jump_length, jump_n_sample)
+        self.timesteps = scheduler.timesteps[[start for start, _ in self.plan]]
+
+    def __call__(self, pipeline, i: int, t, tensors: dict) -> dict:
+        """Return the latents to go on with after call `i` of the model."""
+        start, place = self.plan[i]
+        x, known = tensors["latents"], self.known
+        if start + 1 < len(self.chain):
+            known = self.scheduler.add_noise(known, self._noise(), self.chain[start + 1])
+        x = torch.where(self.unknown, x, known)
+        if place != start + 1:
+            kept = self.abar[place] / self.abar[start + 1]  # the product of 1 - beta between the two places
+            x = math.sqrt(kept) * x + math.sqrt(1 - kept) * self._noise()
+        return {"latents": x}
+
+    def _noise(self) -> Tensor:
+        x = self.known
+        return randn_tensor(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+
+
+class _CompletingPipeline(_SamplingPipeline):
+    """The completion of data of which a part is known. `_tensor` and `_in_form` of the subclasses say what it is."""
+
+    def inpaint(
+        self,
+        known: Any,
+        mask: Any = None,
+        num_inference_steps: int | None = None,
+        jump_length: int = 10,
+        jump_n_sample: int = 10,
+        num_samples: int = 1,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        generator: Generators = None,
+        output_type: str | None = None,
+        return_dict: bool = True,
+        eta: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guide=None,
+    ):
+        """Complete data of which a part is known: holes of images, gaps and the future of sequences.
+
+        A model that was trained for it (the pipeline's `condition` is "known") is given the known part in ordinary
+        sampling, with any scheduler. Any other model is sampled by RePaint (Lugmayr et al., arXiv:2201.09865), with the
+        DDPM or DDIM steps of `GaussianScheduler`: in each step the known part is put in at the noise level of the step,
+        and again and again the chain goes `jump_length` steps back, so that both parts come to fit each other. With S
+        steps this takes about S * jump_n_sample calls of the model.
+
+        Args:
+            known: the data. Images: PIL, an array `(B, H, W, C)` or a tensor `(B, C, H, W)` in [0, 1]; sequences: an
+                array or tensor `(B, C, length)` in the units of the data. NaN marks what is unknown.
+            mask: marks what is unknown too: PIL images, white where the image is unknown, or an array or tensor that is
+                True or 1 there. It has the shape of the data, with batch and channels 1 or left out for all items and
+                channels. None: only NaN does.
+            num_inference_steps: number of steps of the chain, 1 to T; None: the pipeline's default.
+            jump_length, jump_n_sample: RePaint's steps of a jump, and how often the chain passes each place that it
+                jumps from; at least 1. With jump_n_sample=1, and for chains of at most jump_length steps, there are no
+                jumps. Models that were trained for it do not use them.
+            num_samples: number of completions of each item. Those of the first item come first.
+            class_labels: class of the samples, of a model with classes: one for all, one per item, or one per sample.
+            generator: generator of all noise: one, one per item, or one per sample.
+            output_type, return_dict, eta, guidance_scale, guidance_rescale, guidance_interval, guide: as in the call.
+
+        Returns:
+            The output of a call, with len(known) * num_samples samples. The known part is as it was given: to the bit
+            in "np" and "pt", which have the wider type of sample and data, and to the 8-bit value in "pil".
+
+        Raises:
+            ValueError: a shape is wrong, a value is outside its range, nothing or everything is unknown, or the model
+                was not trained for it and the scheduler is not a `GaussianScheduler`.
+        """
+        _check_rules(INPAINT_RULES, num_samples=num_samples, jump_length=jump_length, jump_n_sample=jump_n_sample)
+        data, unknown = self._read_known(known, mask)
+        items, output_type = len(data), output_type or self._output_types[0]
+        labels = _for_each_sample(_as_list(class_labels), items, num_samples)
+        generator = _for_each_sample(generator, items, num_samples)
+        _check_call(self, items * num_samples, generator, output_type)
+        guidance = _make_guidance(
+            self, items * num_samples, labels, guidance_scale, guidance_rescale, guidance_interval, guide
+        )
+        data, unknown = (x.repeat_interleave(num_samples, dim=0) for x in (data, unknown))
+        options = _step_options(self.scheduler, generator, eta)
+        self._set_timesteps(num_inference_steps, None)
+        x = self._complete(data, unknown, generator, options, guidance, jump_length, jump_n_sample)
+        self.maybe_free_model_hooks()
+        samples = self._decode(x, "pt")
+        dtype = torch.promote_types(samples.dtype, data.dtype)
+        unknown, data = unknown.to(samples.device), data.to(samples.device, dtype)
+        return self._output(
+            self._in_form(torch.where(unknown, samples.to(dtype), data), output_type), None, return_dict
+        )
+
+    def _read_known(self, known, mask) -> tuple[Tensor, Tensor]:
+        """Return the data in its own units, with 0 where it is unknown, and bools that say where; `(B, C, ...)`."""
+        if not self.config.get("condition") and not _is_own(self.scheduler):
+            raise ValueError(
+                "a model that was not trained to complete is sampled by RePaint, whose jumps need GaussianScheduler: "
+                "set pipe.scheduler = GaussianScheduler.from_config(pipe.scheduler.config); got "
+                f"{type(self.scheduler).__name__}"
+            )
+        data = self._tensor(known, "known").cpu()
+        if self._output_types[0] == "pil" and not hasattr(known, "dtype"):
+            data = data.float()  # PIL images, of 8 bits
+        unknown = data.isnan()
+        if mask is not None:
+            unknown = unknown | _read_mask(mask, data.shape)
+        if len(data) == 0 or not unknown.any():
+            raise ValueError("known must have something unknown, marked by mask or NaN; got nothing unknown")
+        if unknown.all():
+            raise ValueError("known must have something known, else call the pipeline itself; got everything unknown")
+        data = data.masked_fill(unknown, 0)
+        if not data.isfinite().all():
+            raise ValueError(f"known must be finite where it is known, got {data.min():.4g} to {data.max():.4g}")
+        return data, unknown
+
+    def _complete(self, data, unknown, generator, options, guidance, jump_length, jump_n_sample) -> Tensor:
+        """Return samples in the model's units for data in its own units, `(B, C, *spatial)`."""
+        x0 = self._encode(data, "known")
+        unknown = unknown.to(x0.device)
+        x = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        x = x * self.scheduler.init_noise_sigma
+        if self.config.get("condition"):
+            condition = torch.cat((x0.masked_fill(unknown, 0), (~unknown).to(x0.dtype)), dim=1)
+            return self._denoise(x, self.scheduler.timesteps, options, guidance=guidance, condition=condition)
+        repaint = _Repaint(self.scheduler, x0, unknown, jump_length, jump_n_sample, generator)
+        return self._denoise(
+            x, repaint.timesteps, options, callback=repaint, callback_inputs=("latents",), guidance=guidance
+        )
+
+
+# ---------------------------------------------------------------------------------------------
 # The two pipelines
 
 
-class DDPMPipeline(_SamplingPipeline):
+class DDPMPipeline(_CompletingPipeline):
     """Unconditional generation of images.
 
     Args:
@@ -1338,6 +1559,7 @@ class DDPMPipeline(_SamplingPipeline):
         num_inference_steps: number of steps of calls that give none; None: every training step.
         log_snr_spacing, steps_before_fast: settings of `use_fast_sampler`, which sets them.
         id2label: names of the classes, by their numbers, of a model with classes; None: they have no names.
+        condition: "known" for a model that is also given the known values and where they are; None for other models.
 
     Raises:
         ValueError: the model is one of sequences, the scheduler cannot sample from it, or num_inference_steps is no
@@ -1355,16 +1577,19 @@ class DDPMPipeline(_SamplingPipeline):
         log_snr_spacing: bool = False,
         steps_before_fast: int | None = None,
         id2label: dict[int, str] | None = None,
+        condition: str | None = None,
     ):
         super().__init__()
-        _check_parts(self, unet, num_inference_steps, 2, "DDPMPipeline1D")
+        _check_parts(self, unet, num_inference_steps, condition, 2, "DDPMPipeline1D")
         names = _class_names(id2label, _classes(unet))
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(
             num_inference_steps=num_inference_steps,
             log_snr_spacing=log_snr_spacing,
             steps_before_fast=steps_before_fast,
-            **({} if names is None else {"id2label": names}),  # other pipelines are saved as they always were
+            # other pipelines are saved as they always were
+            **({} if names is None else {"id2label": names}),
+            **({} if condition is None else {"condition": condition}),
         )
 
     def __call__(
@@ -1432,8 +1657,8 @@ class DDPMPipeline(_SamplingPipeline):
             )
         return (size, size) if isinstance(size, int) else tuple(size)
 
-    def _encode(self, images, name: str) -> Tensor:
-        """Convert PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to (B, C, H, W) in [-1, 1]."""
+    def _tensor(self, images, name: str) -> Tensor:
+        """Convert PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) to (B, C, H, W), in their own units."""
         if isinstance(images, Image.Image):
             images = [images]
         if isinstance(images, (list, tuple)) and images and isinstance(images[0], Image.Image):
@@ -1446,6 +1671,11 @@ class DDPMPipeline(_SamplingPipeline):
             got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
             raise ValueError(f"{name} must be PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) with "
                              f"{self._channels()} channels; got {got}")  # fmt: skip
+        return images
+
+    def _encode(self, images, name: str) -> Tensor:
+        """Convert PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to (B, C, H, W) in [-1, 1]."""
+        images = self._tensor(images, name)
         if len(images) == 0 or not (images.min() >= 0 and images.max() <= 1):  # NaN too
             if len(images) == 0:
                 raise ValueError(f"{name} must hold at least one image")
@@ -1454,10 +1684,13 @@ class DDPMPipeline(_SamplingPipeline):
 
     def _decode(self, x: Tensor, output_type: str):
         """Convert (B, C, H, W) in [-1, 1] to images in the form of `output_type`."""
-        x = (x.float() / 2 + 0.5).clamp(0, 1)
+        return self._in_form((x.float() / 2 + 0.5).clamp(0, 1), output_type)
+
+    def _in_form(self, images: Tensor, output_type: str):
+        """Convert (B, C, H, W) in [0, 1] to the form of `output_type`."""
         if output_type == "pt":
-            return x
-        array = x.movedim(1, -1).cpu().numpy()
+            return images
+        array = images.movedim(1, -1).cpu().numpy()
         if output_type == "np":
             return array
         eight_bit = (array * 255).round().astype(np.uint8)
@@ -1470,7 +1703,7 @@ class DDPMPipeline(_SamplingPipeline):
         return ImageOutput(images=samples, trajectory=trajectory)
 
 
-class DDPMPipeline1D(_SamplingPipeline):
+class DDPMPipeline1D(_CompletingPipeline):
     """Unconditional generation of sequences, in the units of the data that the model was trained on.
 
     Args:
@@ -1481,6 +1714,7 @@ class DDPMPipeline1D(_SamplingPipeline):
             the data is x. A channel with the scale 0 is the constant `shift`, and its x is 0.
         log_snr_spacing, steps_before_fast: settings of `use_fast_sampler`, which sets them.
         id2label: names of the classes, by their numbers, of a model with classes; None: they have no names.
+        condition: "known" for a model that is also given the known values and where they are; None for other models.
 
     Raises:
         ValueError: the model is one of images, the scheduler cannot sample from it, or a value is outside its range.
@@ -1499,9 +1733,10 @@ class DDPMPipeline1D(_SamplingPipeline):
         log_snr_spacing: bool = False,
         steps_before_fast: int | None = None,
         id2label: dict[int, str] | None = None,
+        condition: str | None = None,
     ):
         super().__init__()
-        _check_parts(self, unet, num_inference_steps, 1, "DDPMPipeline")
+        _check_parts(self, unet, num_inference_steps, condition, 1, "DDPMPipeline")
         names = _class_names(id2label, _classes(unet))
         channels = unet.config.in_channels
         for name, values in (("data_shift", data_shift), ("data_scale", data_scale)):
@@ -1516,7 +1751,9 @@ class DDPMPipeline1D(_SamplingPipeline):
             steps_before_fast=steps_before_fast,
             data_shift=None if data_shift is None else [float(v) for v in data_shift],
             data_scale=None if data_scale is None else [float(v) for v in data_scale],
-            **({} if names is None else {"id2label": names}),  # other pipelines are saved as they always were
+            # other pipelines are saved as they always were
+            **({} if names is None else {"id2label": names}),
+            **({} if condition is None else {"condition": condition}),
         )
 
     def __call__(
@@ -1589,6 +1826,23 @@ class DDPMPipeline1D(_SamplingPipeline):
         exact = x.cpu().double() * scale + shift
         out = exact.to(torch.promote_types(x.dtype, torch.float32)) if narrow else exact
         return out.to(x.device) if output_type == "pt" else out.numpy()
+
+    def _tensor(self, sequences, name: str) -> Tensor:
+        """Convert arrays or tensors (B, C, length) to a tensor on the CPU, in the units of the data.
+
+        Lists and whole numbers become float64.
+        """
+        try:
+            x = torch.as_tensor(sequences, device="cpu", dtype=None if hasattr(sequences, "dtype") else torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} must be an array or tensor, got {type(sequences).__name__}") from error
+        if x.ndim != 3 or x.shape[1] != self._channels():
+            raise ValueError(f"{name} must have the shape (B, {self._channels()}, length); got {tuple(x.shape)}")
+        return x if x.is_floating_point() else x.double()
+
+    def _in_form(self, sequences: Tensor, output_type: str):
+        """Convert (B, C, length) to the form of `output_type`."""
+        return sequences if output_type == "pt" else sequences.cpu().numpy()
 
     def _output(self, samples, trajectory, return_dict: bool):
         if not return_dict:

@@ -28,9 +28,12 @@ name, folder, again = sys.argv[1:]
 pipe = getattr(diffusers, name).from_pretrained(folder, trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
 out = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="np", return_dict=False)[0]
+options = {"guide": pipe.unet, "guidance_scale": 2.0, "jump_length": 1, "jump_n_sample": 2, "output_type": "np"}
+half = np.arange(out.shape[2]) > 5 if out.ndim == 3 else np.eye(8)
+completed = pipe.inpaint(out, half, generator=torch.Generator().manual_seed(1), return_dict=False, **options)[0]
 assert pipe.use_cuda_graphs() is pipe
 assert all(w.movedim(1, -1).is_contiguous() for w in pipe.unet.parameters() if w.ndim > 2)
-print(hashlib.sha256(np.ascontiguousarray(out)).hexdigest())
+print(*(hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in (out, completed)))
 pipe.save_pretrained(again)
 """
 
@@ -86,20 +89,28 @@ def test_other_models_and_offloaded_weights_keep_their_layout():
 
 @pytest.mark.parametrize(("kind", "stock"), [("images", "DDPMPipeline"), ("sequences", "DiffusionPipeline")])
 def test_the_same_samples_in_every_way(kind, stock, tmp_path):
-    """Ours, and diffusers' classes in fresh processes without the package; saved from there, and loaded again."""
+    """Ours, and diffusers' classes in fresh processes without the package; saved from there, and loaded again.
+
+    Samples of a call, and completions, guided by the model itself.
+    """
     pipe = make(kind)
     pipe.save_pretrained(tmp_path / "saved")
     ours = type(pipe).from_pretrained(tmp_path / "saved")
     assert type(ours.unet) is type(pipe.unet) and type(ours.scheduler) is GaussianScheduler
     ours.set_progress_bar_config(disable=True)
     samples = ours(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="np", return_dict=False)[0]
+    half = np.arange(16) > 5 if kind == "sequences" else np.eye(8)
+    options = {"guide": ours.unet, "guidance_scale": 2.0, "jump_length": 1, "jump_n_sample": 2, "output_type": "np"}
+    generator = torch.Generator().manual_seed(1)
+    completed = ours.inpaint(samples, half, generator=generator, return_dict=False, **options)[0]
     env = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     printed = []
     for name, source, target in (("DiffusionPipeline", "saved", "again"), (stock, "again", "third")):
         done = run_program("-c", STOCK, name, tmp_path / source, tmp_path / target, cwd=tmp_path, **env)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.strip())
-    assert printed == [hashlib.sha256(np.ascontiguousarray(samples)).hexdigest()] * 2
+    digests = (hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in (samples, completed))
+    assert printed == [" ".join(digests)] * 2
     ours.save_pretrained(tmp_path / "ours again")
     for copy in ("again", "third", "ours again"):
         assert files(tmp_path / copy) == files(tmp_path / "saved")
