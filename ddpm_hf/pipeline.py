@@ -937,9 +937,10 @@ class _CudaBackend:
 
         return replay
 
-    def free(self) -> None:
-        """Give the memory of graphs that are gone back to the card."""
+    def free(self, graphs: dict) -> None:
+        """Forget the graphs once they have run, and give their memory back to the card."""
         torch.cuda.synchronize(self.device)
+        graphs.clear()
         torch.cuda.empty_cache()
 
 
@@ -1063,9 +1064,8 @@ class GraphedModel:
 
     def release(self) -> None:
         """Forget the graphs and free their memory. The next `prepare` begins afresh."""
-        self.graphs.clear()
         if self.backend is not None:
-            self.backend.free()
+            self.backend.free(self.graphs)
         self.backend = self.state = None
 
 
