@@ -18,9 +18,10 @@ from test_pipeline import images, seeds, sequences
 from test_pipeline_device import DeviceWork, Model, pipeline
 from test_pipeline_guidance import NAMES, mixture
 
-from ddpm_hf import DDPMPipeline1D, GaussianScheduler
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
 from ddpm_hf.pipeline import GraphedModel, _Repaint, _resampling_plan, _step_options
 
+SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4}
 # Data x ~ N(MEAN, COVARIANCE) of four positions, of which the first and the last are known.
 PLACES = torch.arange(4, dtype=torch.float64)
 MEAN = torch.tensor([0.1, 0.2, -0.1, 0.0], dtype=torch.float64)
@@ -232,6 +233,31 @@ def test_without_anything_known_the_model_is_given_nothing(double):
     pipe = series(condition="known")
     pipe(3, 10)
     assert pipe.unet.calls == [None] * 10
+
+
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_our_models_are_given_the_known_part(kind, tmp_path):
+    """The known values in model units, 0 where they are unknown, and 1 where they are known; in the saved form too."""
+    if kind == "images":
+        unet = UNet2D(8, in_channels=3, condition_channels=6, **SMALL)
+        pipe, shape = DDPMPipeline(unet, GaussianScheduler(), 3, condition="known"), (2, 3, 8, 8)
+    else:
+        unet, units = UNet1D(8, in_channels=2, condition_channels=4, **SMALL), ([1.0, 2.0], [3.0, 4.0])
+        pipe, shape = DDPMPipeline1D(unet, GaussianScheduler(), 3, *units, condition="known"), (2, 2, 8)
+    data, mask = torch.rand(shape), torch.arange(8) > 4
+    given, forward = [], unet.forward
+    unet.forward = lambda *a, **k: (given.append(k["condition"]), forward(*a, **k))[1]
+    mask = mask.expand(shape[2:])
+    x = pipe.inpaint(data, mask, generator=seeds(0)[0], output_type="pt", return_dict=False)[0]
+    assert len(given) == 3
+    values, known = given[-1].chunk(2, dim=1)
+    assert torch.equal(known, (~mask).float().expand(shape))
+    assert torch.equal(values, torch.where(mask, 0.0, pipe._encode(data, "data")))
+    del unet.forward
+    pipe.save_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path)
+    assert torch.equal(again.inpaint(data, mask, generator=seeds(0)[0], output_type="pt", return_dict=False)[0], x)
+    assert pipe(1, output_type="np", return_dict=False)[0].size == data[0].numel()  # and samples without one
 
 
 def test_the_condition_is_saved(double, tmp_path):
