@@ -115,12 +115,12 @@ class Saver:
             run.accelerator.print(f"{run.folder} has no checkpoint yet: its run begins at step 0")
             return
         kept = checkpoint.read_progress(newest)
+        self._check_data(kept)  # first, because a model of other classes cannot load the weights
         try:
             run.accelerator.load_state(newest)
             run.average.load(newest / "ema.safetensors")
         except Exception as error:
             raise ValueError(f"the checkpoint {newest} cannot be loaded: {error}") from error
-        self._check_data(kept)
         if kept["draws"] != DRAWS:
             run.accelerator.print(
                 f"note: up to step {kept['step']} this run drew noise and timesteps with {kept['draws']}; from here on "
