@@ -7,7 +7,7 @@ et al. (arXiv:2406.02507), the completion of known parts Lugmayr et al. (RePaint
 This file is longer than 600 lines because it ships inside every saved pipeline: from the Hub, diffusers fetches one
 file of code for a pipeline and no helper files. For the same reason it imports nothing from ddpm_hf. From top to bottom
 it has the outputs, the rules for arguments, the saved folder, the schedulers, the pieces of the loop, classes and
-guidance, CUDA graphs, the loop, the completion of what is known, and the two pipelines.
+guidance, CUDA graphs, the loop, interpolation and completion of given data, and the two pipelines.
 """
 
 import contextlib
@@ -750,6 +750,17 @@ def _class_number(label: int | str | None, classes: int, names: dict[int, str] |
     return label
 
 
+def _deviation(x: Tensor, known: Tensor | None) -> Tensor:
+    """Return the standard deviation of each sample in float32, `(B, 1, ...)`, over what is unknown."""
+    x, axes = x.float(), tuple(range(1, x.ndim))
+    if known is None:
+        return x.std(axes, keepdim=True)
+    counted = ~known
+    number = counted.sum(axes, keepdim=True)
+    residual = x - torch.where(counted, x, 0).sum(axes, keepdim=True) / number.clamp(min=1)
+    return (torch.where(counted, residual**2, 0).sum(axes, keepdim=True) / (number - 1).clamp(min=1)).sqrt()
+
+
 class _Guidance:
     """Guided predictions: weak + scale * (strong - weak), where both are epsilon, both x0, or both v.
 
@@ -802,9 +813,10 @@ class _Guidance:
         strong, weak = whole[:, :channels], weak[:, :channels]
         guided = weak + self.scale * (strong - weak)
         if self.rescale:  # Lin et al., arXiv:2305.08891, equations 15 and 16
-            axes = tuple(range(1, x.ndim))
-            deviation = guided.float().std(axes, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            ratio = strong.float().std(axes, keepdim=True) / deviation
+            condition = optional.get("condition")
+            known = None if condition is None else condition[:, channels:] > 0
+            deviation = _deviation(guided, known).clamp(min=torch.finfo(torch.float32).tiny)
+            ratio = _deviation(strong, known) / deviation
             guided = guided * (self.rescale * ratio + 1 - self.rescale).to(guided.dtype)
         return torch.cat((guided, whole[:, channels:]), dim=1)
 
@@ -1279,69 +1291,9 @@ class _SamplingPipeline(_SavedWithCode):
                 trajectory = flat.reshape(batch_size, n, *flat.shape[1:])
         return self._output(samples, trajectory, return_dict)
 
-    @torch.no_grad()
-    def interpolate(
-        self,
-        x1: Any,
-        x2: Any,
-        strength: float = 0.5,
-        num_inference_steps: int | None = None,
-        weights: float | Sequence[float] = 0.5,
-        generator: Generators = None,
-        eta: float | None = None,
-        output_type: str | None = None,
-        return_dict: bool = True,
-        class_labels: ClassLabels = None,
-        guidance_scale: float = 1.0,
-        guidance_rescale: float = 0.0,
-        guidance_interval: Sequence[float] = (0.0, 1.0),
-        guide=None,
-    ):
-        """Noise two pieces of data, mix them, and denoise the mix (Ho et al., section 4.3).
-
-        Both ends get the same noise, so that the mix has the noise level of its timestep.
-
-        Args:
-            x1, x2: the ends, in the form in which the pipeline gives its samples (images: PIL, arrays `(B, H, W, C)` or
-                tensors `(B, C, H, W)` in [0, 1]; sequences: `(B, C, length)` in the units of the data).
-            strength: share of the chain to go back, in (0, 1]; 1 starts from the last timestep, close to pure noise.
-            num_inference_steps: number of steps of the whole chain; the share `strength` of them is run.
-            weights: weight of x2, in [0, 1]; several give that many samples for each pair, one after the other.
-            generator: generator of all noise; one, or one per pair.
-            eta, output_type, return_dict: as in the call.
-            class_labels: class of the samples, of a model with classes: one for all, or one per pair.
-            guidance_scale, guidance_rescale, guidance_interval, guide: as in the call.
-
-        Returns:
-            The output of a call, with len(x1) * len(weights) samples.
-
-        Raises:
-            ValueError: the ends have different or unfitting shapes, or a value is outside its range.
-        """
-        weights, strength = _interpolation_numbers(weights, strength)
-        output_type = output_type or self._output_types[0]
-        x1, x2 = self._encode(x1, "x1"), self._encode(x2, "x2")
-        if x1.shape != x2.shape:
-            raise ValueError(f"x1 and x2 must have the same shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
-        _check_call(self, len(x1), generator, output_type)
-        labels = _for_each_sample(_as_list(class_labels), len(x1), len(weights))
-        guidance = _make_guidance(
-            self, len(x1) * len(weights), labels, guidance_scale, guidance_rescale, guidance_interval, guide
-        )
-        self._set_timesteps(num_inference_steps, None)
-        chain = self.scheduler.timesteps[_begin_at(self.scheduler, strength, self.is_spaced_by_log_snr()) :]
-        noise = randn_tensor(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
-        t = chain[:1].expand(len(x1))
-        noised1, noised2 = (self.scheduler.add_noise(x, noise, t) for x in (x1, x2))
-        mixed = torch.stack([torch.lerp(noised1, noised2, w) for w in weights], dim=1).flatten(0, 1)
-        options = _step_options(self.scheduler, _for_each_sample(generator, len(x1), len(weights)), eta)
-        x = self._denoise(mixed, chain, options, guidance=guidance)
-        self.maybe_free_model_hooks()
-        return self._output(self._decode(x, output_type), None, return_dict)
-
 
 # ---------------------------------------------------------------------------------------------
-# Completing what is known. A mask is true, or white, where the data is unknown.
+# From given data: interpolation, and the completion of what is known. A mask is true, or white, where data is unknown.
 
 
 def _read_mask(mask, shape: tuple[int, ...]) -> Tensor:
@@ -1435,9 +1387,70 @@ class _Repaint:
         return randn_tensor(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
 
 
-class _CompletingPipeline(_SamplingPipeline):
-    """The completion of data of which a part is known. `_tensor` and `_in_form` of the subclasses say what it is."""
+class _FromDataPipeline(_SamplingPipeline):
+    """What is made from given data. `_tensor` and `_in_form` of the subclasses say what the data is."""
 
+    @torch.no_grad()
+    def interpolate(
+        self,
+        x1: Any,
+        x2: Any,
+        strength: float = 0.5,
+        num_inference_steps: int | None = None,
+        weights: float | Sequence[float] = 0.5,
+        generator: Generators = None,
+        eta: float | None = None,
+        output_type: str | None = None,
+        return_dict: bool = True,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guide=None,
+    ):
+        """Noise two pieces of data, mix them, and denoise the mix (Ho et al., section 4.3).
+
+        Both ends get the same noise, so that the mix has the noise level of its timestep.
+
+        Args:
+            x1, x2: the ends, in the form in which the pipeline gives its samples (images: PIL, arrays `(B, H, W, C)` or
+                tensors `(B, C, H, W)` in [0, 1]; sequences: `(B, C, length)` in the units of the data).
+            strength: share of the chain to go back, in (0, 1]; 1 starts from the last timestep, close to pure noise.
+            num_inference_steps: number of steps of the whole chain; the share `strength` of them is run.
+            weights: weight of x2, in [0, 1]; several give that many samples for each pair, one after the other.
+            generator: generator of all noise; one, or one per pair.
+            eta, output_type, return_dict: as in the call.
+            class_labels: class of the samples, of a model with classes: one for all, or one per pair.
+            guidance_scale, guidance_rescale, guidance_interval, guide: as in the call.
+
+        Returns:
+            The output of a call, with len(x1) * len(weights) samples.
+
+        Raises:
+            ValueError: the ends have different or unfitting shapes, or a value is outside its range.
+        """
+        weights, strength = _interpolation_numbers(weights, strength)
+        output_type = output_type or self._output_types[0]
+        x1, x2 = self._encode(x1, "x1"), self._encode(x2, "x2")
+        if x1.shape != x2.shape:
+            raise ValueError(f"x1 and x2 must have the same shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
+        _check_call(self, len(x1), generator, output_type)
+        labels = _for_each_sample(_as_list(class_labels), len(x1), len(weights))
+        guidance = _make_guidance(
+            self, len(x1) * len(weights), labels, guidance_scale, guidance_rescale, guidance_interval, guide
+        )
+        self._set_timesteps(num_inference_steps, None)
+        chain = self.scheduler.timesteps[_begin_at(self.scheduler, strength, self.is_spaced_by_log_snr()) :]
+        noise = randn_tensor(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
+        t = chain[:1].expand(len(x1))
+        noised1, noised2 = (self.scheduler.add_noise(x, noise, t) for x in (x1, x2))
+        mixed = torch.stack([torch.lerp(noised1, noised2, w) for w in weights], dim=1).flatten(0, 1)
+        options = _step_options(self.scheduler, _for_each_sample(generator, len(x1), len(weights)), eta)
+        x = self._denoise(mixed, chain, options, guidance=guidance)
+        self.maybe_free_model_hooks()
+        return self._output(self._decode(x, output_type), None, return_dict)
+
+    # This function is longer than 60 lines because it documents every option of a completion.
     def inpaint(
         self,
         known: Any,
@@ -1550,7 +1563,7 @@ class _CompletingPipeline(_SamplingPipeline):
 # The two pipelines
 
 
-class DDPMPipeline(_CompletingPipeline):
+class DDPMPipeline(_FromDataPipeline):
     """Unconditional generation of images.
 
     Args:
@@ -1703,7 +1716,7 @@ class DDPMPipeline(_CompletingPipeline):
         return ImageOutput(images=samples, trajectory=trajectory)
 
 
-class DDPMPipeline1D(_CompletingPipeline):
+class DDPMPipeline1D(_FromDataPipeline):
     """Unconditional generation of sequences, in the units of the data that the model was trained on.
 
     Args:

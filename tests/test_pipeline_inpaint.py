@@ -260,6 +260,33 @@ def test_our_models_are_given_the_known_part(kind, tmp_path):
     assert pipe(1, output_type="np", return_dict=False)[0].size == data[0].numel()  # and samples without one
 
 
+@pytest.mark.parametrize("by", ["classes", "guide"])
+def test_guidance_of_a_model_that_is_given_the_known_part(by):
+    """Both predictions are given it, and rescaling measures the deviation of what is unknown."""
+    torch.manual_seed(0)
+    options = {"in_channels": 2, "condition_channels": 4, **SMALL}
+    unet, weaker = UNet1D(8, num_class_embeds=3, **options), UNet1D(8, **options)
+    pipe, mask = DDPMPipeline1D(unet, GaussianScheduler(), 3, condition="known"), torch.arange(8) > 3
+    given, stepped, step = [], [], pipe.scheduler.step
+    for model in (unet, weaker):
+        model.register_forward_hook(lambda m, args, kwargs, out: given.append((args[0], kwargs, out.sample)),
+                                    with_kwargs=True)  # fmt: skip
+    pipe.scheduler.step = lambda *a, **k: (stepped.append(a[0]), step(*a, **k))[1]
+    guided = {"guidance_scale": 3.0, "guidance_rescale": 1.0, "class_labels": 1}
+    pipe.inpaint(torch.rand(2, 2, 8), mask, guide=weaker if by == "guide" else None, **guided)
+    assert len(stepped) == 3 and len(given) == (6 if by == "guide" else 3)
+    for i, prediction in enumerate(stepped):
+        calls = given[2 * i : 2 * i + 2] if by == "guide" else given[i : i + 1]
+        x = torch.cat([call[0] for call in calls])
+        condition = torch.cat([call[1]["condition"] for call in calls])
+        assert torch.equal(x[:2], x[2:]) and torch.equal(condition[:2], condition[2:])
+        strong, weak = torch.cat([call[2] for call in calls]).chunk(2)
+        hidden, plain = prediction[..., mask], (weak + 3.0 * (strong - weak))[..., mask]
+        torch.testing.assert_close(hidden.std((1, 2)), strong[..., mask].std((1, 2)))
+        cosine = torch.cosine_similarity(hidden.flatten(1), plain.flatten(1))
+        torch.testing.assert_close(cosine, torch.ones_like(cosine))
+
+
 def test_the_condition_is_saved(double, tmp_path):
     pipe = series(condition="known")
     pipe.save_pretrained(tmp_path)
