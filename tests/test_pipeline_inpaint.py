@@ -5,12 +5,13 @@ beside it, and so does how far they are from the exact conditional distribution.
 """
 
 import math
+import re
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import exact_abar
+from conftest import ROOT, exact_abar
 from diffusers import ModelMixin  # loading looks for it among this module's names
 from PIL import Image
 from tape import Tape
@@ -176,6 +177,21 @@ def test_resampling_brings_repaint_near_the_conditional_distribution(double):
 
     assert all(error < 0.06 for error in errors(10))
     assert all(error > 0.4 for error in errors(1))
+
+
+def test_the_table_of_the_page_is_that_of_the_algorithm(double):
+    """docs/completing.md: calls and errors by steps and jumps, on the default schedule."""
+    page = (ROOT / "docs" / "completing.md").read_text()
+    rows = re.findall(r"^\| (\d+) [^|]*\| (\d+) \| (\d+) [^|]*\|(.*)\|$", page, re.M)
+    assert len(rows) == 8
+    own, (mean, covariance) = GaussianScheduler(), conditional(KNOWN, UNKNOWN)
+    for *numbers, printed in rows:
+        steps, jump_length, jump_n_sample = map(int, numbers)
+        calls, *errors = [float(cell.replace(",", "")) for cell in printed.split("|")]
+        m, c = repaint_law(own, steps, jump_length, jump_n_sample, None if steps == 1000 else 0.0)
+        computed = ((m - mean) / covariance.diagonal().sqrt()).abs().max(), *(c / covariance)[0]
+        assert calls == len(_resampling_plan(steps, jump_length, jump_n_sample))
+        assert all(abs(error - one) <= 0.0051 for error, one in zip(errors, computed))
 
 
 def test_one_pass_replaces_the_known_part_at_each_level():
