@@ -4,6 +4,7 @@ Sources: the objective is equation 14 of Ho et al. (arXiv:2006.11239). The weigh
 denoising-diffusion-pytorch, or min-SNR (Hang et al., arXiv:2303.09556). Offset noise adds one number to a channel;
 immiscible diffusion is that of Li et al. (arXiv:2406.12303) and self-conditioning that of Chen et al.
 (arXiv:2208.04202). Dropping labels prepares a model for classifier-free guidance (Ho & Salimans, arXiv:2207.12598).
+The loss on the unknown part of partly known items is that of CSDI (Tashiro et al., arXiv:2107.03502).
 
 Nothing here reads a number back from the device, except immiscible diffusion, which assigns the noise on the host.
 """
@@ -161,6 +162,7 @@ def diffusion_loss(
     self_condition: bool = False,
     class_labels: Tensor | None = None,
     condition: Tensor | None = None,
+    known: Tensor | None = None,
     counted: Tensor | None = None,
 ) -> DiffusionLoss:
     """Compute the loss of each sample. None of the given tensors is changed.
@@ -182,6 +184,8 @@ def diffusion_loss(
             estimate of `self_condition` is made with it too. None: the model is told none.
         condition: (B, channels, *spatial), further input of a model with `condition_channels`, for the estimate too;
             None: the model is given none.
+        known: bool, shaped as x0: the model sees 0 for x_t and for its own estimate where this is True, because the
+            condition has the value itself (Tashiro et al., arXiv:2107.03502, section 4.2); None: nothing is known.
         counted: bool, shaped as x0: the loss of a sample is the mean over the values where this is True, and 0 if
             there is none; None: over all.
 
@@ -193,8 +197,9 @@ def diffusion_loss(
             f"noise must be shaped as x0, {tuple(x0.shape)}, and timesteps ({len(x0)},); "
             f"got {tuple(noise.shape)} and {tuple(timesteps.shape)}"
         )
-    if counted is not None and counted.shape != x0.shape:
-        raise ValueError(f"counted must be shaped as x0, {tuple(x0.shape)}, got {tuple(counted.shape)}")
+    for name, mask in (("known", known), ("counted", counted)):
+        if mask is not None and mask.shape != x0.shape:
+            raise ValueError(f"{name} must be shaped as x0, {tuple(x0.shape)}, got {tuple(mask.shape)}")
     if class_labels is not None and class_labels.shape != timesteps.shape:
         raise ValueError(f"class_labels must have the shape ({len(x0)},), got {tuple(class_labels.shape)}")
     if weighting not in LOSS_WEIGHTINGS:
@@ -204,12 +209,15 @@ def diffusion_loss(
     x_t = scheduler.add_noise(x0, noise, timesteps)
     target = scheduler.target(x0, noise, timesteps)
 
+    if known is not None:
+        x_t = x_t.masked_fill(known, 0.0)
     optional = {"class_labels": class_labels, "condition": condition}
     extra = {name: value for name, value in optional.items() if value is not None}
     if self_condition:
         with torch.no_grad():
             estimate = model(x_t, timesteps, **extra).sample
-            extra["x_self_cond"] = scheduler.predict_x0(estimate.to(x_t.dtype), timesteps, x_t)
+            x0_estimate = scheduler.predict_x0(estimate.to(x_t.dtype), timesteps, x_t)
+            extra["x_self_cond"] = x0_estimate if known is None else x0_estimate.masked_fill(known, 0.0)
     # Autocast keeps the weights that it has cast. Those of a call without gradients (the estimate above, or a sampler)
     # have no history, and the call below would take them, at least up to torch 2.9: most weights would get no gradient.
     # Turning the cache off around the estimate does not help: a model's own autocast (accelerate's) turns it on again.

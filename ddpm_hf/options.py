@@ -11,6 +11,7 @@ from diffusers.optimization import SchedulerType
 
 from ddpm_hf import scope
 from ddpm_hf.losses import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
+from ddpm_hf.masks import MASK_STRATEGIES
 from ddpm_hf.rules import ABOVE_0, AT_LEAST_0, BELOW_1, FROM_0_TO_1, Rule, either, one_of, option, whole_number
 from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_ALIASES, PREDICTION_TYPES
 from ddpm_hf.unet import NORMS, TIME_EMBEDDINGS
@@ -283,6 +284,18 @@ class DiffusionOptions:
     class_dropout_prob: float = option(
         0.1, "Probability with which an item is trained without its class, so that samples can be guided towards a "
         "class (guidance_scale). 0: every item with its class.", FROM_0_TO_1, scope.WITH_CLASSES, off=0,
+    )  # fmt: skip
+    condition: str | None = option(
+        None, "'known': train a model that completes items of which a part is known (pipe.inpaint). It is given the "
+        "known values and where they are, and the loss is on the rest. Sequences may then have missing values (NaN). "
+        "Nothing is known of a tenth of the items, so that the model samples as usual too.",
+        one_of("known"), none="the model is given no part of the item",
+    )  # fmt: skip
+    mask_strategy: str = option(
+        "mixed", "Which part is known: 'random' positions, a share of them that is drawn for each item; all but "
+        "'blocks', gaps in sequences and rectangles in images, an eighth to three quarters of the item long; for "
+        "sequences 'forecast', all but an end of that length; or 'mixed', one of these for each item, drawn evenly.",
+        one_of(*MASK_STRATEGIES), scope.KNOWN,
     )  # fmt: skip
     immiscible: bool = option(
         False, "Assign the noise within each batch of train_batch_size samples to the nearest data."

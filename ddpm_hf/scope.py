@@ -116,6 +116,7 @@ SINUSOIDAL = Scope(
 STREAMING = _with("streaming")
 MUON = _with("optimizer", "muon")
 WITH_CLASSES = _with("class_labels")
+KNOWN = _with("condition", "known")
 LOGIT_NORMAL = _with("timestep_sampling", "logit_normal")
 WARM_UP = Scope("every lr_scheduler but constant", holds=lambda c: c.lr_scheduler != "constant", option="lr_scheduler")
 EMA = _with("use_ema")

@@ -146,9 +146,15 @@ def test_the_loss_of_the_unknown_part(batch):
 
 
 def test_the_model_and_its_estimate_are_given_the_condition(batch):
-    model, condition = Spy(batch.out), torch.zeros(6, 4, 4)
-    diffusion_loss(model, GaussianScheduler(), batch.x0, batch.t, batch.noise, self_condition=True, condition=condition)
+    """Where a value is known, the model sees the condition alone: x_t and its own estimate are 0 there."""
+    model, plain, condition = Spy(batch.out), Spy(batch.out), torch.zeros(6, 4, 4)
+    known, arguments = torch.rand(6, 2, 4) < 0.5, (GaussianScheduler(), batch.x0, batch.t, batch.noise)
+    diffusion_loss(model, *arguments, self_condition=True, condition=condition, known=known)
+    diffusion_loss(plain, *arguments, self_condition=True)
     assert [call.condition is condition for call in model.calls] == [True, True]
+    for call, ordinary in zip(model.calls, plain.calls):
+        assert torch.equal(call.x_t, ordinary.x_t.masked_fill(known, 0))
+    assert torch.equal(model.calls[1].x_self_cond, plain.calls[1].x_self_cond.masked_fill(known, 0))
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 1.0])

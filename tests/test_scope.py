@@ -29,13 +29,14 @@ ALWAYS = {
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "use_ema",
     "logging_steps", "report_to", "save_samples_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size",
     "holdout", "eval_steps", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_license",
+    "condition",
     "dataset_name", "train_data_dir", "train_data_file",  # one source of data at most, which has its own check
 }  # fmt: skip
 # The other options: a value that is not the default, and the options that make this one apply.
 VALUES = {
     "dataset_config_name": ("plain", {}), "dataset_split": ("test", {}), "image_column": ("image", {}),
     "sequence_columns": (["wave"], {}), "class_labels": ("label", {}), "condition_column": ("c", {}),
-    "class_dropout_prob": (0.2, {"class_labels": "label"}),
+    "class_dropout_prob": (0.2, {"class_labels": "label"}), "mask_strategy": ("blocks", {"condition": "known"}),
     "resolution": ([16], {}), "image_channels": (3, {}), "center_crop": (False, {}),
     "random_flip": (True, {}), "sequence_length": (8, {}), "stride": (2, {"sequence_length": 8}),
     "sequence_norm": ("meanstd", {}), "on_bad_image": ("skip", {}), "streaming": (True, {}),
@@ -64,7 +65,7 @@ AGAINST = {
     **{name: {"use_ema": False} for name in VALUES if name.startswith("ema_")},
     **{name: {"timestep_sampling": "uniform"} for name in ("logit_mean", "logit_std")},
     "muon_learning_rate": {"optimizer": "adamw"}, "shuffle_buffer": {"streaming": False},
-    "class_dropout_prob": {"class_labels": None},
+    "class_dropout_prob": {"class_labels": None}, "mask_strategy": {"condition": None},
     **{name: {"eval_steps": 0} for name in VALUES if name.startswith("eval_") or name == "metric_for_best"},
     "feature_network": {"eval_steps": 5, "eval_metrics": ["memorization"]},
     "eval_cache_dir": {"eval_steps": 5, "eval_metrics": ["memorization"]},

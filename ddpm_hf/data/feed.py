@@ -76,6 +76,11 @@ class StoredFeed:
             self.split = split_record(self.held_out)
         self.units, self.items = underlying(self.dataset), len(self.dataset)
         self.scaling = scaling_of(self.units)
+        if getattr(self.units, "missing", False) and config.condition != "known":
+            raise ValueError(
+                "a SequenceDataset whose values may be missing needs condition 'known', which leaves them out of the "
+                f"loss; got condition {config.condition!r}"
+            )
         self._find_conditions(kind)
         self.item_labels = item_labels(self.dataset, self.labels)
         self.class_names = None if self.labels is None else list(self.labels.names)
@@ -124,6 +129,8 @@ class StoredFeed:
             extent = f", in {where.extent()}" if isinstance(where, SequenceDataset) else ""
             notes.append(f"held out: {len(held):,} items{extent}")
         if isinstance(self.units, SequenceDataset):
+            if self.units.gaps:
+                notes.append(f"missing values (NaN), which are never known and never in the loss: {self.units.gaps:,}")
             notes += [
                 f"channel {channel} of {self.units.name} never changes: samples will have its value, {value:g}"
                 for channel, value in self.scaling.constants().items()

@@ -30,13 +30,14 @@ Key = tuple[int, int]  # (epoch, index)
 # Items
 
 
-def as_tensor(item: Any, limit: float = 1.0) -> Tensor:
+def as_tensor(item: Any, limit: float = 1.0, missing: bool = False) -> Tensor:
     """Convert an item of a dataset to float32 (C, *spatial).
 
     Args:
         item: a tensor, an array or a PIL image; or a tuple that begins with one, or a dict that has one under "x0",
             "pixel_values", "image", "images" or "sequence".
         limit: the values must lie in [-limit, limit].
+        missing: values may be NaN.
 
     Raises:
         ValueError: the item is something else, or a value lies outside.
@@ -58,7 +59,8 @@ def as_tensor(item: Any, limit: float = 1.0) -> Tensor:
     if not isinstance(item, Tensor) or item.ndim not in (2, 3) or not item.is_floating_point():
         got = f"{item.dtype} of shape {tuple(item.shape)}" if isinstance(item, Tensor) else type(item).__name__
         raise ValueError(f"items must be float tensors (C, H, W) or (C, length) in [-1, 1], or PIL images; got {got}")
-    if not (item.abs() <= limit * (1 + 1e-4)).all():
+    fits = item.abs() <= limit * (1 + 1e-4)
+    if not (fits | item.isnan() if missing else fits).all():
         raise ValueError(f"items must lie in [-{limit:g}, {limit:g}]; got {item.min():.4g} to {item.max():.4g}")
     return item.float()
 
@@ -98,7 +100,7 @@ def load_item(dataset, index: int, rng: np.random.Generator | None = None, raw: 
         dataset, index = dataset.dataset, int(dataset.indices[index])
     if isinstance(dataset, ImageDataset):
         return dataset.load_8bit(index, rng) if raw else dataset.load(index, rng)
-    return as_tensor(dataset[index], scaling_of(dataset).limit)
+    return as_tensor(dataset[index], scaling_of(dataset).limit, getattr(dataset, "missing", False))
 
 
 def load_pair(dataset, condition, index: int, seed: int | None = None) -> tuple[Tensor, Tensor | None]:
@@ -124,7 +126,8 @@ def load_pair(dataset, condition, index: int, seed: int | None = None) -> tuple[
     if not isinstance(condition, GivenConditions):
         return load_item(dataset, index, rng(), raw=True), load_item(condition, index, rng(), raw=True)
     item = dataset[index]
-    x, found = as_tensor(item, scaling_of(dataset).limit), condition.of(item)
+    x = as_tensor(item, scaling_of(dataset).limit, getattr(dataset, "missing", False))
+    found = condition.of(item)
     try:
         found = as_tensor(found)
     except ValueError as error:

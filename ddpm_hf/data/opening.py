@@ -127,7 +127,8 @@ def _open_image_stream(config: TrainConfig) -> ImageStream:
 
 def _open_sequence_file(config: TrainConfig) -> SequenceDataset:
     path, is_table = config.train_data_file, kind_of_source(config) == "sequence file"
-    array = read_sequences(path, config.sequence_columns, config.stride is not None, _left_out(config))
+    gaps = config.condition == "known"
+    array = read_sequences(path, config.sequence_columns, config.stride is not None, _left_out(config), gaps)
     labels = None
     if config.class_labels is not None:
         _check_not_recording(config, array, path, is_table)
@@ -197,14 +198,14 @@ def _check_not_recording(config: TrainConfig, array: Any, name: str, is_table: b
 
 def _cut(config: TrainConfig, array: Any, name: str, labels: Labels | None = None) -> SequenceDataset:
     """Cut windows if a stride is given; otherwise take whole sequences, or their first `sequence_length` samples."""
-    length = config.sequence_length
+    length, missing = config.sequence_length, config.condition == "known"
     if length is not None and len(array.shape) >= 1 and array.shape[-1] < length:
         # the rows of a table may as well be points in time
         long = len(array.shape) == 2 and array.shape[0] >= length and config.stride is None
         way_out = f"; to cut windows of {length} from a table whose rows are points in time: --stride" if long else ""
         raise ValueError(f"sequence_length must be at most the data's length {array.shape[-1]}, got {length}{way_out}")
     if config.stride is not None:
-        return SequenceDataset(array, name, config.sequence_norm, length, config.stride, labels)
+        return SequenceDataset(array, name, config.sequence_norm, length, config.stride, labels, missing)
     # a stride as long as the sequence leaves room for a single window, at the start
     stride = None if length is None else array.shape[-1]
-    return SequenceDataset(array, name, config.sequence_norm, length, stride, labels)
+    return SequenceDataset(array, name, config.sequence_norm, length, stride, labels, missing)

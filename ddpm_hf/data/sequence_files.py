@@ -13,6 +13,7 @@ from ddpm_hf.data.labels import Labels, check_column, table_labels
 from ddpm_hf.data.tables import arrange, choose_columns, open_files, table_condition, table_sequences
 
 FILE_ENDINGS = (".npy", ".npz", ".csv", ".parquet")
+MISSING = ("", "nan", "na", "n/a", "null")  # cells of a .csv file that stand for a missing value
 LABEL_ENDINGS = (".npy", ".csv", ".txt")
 
 
@@ -21,6 +22,7 @@ def read_sequences(
     columns: Sequence[str] | None = None,
     as_recording: bool = False,
     leave_out: Mapping[str, str] | None = None,
+    missing: bool = False,
 ) -> Any:
     """Read the array of a file, (N, length) or (N, C, length).
 
@@ -30,6 +32,7 @@ def read_sequences(
         as_recording: each row of a table of numbers is one point in time and each column a channel, and the array is
             (1, C, samples). Otherwise each row is one sequence.
         leave_out: columns, or arrays of a .npz file, that hold no sequences, by the option that names each.
+        missing: cells of a .csv file may be missing (empty, or one of `MISSING`); they become NaN.
 
     Raises:
         ValueError: the file cannot be read, has another ending, or lacks what was asked for.
@@ -43,7 +46,7 @@ def read_sequences(
     if columns and suffix in (".npy", ".npz"):
         raise ValueError(f"sequence_columns are columns of a table; {path} holds an array")
     if suffix == ".csv":
-        return arrange(_read_csv(path, columns, leave_out), as_recording)
+        return arrange(_read_csv(path, columns, leave_out, missing), as_recording)
     if suffix == ".parquet":
         return table_sequences(open_files("parquet", [path]), columns, as_recording, path, leave_out)
     try:
@@ -168,7 +171,9 @@ def _csv_column(path: str, column: str) -> list[str]:
     return [text.strip() for text in table.iloc[:, 0]]
 
 
-def _read_csv(path: str, columns: Sequence[str] | None, leave_out: Mapping[str, str] | None = None) -> np.ndarray:
+def _read_csv(
+    path: str, columns: Sequence[str] | None, leave_out: Mapping[str, str] | None = None, missing: bool = False
+) -> np.ndarray:
     """Return the numbers of a table, (rows, columns) float64.
 
     Lines that are blank or begin with # are skipped. The first line that is left is a header if one of its cells has a
@@ -202,7 +207,11 @@ def _read_csv(path: str, columns: Sequence[str] | None, leave_out: Mapping[str, 
         raise ValueError(f"cannot read the table {path}: {error}") from error
     if not len(numbers):
         raise ValueError(f"{path} has no rows")
-    wrong = np.argwhere(~np.isfinite(numbers))
+    bad = ~np.isfinite(numbers)
+    if missing and bad.any():
+        empty = np.vectorize(lambda cell: str(cell).strip().lower() in MISSING, otypes=[bool])
+        bad &= ~empty(table.to_numpy())
+    wrong = np.argwhere(bad)
     if len(wrong):
         row, column = map(int, wrong[0])
         raise ValueError(

@@ -33,16 +33,19 @@ class SequenceDataset(Dataset):
             recording may then also be one-dimensional. None: items are whole sequences.
         labels: the class of each sequence, `Labels` or values that `Labels.read` takes; windows have the class of their
             sequence. None: no classes.
+        missing: values may be missing (NaN), for models that are trained to complete sequences; the scaling follows
+            from the others.
 
     Attributes:
         scaling: the map between data units and model units, a `Scaling`.
+        gaps: number of missing values, of those that the windows reach.
         condition: the condition of each sequence, a dataset with the same windows, or None.
         rows, ranges: the sequences, and the (first, last + 1) windows of each, that the items come from. In a part that
             `hold_out` makes these are not all.
 
     Raises:
-        ValueError: the array has another number of dimensions, no sequences, no numbers, NaN or infinity (the message
-            names the rows), or sequences shorter than a window.
+        ValueError: the array has another number of dimensions, no sequences, no numbers, NaN (unless `missing`) or
+            infinity (the message names the rows), a channel without a value, or sequences shorter than a window.
     """
 
     condition: "SequenceDataset | None" = None
@@ -55,6 +58,7 @@ class SequenceDataset(Dataset):
         length: int | None = None,
         stride: int | None = None,
         labels: Any = None,
+        missing: bool = False,
     ):
         if norm not in SEQUENCE_NORMS:
             raise ValueError(f"sequence_norm must be one of {', '.join(SEQUENCE_NORMS)}, got {norm!r}")
@@ -75,6 +79,7 @@ class SequenceDataset(Dataset):
             raise ValueError(f"{name} must have at least {self.length} samples a sequence, got {array.shape[2]}")
         self.windows = (array.shape[2] - self.length) // self.stride + 1 if stride else 1
         self.norm, self.rows, self.ranges = norm, range(array.shape[0]), [(0, self.windows)]
+        self.missing = missing
         self.labels = as_labels(labels, array.shape[0], f"the classes of {name}")
         self.scaling = self.fit()
 
@@ -94,20 +99,25 @@ class SequenceDataset(Dataset):
         low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
         count, mean, squares = 0, np.zeros(channels), np.zeros(channels)
         bad: set[int] = set()
+        self.gaps = 0
         for rows, part in self._parts():
-            wrong = ~np.isfinite(part).all(axis=(1, 2))
+            wrong = (np.isinf(part) if self.missing else ~np.isfinite(part)).any(axis=(1, 2))
             bad.update(rows[wrong].tolist())
             if wrong.any():
                 continue
-            low, high = np.minimum(low, part.min(axis=(0, 2))), np.maximum(high, part.max(axis=(0, 2)))
-            n, part_mean = part.shape[0] * part.shape[2], part.mean(axis=(0, 2))
-            delta = part_mean - mean
-            squares += ((part - part_mean[:, None]) ** 2).sum(axis=(0, 2)) + delta**2 * count * n / (count + n)
-            mean, count = mean + delta * n / (count + n), count + n
+            low, high = np.fmin(low, np.fmin.reduce(part, (0, 2))), np.fmax(high, np.fmax.reduce(part, (0, 2)))
+            n, part_mean, part_squares = _moments(part) if self.missing else _moments_of_all(part)
+            self.gaps += int(part.size - np.sum(n)) if self.missing else 0
+            delta, total = part_mean - mean, np.maximum(count + n, 1)
+            squares += part_squares + delta**2 * count * n / total
+            mean, count = mean + delta * n / total, count + n
         if bad:
             listed = sorted(bad)
             more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
-            raise ValueError(f"{self.name} has NaN or infinity in rows {', '.join(map(str, listed[:10]))}{more}")
+            what = "infinity" if self.missing else "NaN or infinity"
+            raise ValueError(f"{self.name} has {what} in rows {', '.join(map(str, listed[:10]))}{more}")
+        if np.isinf(low).any():
+            raise ValueError(f"channel {int(np.argmax(np.isinf(low)))} of {self.name} must have a value, got NaN alone")
         return low, high, mean, np.sqrt(squares / count)
 
     def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -205,6 +215,19 @@ class SequenceDataset(Dataset):
         part = copy.copy(self)
         part.rows, part.ranges = rows, ranges
         return part
+
+
+def _moments_of_all(part: np.ndarray) -> tuple:
+    """Return number, mean (C,) and sum of squared deviations (C,) of the values (n, C, samples) of each channel."""
+    mean = part.mean(axis=(0, 2))
+    return part.shape[0] * part.shape[2], mean, ((part - mean[:, None]) ** 2).sum(axis=(0, 2))
+
+
+def _moments(part: np.ndarray) -> tuple:
+    """Return what `_moments_of_all` returns, of the values that are not NaN; each number is (C,) then."""
+    number = np.isfinite(part).sum(axis=(0, 2))
+    mean = np.nansum(part, axis=(0, 2)) / np.maximum(number, 1)
+    return number, mean, np.nansum((part - mean[:, None]) ** 2, axis=(0, 2))
 
 
 def held_out_stretches(

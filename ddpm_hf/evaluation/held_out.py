@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_hf.data.loading import underlying
 from ddpm_hf.evaluation.settings import EvalSettings
 from ddpm_hf.evaluation.shares import Items, Shares
 from ddpm_hf.losses import diffusion_loss
@@ -64,11 +65,15 @@ class HeldOutLoss:
                 batch = next(batches, None)
                 if batch is None:  # another process has more
                     continue
-                x0 = encode(batch.x0).to(pipeline.device, torch.float32)
+                x0, counted = encode(batch.x0).to(pipeline.device, torch.float32), None
+                if getattr(underlying(self.held_out), "missing", False):
+                    counted = ~x0.isnan()
+                    x0 = x0.masked_fill(~counted, 0.0)
                 model, columns = self._model(pipeline.unet, batch.numbers, model_classes, x0.device), []
                 for bucket, (low, high) in enumerate(zip(edges[:-1], edges[1:])):
                     t, noise = self._draws(batch.numbers, bucket, low, high, x0)
-                    plain = diffusion_loss(model, scheduler, x0, t, noise, weighting="uniform").loss.double()
+                    each = diffusion_loss(model, scheduler, x0, t, noise, weighting="uniform", counted=counted)
+                    plain = each.loss.double()
                     columns.append(torch.stack((plain, plain * scheduler.loss_weights(t).to(plain))).cpu())
                 yield torch.stack(columns, dim=2).movedim(1, 0)  # (B, 2, buckets)
 

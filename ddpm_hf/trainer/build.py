@@ -13,7 +13,9 @@ from ddpm_hf.config import TrainConfig
 from ddpm_hf.data.checking import check_shared_memory
 from ddpm_hf.evaluation.classes import DataClasses
 from ddpm_hf.evaluation.evaluator import EvalSettings, Evaluator
+from ddpm_hf.evaluation.settings import HELD_OUT
 from ddpm_hf.losses import first_step_warning
+from ddpm_hf.masks import check_strategy
 from ddpm_hf.pipeline import IMAGE_MODES
 from ddpm_hf.scheduler import GaussianScheduler
 from ddpm_hf.trainer import launcher
@@ -40,6 +42,8 @@ def make_model(config: TrainConfig, feed) -> UNet1D | UNet2D:
     options = config.model_options()
     if feed.class_names is not None:
         options["num_class_embeds"] = len(feed.class_names)
+    if config.condition == "known":
+        options["condition_channels"] = 2 * channels  # the values and the mask
     if len(size) == 1:
         return UNet1D(sample_size=size[0], in_channels=channels, **options)
     sample_size = size[0] if size[0] == size[1] else tuple(size)
@@ -63,6 +67,7 @@ def check_model(config: TrainConfig, feed, model, given: bool) -> None:
         if config.gradient_checkpointing and not able:
             raise ValueError(f"gradient_checkpointing must be false: {name} does not support it")
     _check_classes(config, feed, model)
+    _check_condition(config, feed, model)
     channels, *own = feed.shape
     if model_config.in_channels != channels:
         raise ValueError(f"the model takes {model_config.in_channels} channels, the data has {channels}")
@@ -96,6 +101,22 @@ def _check_classes(config: TrainConfig, feed, model) -> None:
         raise ValueError(
             'class_dropout_prob must be 0 with a UNet2DModel, which has no embedding for "no class"; got '
             f"{config.class_dropout_prob}"
+        )
+
+
+def _check_condition(config: TrainConfig, feed, model) -> None:
+    """Check that the model takes the condition of the run, whose masks can be drawn for the data.
+
+    Raises:
+        ValueError: it does not, or the mask_strategy is not one of this kind of data.
+    """
+    has, channels = getattr(model.config, "condition_channels", 0), 0
+    if config.condition == "known":
+        check_strategy(config.mask_strategy, len(feed.shape))
+        channels = 2 * feed.shape[0]
+    if has != channels:
+        raise ValueError(
+            f"condition_channels of the model must be {channels} with condition {config.condition!r}, got {has}"
         )
 
 
@@ -182,6 +203,12 @@ def make_evaluator(config: TrainConfig, accelerator, feed) -> Evaluator | None:
     )  # fmt: skip
     classes = DataClasses.of(feed.labels, feed.dataset, feed.held_out)
     evaluator = Evaluator(accelerator, feed.dataset, feed.shape, settings, feed.held_out, classes)
+    measured = [name for name in evaluator.metrics if name not in HELD_OUT]
+    if getattr(feed.units, "gaps", 0) and measured:
+        raise ValueError(
+            f"eval_metrics must be of {', '.join(HELD_OUT)} for data with missing values, which no sample can be "
+            f"compared with; got {', '.join(measured)}"
+        )
     # the batches of training wait in shared memory meanwhile
     check_shared_memory(feed.shared_memory + evaluator.shared_memory, c.dataloader_num_workers)
     if c.metric_for_best not in (None, *evaluator.metrics):

@@ -75,6 +75,8 @@ class Run:
         options: dict = {"num_inference_steps": self.config.ddpm_num_inference_steps}
         if self.feed.class_names is not None:
             options["id2label"] = dict(enumerate(self.feed.class_names))
+        if self.config.condition is not None:
+            options["condition"] = self.config.condition
         scheduler = GaussianScheduler.from_config(self.scheduler.config)
         if len(self.feed.shape) == 3:
             pipeline = DDPMPipeline(model, scheduler, **options)

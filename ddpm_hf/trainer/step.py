@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpm_hf.data.loading import Batch
 from ddpm_hf.losses import diffusion_loss, drop_labels, training_draws
+from ddpm_hf.masks import condition_of, draw_known
 from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.trainer.ema import WeightAverage
 from ddpm_hf.trainer.optimizer import rates_from
@@ -57,8 +58,8 @@ class TrainingStep:
         self.model, self.scheduler, self.optimizer = model, scheduler, optimizer
         self.average, self.config, self.accelerator = average, config, accelerator
         self.network, self.classes = model, classes
-        streams = (Stream.NOISE, Stream.CLASS_DROPOUT)
-        self.noise_key, self.label_key = (derive_seed(config.seed, stream) for stream in streams)
+        streams = (Stream.NOISE, Stream.CLASS_DROPOUT, Stream.MASKS)
+        self.noise_key, self.label_key, self.mask_key = (derive_seed(config.seed, stream) for stream in streams)
 
     def numbers(self, step: int) -> StepNumbers:
         """Return the numbers of the step that follows `step` optimizer steps."""
@@ -116,6 +117,12 @@ class TrainingStep:
         """Return the mean loss of samples that have the numbers from `first` on."""
         c, x0, labels = self.config, batch.x0, batch.labels
         numbers = first + torch.arange(len(x0), device=x0.device)
+        told: dict[str, Tensor] = {}
+        if c.condition == "known":
+            missing = x0.isnan()
+            x0 = x0.masked_fill(missing, 0.0)
+            known = draw_known(c.mask_strategy, tuple(x0.shape[1:]), numbers, self.mask_key) & ~missing
+            told = {"condition": condition_of(x0, known), "known": known, "counted": ~(known | missing)}
         timesteps, noise = training_draws(
             self.scheduler, x0, numbers, c.noise_offset, c.timestep_sampling, c.logit_mean, c.logit_std, self.noise_key
         )
@@ -125,6 +132,6 @@ class TrainingStep:
             losses = diffusion_loss(
                 self.network, self.scheduler, x0, timesteps, noise, min_snr_gamma=c.min_snr_gamma or None,
                 weighting=c.loss_weighting, immiscible=c.immiscible, self_condition=self_condition,
-                class_labels=labels,
+                class_labels=labels, **told,
             ).loss  # fmt: skip
         return losses.mean()

@@ -36,7 +36,8 @@ class Training:
         self.config = c = TrainConfig(**{**SMALL, "max_train_steps": 20, **options})
         torch.manual_seed(0)
         self.classes = 3 if c.class_labels else None
-        told = {"num_class_embeds": self.classes, **c.model_options()}
+        known = 2 * (2 if one_dimension else 1) if c.condition else 0
+        told = {"num_class_embeds": self.classes, "condition_channels": known, **c.model_options()}
         model = UNet1D(sample_size=16, in_channels=2, **told) if one_dimension else UNet2D(
             sample_size=8, in_channels=1, **told
         )  # fmt: skip
@@ -101,8 +102,9 @@ def never_captured(step):
         {"optimizer": "muon", "min_snr_gamma": 5.0, "one_dimension": True, "lr_warmup_steps": 3},
         {"mixed_precision": "bf16", "use_ema": False},
         {"class_labels": "label", "class_dropout_prob": 0.3, "self_condition": True, "gradient_accumulation_steps": 2},
+        {"condition": "known", "self_condition": True, "one_dimension": True, "class_labels": "label"},
     ],
-    ids=["conditioned parts", "dropout", "muon", "bf16", "classes"],
+    ids=["conditioned parts", "dropout", "muon", "bf16", "classes", "known"],
 )
 def test_captured_steps_are_bit_for_bit_those_that_run(options):
     """Over 20 steps, with changes of the learning rate, of the average's share, and two evaluations between."""
@@ -166,7 +168,8 @@ def on(device, **options):
     """A `TrainingStep` on a device, without accelerate, which has none called meta."""
     c = TrainConfig(**{**SMALL, **options})
     classes = 3 if c.class_labels else None
-    model = UNet2D(sample_size=8, in_channels=1, num_class_embeds=classes, **c.model_options()).to(device).train()
+    told = {"num_class_embeds": classes, "condition_channels": 2 if c.condition else 0, **c.model_options()}
+    model = UNet2D(sample_size=8, in_channels=1, **told).to(device).train()
     accelerator = SimpleNamespace(
         device=torch.device(device), num_processes=1, process_index=0, distributed_type="NO", sync_gradients=True,
         accumulate=lambda model: contextlib.nullcontext(), autocast=contextlib.nullcontext,
@@ -200,6 +203,7 @@ OPTIONS = [
     {"timestep_sampling": "logit_normal", "dropout": 0.1}, {"optimizer": "muon", "ema_update_every": 2},
     {"loss_weighting": "snr", "prediction_type": "epsilon", "norm": "group", "time_embedding": "learned_fourier"},
     {"class_labels": "label", "self_condition": True, "gradient_accumulation_steps": 2},
+    {"condition": "known", "self_condition": True},
 ]  # fmt: skip
 
 
@@ -233,7 +237,7 @@ def test_draws_and_loss_are_one_graph():
     """torch.compile takes them whole: an operation that it cannot follow, a read among them, would raise."""
     torch._dynamo.reset()
     options = {"noise_offset": 0.1, "timestep_sampling": "logit_normal", "min_snr_gamma": 5.0}
-    step = on("cpu", dim_mults=[1], self_condition=True, class_labels="label", **options)
+    step = on("cpu", dim_mults=[1], self_condition=True, class_labels="label", condition="known", **options)
     x0, labels, first = torch.randn(2, 1, 8, 8), torch.tensor([2, 0]), torch.tensor(5)
 
     def loss_of(x0, labels, first):

@@ -1,0 +1,178 @@
+"""Training a model that completes what is partly known: what the model sees, the loss, missing values, resuming."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import MODEL, config, metrics, state
+
+from ddpm_hf import DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D, train
+from ddpm_hf.data import open_data
+from ddpm_hf.data.loading import Batch
+from ddpm_hf.data.sequences import SequenceDataset
+from ddpm_hf.masks import draw_known
+from ddpm_hf.randomness import Stream, derive_seed
+from ddpm_hf.trainer.loop import Trainer
+from ddpm_hf.trainer.step import TrainingStep
+
+SHORT = {"max_train_steps": 3, "condition": "known", "dataset_name": None}
+
+
+def waves(count=12, channels=1, length=16, gaps=0.0):
+    """Sines of random phases, of which a share is missing."""
+    rng = np.random.default_rng(0)
+    array = np.sin(np.arange(length) / 3 + 6 * rng.random((count, channels, 1)))
+    array[rng.random(array.shape) < gaps] = np.nan
+    return array
+
+
+class Spy(torch.nn.Module):
+    """A model whose prediction is a parameter, and that remembers what it saw."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.prediction, self.calls = torch.nn.Parameter(torch.zeros_like(like)), []
+
+    def forward(self, x, t, condition=None, x_self_cond=None):
+        self.calls.append((x, condition, x_self_cond))
+        return SimpleNamespace(sample=self.prediction + 0 * x)
+
+
+def step_of(model, **options):
+    c = TrainConfig(condition="known", **options)
+    average = SimpleNamespace(share=lambda step: None)
+    accelerator = SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False))
+    return TrainingStep(model, GaussianScheduler(), None, average, c, accelerator)
+
+
+def test_what_the_model_sees_and_what_counts():
+    """The condition has the known values and the mask, and x_t and the estimate are 0 there. Missing values are never
+    known; neither they nor known values have a gradient, and all others do."""
+    x0 = torch.from_numpy(waves(64, 2, gaps=0.2)).float()
+    missing, model = x0.isnan(), Spy(x0)
+    numbers = torch.arange(100, 164)
+    known = draw_known("mixed", (2, 16), numbers, derive_seed(0, Stream.MASKS)) & ~missing
+    step_of(model)._loss(Batch(x0, []), 100, self_condition=True).backward()
+    for x_t, condition, estimate in model.calls:
+        assert torch.equal(condition[:, :2], x0.masked_fill(~known, 0)) and torch.equal(condition[:, 2:], known.float())
+        assert (x_t[known] == 0).all() and x_t.isfinite().all()
+        assert estimate is None or (estimate[known] == 0).all()
+    gradient = model.prediction.grad
+    assert (gradient[known | missing] == 0).all() and (gradient[~(known | missing)] != 0).all()
+
+
+def test_of_wholly_unknown_items_the_loss_is_the_ordinary_one(monkeypatch):
+    """The same to rounding of a sum: also the draws of timesteps and noise are those without a condition."""
+    x0 = torch.from_numpy(waves(8)).float()
+    model = UNet1D(16, in_channels=1, condition_channels=2, **MODEL)
+    nothing = lambda strategy, shape, numbers, key: torch.zeros(len(numbers), *shape, dtype=torch.bool)  # noqa: E731
+    monkeypatch.setattr("ddpm_hf.trainer.step.draw_known", nothing)
+    step, ordinary = step_of(model), step_of(model)
+    ordinary.config = TrainConfig()
+    found, expected = (each._loss(Batch(x0, []), 0, self_condition=False) for each in (step, ordinary))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["minmax", "meanstd"])
+def test_missing_values_do_not_change_the_scaling(norm):
+    """The moments are those that NumPy finds without them; the others are scaled as ever, and 0 stands for none."""
+    array = waves(300, 3, gaps=0.3) * [[1.0], [5.0], [0.1]] + 2
+    data = SequenceDataset(array, norm=norm, missing=True)
+    assert data.gaps == np.isnan(array).sum()
+    low, high = np.nanmin(array, axis=(0, 2)), np.nanmax(array, axis=(0, 2))
+    shift, scale = {
+        "minmax": ((low + high) / 2, (high - low) / 2),
+        "meanstd": (np.nanmean(array, axis=(0, 2)), np.nanstd(array, axis=(0, 2))),
+    }[norm]
+    np.testing.assert_allclose(data.scaling.shift, shift, rtol=1e-12)
+    np.testing.assert_allclose(data.scaling.scale, scale, rtol=1e-12)
+    np.testing.assert_allclose(data[5], ((array[5].T - shift) / scale).T, rtol=1e-5, atol=1e-6)
+    whole = waves(300, 3)
+    plain, allowed = SequenceDataset(whole, norm=norm), SequenceDataset(whole, norm=norm, missing=True)
+    np.testing.assert_allclose(allowed.scaling.scale, plain.scaling.scale, rtol=1e-12)
+
+
+def test_missing_values_that_are_refused(tmp_path):
+    array = waves(6, 2, gaps=0.1)
+    with pytest.raises(ValueError, match="the array has NaN or infinity in rows 0"):
+        SequenceDataset(array)
+    array[3, 1, 2] = np.inf
+    with pytest.raises(ValueError, match="the array has infinity in rows 3$"):
+        SequenceDataset(array, missing=True)
+    array[:, 1] = np.nan
+    with pytest.raises(ValueError, match="channel 1 of the array must have a value, got NaN alone"):
+        SequenceDataset(array, missing=True)
+    data = SequenceDataset(waves(6, gaps=0.1), missing=True)
+    with pytest.raises(ValueError, match="needs condition 'known'.* got condition None"):
+        open_data(TrainConfig(), data)
+    with pytest.raises(ValueError, match="eval_metrics must be of held_out_loss.* got frechet"):
+        train(config(tmp_path, **SHORT, train_batch_size=2, eval_steps=1, eval_num_samples=4), dataset=data)
+
+
+def test_files_with_missing_values(tmp_path):
+    """Empty cells and the usual words; other texts are refused, and without condition every one of them."""
+    (tmp_path / "x.csv").write_text("a,b,c\n1,,3\n4,nan,6\nNA,8,9\n2,3,1\n")
+    array = np.array([[1, np.nan, 3], [4, np.nan, 6], [np.nan, 8, 9], [2, 3, 1]])
+    np.save(tmp_path / "x.npy", array)
+    for name in ("x.csv", "x.npy"):
+        feed = open_data(TrainConfig(train_data_file=str(tmp_path / name), condition="known", train_batch_size=2))
+        assert np.array_equal([np.isnan(feed.dataset[i][0].numpy()) for i in range(4)], np.isnan(array))
+        assert feed.notes[0] == "missing values (NaN), which are never known and never in the loss: 3"
+        with pytest.raises(ValueError, match="finite number in every cell|NaN or infinity in rows"):
+            open_data(TrainConfig(train_data_file=str(tmp_path / name)))
+    (tmp_path / "x.csv").write_text("1,?,3\n4,5,\n")
+    with pytest.raises(ValueError, match=r"row 0 has '\?' in column '1', one of 1 such cells"):
+        open_data(TrainConfig(train_data_file=str(tmp_path / "x.csv"), condition="known"))
+
+
+def test_a_run_with_missing_values_is_resumed_to_the_bit(tmp_path, monkeypatch):
+    """Stopped in step 3, after the checkpoint of step 2; the held-out loss leaves missing values out too."""
+    np.save(tmp_path / "x.npy", waves(20, 2, gaps=0.2))
+    options = {
+        **SHORT, "train_data_file": str(tmp_path / "x.npy"), "max_train_steps": 4, "checkpointing_steps": 2,
+        "holdout": 4, "eval_steps": 2, "eval_metrics": ["held_out_loss"], "self_condition": True,
+    }  # fmt: skip
+    result = train(config(tmp_path / "whole", **options))
+    step = Trainer._train_step
+
+    def stop(self, batches):
+        if self.progress.step == 3:
+            raise KeyboardInterrupt
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path / "parts", **options))
+    monkeypatch.undo()
+    train(config(tmp_path / "parts", **options))
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, content in whole.items():
+        assert parts[name] == content, name
+    lines = metrics(tmp_path / "whole")
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    pipe = DDPMPipeline1D.from_pretrained(result.pipeline_dir)
+    assert pipe.config.condition == "known" and pipe.unet.config.condition_channels == 4
+    assert np.isfinite(pipe(batch_size=2).sequences).all()
+
+
+def test_images_with_classes(tmp_path):
+    options = {**SHORT, "dataset_name": "digits", "class_labels": "label", "mask_strategy": "blocks"}
+    result = train(config(tmp_path, **options))
+    assert np.isfinite(metrics(tmp_path)[-1]["loss"]) and result.steps == 3
+
+
+def test_what_does_not_fit(tmp_path):
+    def refused(message, model=None, **options):
+        with pytest.raises(ValueError, match=message):
+            Trainer(TrainConfig(**{"dataset_name": "digits", "output_dir": str(tmp_path), **options}), model=model)
+
+    forecast = {"condition": "known", "mask_strategy": "forecast"}
+    refused("mask_strategy must be random, blocks or mixed for images.*'forecast'", **forecast)
+    refused("mask_strategy applies to runs with condition known; got 'blocks'", mask_strategy="blocks")
+    refused("condition must be one of known, got 'half'", condition="half")
+    for has, asked in ((0, "known"), (2, None), (4, "known")):
+        model = UNet2D(8, in_channels=1, condition_channels=has, **MODEL)
+        needs = 2 if asked else 0
+        refused(f"condition_channels of the model must be {needs} with .*, got {has}", model, condition=asked)
