@@ -698,6 +698,16 @@ class _X0Estimate:
         return x0
 
 
+def _without_known(x: Tensor | None, known: Tensor | None) -> Tensor | None:
+    """Return x with 0 where the model is told the value itself, as in training: what it predicts there is not trained.
+
+    Args:
+        x: x_t or an estimate of x0, `(B, C, *spatial)`; None stays None.
+        known: bools, shaped as x; None: nothing is known.
+    """
+    return x if x is None or known is None else x.masked_fill(known, 0)
+
+
 def _moves(model) -> bool:
     """Return True if the weights of a model move between its calls (offloading), or are shards of several devices."""
     hooked = any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in model.modules())
@@ -1231,16 +1241,18 @@ class _SamplingPipeline(_SavedWithCode):
         timesteps_for_model = timesteps.to(x.device)  # one copy for all steps
         last = max(self.scheduler.config.num_train_timesteps - 1, 1)
         constant = {} if condition is None else {"condition": condition}
+        known = None if condition is None else condition[:, x.shape[1] :] > 0
         self._interrupt = False
         x0 = None
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = self.scheduler.scale_model_input(x, t)
-            extra = {"x_self_cond": x0, **constant} if self_condition else constant
+            seen = _without_known(model_input, known)
+            extra = {"x_self_cond": _without_known(x0, known), **constant} if self_condition else constant
             if guidance is None:
-                prediction = model(model_input, timesteps_for_model[i], **extra)
+                prediction = model(seen, timesteps_for_model[i], **extra)
             else:
                 level = float(t) / last
-                prediction = guidance(model, model_input, timesteps_for_model[i], level, x.shape[1], **extra)
+                prediction = guidance(model, seen, timesteps_for_model[i], level, x.shape[1], **extra)
             prediction = prediction[:, :channels]
             result = self.scheduler.step(prediction, int(t) if _is_own(self.scheduler) else t, x, **options)
             x = result.prev_sample

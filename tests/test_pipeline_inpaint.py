@@ -56,7 +56,7 @@ class Series(ModelMixin, diffusers.ConfigMixin):
         epsilon = torch.empty_like(sample)
         if condition is not None:
             values, known = condition.chunk(2, dim=1)
-            assert (values[known == 0] == 0).all() and (known == known[0]).all()
+            assert (values[known == 0] == 0).all() and (sample[known == 1] == 0).all() and (known == known[0]).all()
             unknown = known[0, 0] == 0
             epsilon[:] = (sample - abar.sqrt() * values) / (1 - abar).sqrt()
             mean, covariance = conditional(values, unknown)

@@ -65,10 +65,11 @@ class HeldOutLoss:
                 batch = next(batches, None)
                 if batch is None:  # another process has more
                     continue
-                x0, counted = encode(batch.x0).to(pipeline.device, torch.float32), None
+                x0, counted = batch.x0, None
                 if getattr(underlying(self.held_out), "missing", False):
-                    counted = ~x0.isnan()
-                    x0 = x0.masked_fill(~counted, 0.0)
+                    counted = ~x0.isnan().to(pipeline.device)
+                    x0 = x0.nan_to_num(0.0)
+                x0 = encode(x0).to(pipeline.device, torch.float32)
                 model, columns = self._model(pipeline.unet, batch.numbers, model_classes, x0.device), []
                 for bucket, (low, high) in enumerate(zip(edges[:-1], edges[1:])):
                     t, noise = self._draws(batch.numbers, bucket, low, high, x0)
