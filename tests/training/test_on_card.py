@@ -4,11 +4,15 @@ import argparse
 import importlib
 import json
 import math
+import os
+import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_program
+from conftest import ROOT, load_program
 
 from ddpm_hf import UNet2D
 
@@ -257,3 +261,22 @@ def test_the_table_on_cpu_in_processes_of_their_own(tmp_path):
     assert benchmark.main(command) == 0
     found = json.loads((tmp_path / "benchmark.json").read_text())
     assert len(found["card"]) == 9 and found["left out"] == []
+
+
+@pytest.mark.skipif(not (shutil.which("bash") and shutil.which("timeout")), reason="the script needs both")
+def test_the_script_goes_on_after_a_failure(tmp_path):
+    """With a stand-in for Python: the tests fail, the other parts run, and the exit status says so."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *test_cuda.py*) exit 3 ;; esac\n')
+    python.chmod(0o755)
+    script = ROOT / "training" / "benchmarks" / "on_card.sh"
+    environment = {**os.environ, "PYTHON": str(python)}
+    done = subprocess.run(["bash", script, tmp_path / "results"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    summary = (tmp_path / "results" / "summary.txt").read_text()
+    assert [line.split(",")[0] for line in summary.splitlines()[1:-1]] == [
+        "tests: failed with status 3", "benchmark: passed", "digits: passed",
+    ]  # fmt: skip
+    assert "--device cuda --only card --quick" in (tmp_path / "results" / "benchmark.log").read_text()
+    limits = [int(seconds) for seconds in re.findall(r"^part \w+ (\d+) ", script.read_text(), re.MULTILINE)]
+    assert len(limits) == 3 and sum(limits) < 8 * 60
