@@ -275,8 +275,8 @@ def test_the_script_goes_on_after_a_failure(tmp_path):
     assert done.returncode == 1, done.stderr
     summary = (tmp_path / "results" / "summary.txt").read_text()
     assert [line.split(",")[0] for line in summary.splitlines()[1:-1]] == [
-        "tests: failed with status 3", "benchmark: passed", "digits: passed",
+        "tests: failed with status 3", "digits: passed", "benchmark: passed",
     ]  # fmt: skip
     assert "--device cuda --only card --quick" in (tmp_path / "results" / "benchmark.log").read_text()
-    limits = [int(seconds) for seconds in re.findall(r"^part \w+ (\d+) ", script.read_text(), re.MULTILINE)]
-    assert len(limits) == 3 and sum(limits) < 8 * 60
+    (minutes,) = re.findall(r"--minutes ([\d.]+) ", (tmp_path / "results" / "benchmark.log").read_text())
+    assert 7 < float(minutes) < 7.5  # what the other parts have left
