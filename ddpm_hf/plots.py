@@ -157,8 +157,8 @@ def save_fan_plot(items: Sequence, path: Path) -> None:
         axis.fill_between(times, low_90, high_90, color="tab:orange", alpha=0.25, linewidth=0, label="90% band")
         axis.fill_between(times, low_50, high_50, color="tab:orange", alpha=0.45, linewidth=0, label="50% band")
         axis.plot(times, median, color="tab:red", linewidth=1.2, label="median")
-        axis.plot(times, np.where(item.hidden, item.truth[channel], np.nan), "k--", linewidth=0.9, label="truth")
-        axis.plot(times, only_known, color="tab:blue", linewidth=1.0, label="known")
+        axis.plot(times, item.truth[channel], "k--", linewidth=0.9, label="truth")
+        axis.plot(times, only_known, color="tab:blue", linewidth=1.4, label="known")  # over the truth
         axis.grid(alpha=0.25)
     if channels > 1:
         for channel, axis in enumerate(axes[0]):

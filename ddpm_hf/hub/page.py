@@ -1,4 +1,4 @@
-"""A Gradio page to try a pipeline: samples, their way from noise, and interpolation between two seeds.
+"""A Gradio page to try a pipeline: samples, their way from noise, interpolation, completing of the visitor's data.
 
 This file imports nothing of ddpm_hf, because the Spaces that `ddpm_hf.hub.publish` writes carry a copy of it.
 """
@@ -10,11 +10,12 @@ import math
 import diffusers
 import gradio as gr
 import numpy as np
+import pandas as pd
 import torch
 from diffusers.utils import make_image_grid
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
@@ -25,12 +26,14 @@ STOCK = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPC
 EVERY_CLASS, NO_CLASS = "every class in turn", "no class"
 MOST_SCALE = 10  # the largest scale of guidance
 MOST_SAMPLES, MOST_POINTS = 64, 16
-MOST_WORK = 16_000  # the product of samples and steps of one click; guidance doubles it
+MOST_WORK = 16_000  # the product of samples and steps of one click; guidance doubles it, RePaint's passes multiply it
 MOST_BYTES = 50_000_000  # the size of the frames that are kept for one visitor
 MOST_VALUES = 2**23  # the number of values in all samples of one click, so fewer large samples are allowed
 MOST_VISITORS = 8  # the number of visitors whose frames are kept
 MOST_WAITING = 32  # the number of clicks in the queue
 LARGEST_REQUEST = 2**20  # bytes; the page's fields send hundreds
+LARGEST_FILE = 2**23  # bytes of an uploaded image or table, on pages that complete
+PASSES = 5  # how often RePaint passes each place, for models that were not trained to complete
 CLEAN_EVERY, CLEAN_AFTER = 600, 3600  # seconds after which pictures in gradio's cache, and frames, are removed
 LARGEST_SEED = 2**32 - 1
 WIDTH = 768  # the approximate width in pixels of a picture on the page
@@ -116,6 +119,9 @@ class Page:
         self.is_image = "data_scale" not in pipe.config
         self.steps = pipe.config.num_inference_steps or len(self.own)
         self.classes = self._class_names()
+        self.is_told = pipe.config.get("condition") == "known"  # it was trained to complete
+        conditions = getattr(pipe.unet.config, "condition_channels", 0)  # of a paired condition, which the page has not
+        self.completes = hasattr(pipe, "inpaint") and (self.is_told or not conditions)
         self.shape = (pipe.unet.config.in_channels, *pipe._size())
         self.most_samples = max(1, min(MOST_SAMPLES, MOST_VALUES // math.prod(self.shape)))
         self.most_points = max(2, min(MOST_POINTS, self.most_samples))
@@ -130,7 +136,7 @@ class Page:
     # -- from fields to arrays -------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _sampler(self, sampler: str, steps, eta):
+    def sampler(self, sampler: str, steps, eta):
         """Give the pipeline a sampler until the block ends; the block gets the options of a call.
 
         Raises:
@@ -184,6 +190,27 @@ class Page:
             labels = [whole("class", chosen, 0, len(self.classes) - 1)] * count
         return {"class_labels": labels, "guidance_scale": float(scale)}
 
+    def asked(self, count, steps, seed, chosen, scale, passes: int = 1) -> tuple:
+        """Return the number of samples, the steps, the options of the class and the generators of the samples.
+
+        Args:
+            count, steps, seed, chosen, scale: the fields.
+            passes: the number of times that the sampler passes each step.
+
+        Raises:
+            gr.Error: if a field is out of range, or all of it is too much work.
+        """
+        count, seed = whole("samples", count, 1, self.most_samples), whole("seed", seed, 0, LARGEST_SEED)
+        steps = whole("steps", steps, 1, self.own.config.num_train_timesteps)
+        condition = self._condition(count, chosen, scale)
+        twice = condition.get("guidance_scale", 1) != 1
+        if count * steps * passes * (1 + twice) > MOST_WORK:
+            raise refused(
+                f"samples x steps must be at most {MOST_WORK // passes // (1 + twice):,}"
+                f"{' with guidance' if twice else ''}, got {count} x {steps}: ask for fewer of either"
+            )
+        return count, steps, condition, [generator_of(seed, i) for i in range(count)]
+
     # -- what the buttons do ---------------------------------------------------------------------
 
     def generate(self, count, steps, sampler, seed, eta, chosen=EVERY_CLASS, scale=1.0):
@@ -193,21 +220,12 @@ class Page:
             The picture of the samples, the frames of their trajectories, the slider of the frames set to the end, and
             the picture again for the frame that the slider shows.
         """
-        count, seed = whole("samples", count, 1, self.most_samples), whole("seed", seed, 0, LARGEST_SEED)
-        steps = whole("steps", steps, 1, self.own.config.num_train_timesteps)
-        condition = self._condition(count, chosen, scale)
-        twice = condition.get("guidance_scale", 1) != 1
-        if count * steps * (1 + twice) > MOST_WORK:
-            raise refused(
-                f"samples x steps must be at most {MOST_WORK // (1 + twice):,}{' with guidance' if twice else ''}, got "
-                f"{count} x {steps}: ask for fewer of either"
-            )
-        generators = [generator_of(seed, i) for i in range(count)]
+        count, steps, condition, generators = self.asked(count, steps, seed, chosen, scale)
         latents = torch.cat(
             [torch.randn((1, *self.shape), generator=g, dtype=self.pipe.unet.dtype) for g in generators]
         )
         frames = Frames(self, latents)
-        with self._sampler(sampler, steps, eta) as options:
+        with self.sampler(sampler, steps, eta) as options:
             (samples,) = self.pipe(
                 batch_size=count, generator=generators, latents=latents, callback_on_step_end=frames, **condition,
                 **options,
@@ -235,7 +253,7 @@ class Page:
         # samplers that add noise add the same noise for every point
         generators = [torch.Generator().manual_seed(seeds[0]) for _ in range(points)]
         condition = self._condition(points, 0 if chosen == EVERY_CLASS else chosen, scale)
-        with self._sampler(sampler, steps, 0.0) as options:
+        with self.sampler(sampler, steps, 0.0) as options:
             (samples,) = self.pipe(batch_size=points, latents=latents, generator=generators, **condition, **options)
         return self.picture(samples, columns=points)
 
@@ -267,9 +285,131 @@ class Page:
             axis.grid(alpha=0.25)
             for channel in sequences[i] if i < len(sequences) else ():
                 axis.plot(channel, linewidth=0.9)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        return drawn_figure(figure)
+
+
+def drawn_figure(figure: Figure) -> Image.Image:
+    """Return a matplotlib figure as an RGB image."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+class Completing:
+    """Completing of the visitor's own data: the answers of the page's last tab.
+
+    Args:
+        page: the page, whose pipeline completes.
+    """
+
+    def __init__(self, page: Page):
+        self.page = page
+
+    def complete_image(self, drawn, count, steps, sampler, seed, eta, chosen=EVERY_CLASS, scale=1.0):
+        """Return the picture of the visitor's image without what was painted over, and of its completions.
+
+        Args:
+            drawn: the value of an image editor: its `background` and its `layers`, as PIL images.
+            count, steps, sampler, seed, eta, chosen, scale: the fields.
+        """
+        if not drawn or drawn.get("background") is None:
+            raise refused("there is no image yet: upload one first")
+        size, channels = self.page.shape[:0:-1], self.page.shape[0]  # (width, height)
+        image = drawn["background"]
+        mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}.get(channels)
+        if mode is None:
+            raise refused(f"the model's images have {channels} channels, and an uploaded image cannot have them")
+        if channels in (1, 3):  # what is transparent becomes white
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        known = np.asarray(ImageOps.fit(image.convert(mode), size), dtype=np.float32) / 255
+        painted = np.zeros((size[1], size[0]), dtype=bool)
+        for layer in drawn.get("layers") or ():
+            alpha = layer.convert("RGBA").getchannel("A").point(lambda value: 255 * (value > 0))
+            painted |= np.asarray(ImageOps.fit(alpha, size, Image.Resampling.BOX)) > 0
+        known = np.where(painted[..., None], np.nan, known.reshape(*painted.shape, channels))
+        samples = self._complete(known, count, steps, sampler, seed, eta, chosen, scale)
+        shown = np.where(np.isnan(known), 0.5, known)
+        return self.page.picture(np.concatenate([shown[None], samples]))
+
+    def forecast(self, file, columns, points, count, steps, sampler, seed, eta, chosen=EVERY_CLASS, scale=1.0):
+        """Return the plot of the values that follow the end of columns of a table: median, 50% and 90% bands.
+
+        Missing values among the last rows are filled too.
+
+        Args:
+            file: the path of a CSV file.
+            columns: the names of the model's channels, separated by commas; empty: the first columns of numbers.
+            points: the number of values after the end of the table.
+            count, steps, sampler, seed, eta, chosen, scale: the fields.
+        """
+        points = whole("new values", points, 1, self.page.shape[1] - 1)
+        history = self._history(file, columns, self.page.shape[1] - points)
+        known = np.concatenate([history, np.full((self.page.shape[0], points), np.nan)], axis=1)
+        samples = self._complete(known, count, steps, sampler, seed, eta, chosen, scale)
+        return self._fan(known, samples)
+
+    def _history(self, file, columns, rows: int) -> np.ndarray:
+        """Return the last rows of a table's columns, (C, rows), where missing values are NaN.
+
+        Columns without names have the names 0, 1, 2, ...
+
+        Raises:
+            gr.Error: if the file is no table with these columns of numbers, or has fewer rows.
+        """
+        if not file:
+            raise refused("there is no file yet: upload a CSV file first")
+        channels = self.page.shape[0]
+        try:
+            table = pd.read_csv(file, header=None, dtype=str, comment="#", skipinitialspace=True)
+        except (ValueError, OSError) as error:  # pandas' own errors, and those of the encoding, are ValueErrors
+            raise refused(f"the file cannot be read as CSV: {error}") from error
+        numbers = table.apply(pd.to_numeric, errors="coerce")
+        has_names = numbers.iloc[0].isna().all()  # the first line may name the columns
+        labels = [str(name).strip() for name in (table.iloc[0] if has_names else table.columns)]
+        numbers = numbers[int(has_names) :].to_numpy(dtype=np.float64).T
+        names = [name.strip() for name in (columns or "").split(",") if name.strip()]
+        names = names or [name for name, row in zip(labels, numbers) if np.isfinite(row).any()][:channels]
+        missing = [name for name in names if name not in labels]
+        if missing:
+            raise refused(f"the file has no column {', '.join(missing)}; its columns are {', '.join(labels[:20])}")
+        if len(names) != channels:
+            raise refused(f"the file must give as many columns of numbers as the model has channels, {channels}, got "
+                          f"{len(names)}")  # fmt: skip
+        values = numbers[[labels.index(name) for name in names]]
+        if values.shape[1] < rows:
+            raise refused(f"the columns must have at least {rows} rows before the new values, got {values.shape[1]}")
+        history = values[:, -rows:]
+        if not np.isfinite(history).any(axis=1).all():
+            raise refused(f"each of the columns {', '.join(names)} must have a number among its last {rows} rows")
+        return np.where(np.isfinite(history), history, np.nan)
+
+    def _complete(self, known, count, steps, sampler, seed, eta, chosen, scale) -> np.ndarray:
+        """Return completions (count, ...) of one item, which is NaN where it is unknown."""
+        passes = 1 if self.page.is_told else PASSES
+        count, steps, condition, generators = self.page.asked(count, steps, seed, chosen, scale, passes)
+        if not np.isnan(known).any():
+            raise refused("nothing is unknown yet: paint over the part to be made anew")
+        with self.page.sampler(sampler, steps, eta) as options:
+            (samples,) = self.page.pipe.inpaint(
+                known[None], num_samples=count, generator=generators, jump_n_sample=passes, **condition, **options
+            )
+        return samples
+
+    def _fan(self, known: np.ndarray, samples: np.ndarray) -> Image.Image:
+        """Return one picture of a sequence (C, length), NaN where unknown, and completions (N, C, length)."""
+        figure = Figure(figsize=(12, 2.6 * len(known) + 0.5), layout="constrained", dpi=80)
+        axes = figure.subplots(len(known), 1, sharex=True, squeeze=False).ravel()
+        times = np.arange(known.shape[1])
+        for channel, axis in enumerate(axes):
+            quantiles = np.quantile(samples[:, channel], (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
+            low_90, low_50, median, high_50, high_90 = quantiles
+            axis.fill_between(times, low_90, high_90, color="tab:orange", alpha=0.25, linewidth=0, label="90% band")
+            axis.fill_between(times, low_50, high_50, color="tab:orange", alpha=0.45, linewidth=0, label="50% band")
+            axis.plot(times, median, color="tab:red", linewidth=1.2, label="median")
+            axis.plot(times, known[channel], color="tab:blue", linewidth=1.4, label="known")
+            axis.grid(alpha=0.25)
+        axes[0].legend(loc="upper left", fontsize=8)
+        return drawn_figure(figure)
 
 
 def build_page(pipe, title: str) -> gr.Blocks:
@@ -309,34 +449,70 @@ def build_page(pipe, title: str) -> gr.Blocks:
             line = gr.Image(show_label=False, format="png", elem_id="line")
         trajectory = gr.State(time_to_live=CLEAN_AFTER)
         fields = [count, steps, sampler, seed, eta, chosen, scale]
+        if page.completes:
+            _add_completing(page, fields)
         button.click(page.generate, fields, [samples, trajectory, step, frame])
         step.input(page.look_back, [trajectory, step], frame, trigger_mode="always_last", show_progress="hidden")
         walk.click(page.interpolate, [seed, other, points, steps, sampler, chosen, scale], line)
+    blocks.takes_files = page.completes
     return blocks.queue(default_concurrency_limit=1, max_size=MOST_WAITING)  # one pipeline, one sampler at a time
 
 
-class SmallRequests:
-    """Middleware that refuses uploaded files, and requests that are larger than what the page's fields send."""
+def _add_completing(page: Page, fields: list) -> None:
+    """Add the tab in which visitors complete their own data to the page that is being built."""
+    completing = Completing(page)
+    with gr.Tab("Complete an image" if page.is_image else "Forecast"):
+        if page.is_image:
+            known = gr.ImageEditor(
+                type="pil", image_mode="RGBA", sources=["upload"], transforms=(), label="Paint over what is unknown",
+                brush=gr.Brush(colors=["#e0563b"], color_mode="fixed"), elem_id="known",
+            )  # fmt: skip
+            inputs, answer = [known], completing.complete_image
+        else:
+            length = page.shape[1]
+            with gr.Row():
+                known = gr.File(file_types=[".csv"], label="CSV file: rows are points in time", elem_id="known")
+                with gr.Column():
+                    text = "Columns of the channels, separated by commas (empty: the first columns of numbers)"
+                    columns = gr.Textbox("", label=text, max_length=1000, elem_id="columns")
+                    text = f"New values (1 to {length - 1})"
+                    points = gr.Number(max(1, length // 4), label=text, elem_id="new")
+            inputs, answer = [known, columns, points], completing.forecast
+        button = gr.Button("Complete", variant="primary", elem_id="complete")
+        completed = gr.Image(show_label=False, format="png", elem_id="completed")
+        button.click(answer, inputs + fields, completed)
 
-    def __init__(self, app):
-        self.app = app
+
+class SmallRequests:
+    """Middleware that refuses requests that are larger than what the page's fields send, and most uploaded files.
+
+    Args:
+        app: the application.
+        takes_files: True for a page to which images or tables of at most `LARGEST_FILE` bytes may be uploaded.
+    """
+
+    def __init__(self, app, takes_files: bool = False):
+        self.app, self.takes_files = app, takes_files
 
     async def __call__(self, scope, receive, send):
-        received = 0
+        uploads = (
+            scope["type"] == "http" and scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/upload")
+        )
+        most, received = LARGEST_FILE if uploads else LARGEST_REQUEST, 0
 
         async def receive_little():
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            return message if received <= LARGEST_REQUEST else {"type": "http.disconnect"}
+            return message if received <= most else {"type": "http.disconnect"}
 
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/upload"):
+        if uploads and not self.takes_files:
             answer = PlainTextResponse("this page takes no files", status_code=403)
-        elif not length.isdigit() or int(length) > LARGEST_REQUEST:
-            answer = PlainTextResponse(f"a request may have at most {LARGEST_REQUEST:,} bytes", status_code=413)
+        elif not length.isdigit() or int(length) > most:
+            answer = PlainTextResponse(f"a request may have at most {most:,} bytes", status_code=413)
         else:
             return await self.app(scope, receive_little, send)
         return await answer(scope, receive, send)
@@ -349,5 +525,8 @@ def serve(blocks: gr.Blocks, **options):
         blocks: the page.
         options: further arguments of gradio's `launch`.
     """
-    limits = {"max_file_size": LARGEST_REQUEST, "state_session_capacity": MOST_VISITORS}
-    return blocks.launch(**limits, app_kwargs={"middleware": [Middleware(SmallRequests)]}, **options)
+    takes_files = getattr(blocks, "takes_files", False)
+    largest = LARGEST_FILE if takes_files else LARGEST_REQUEST
+    limits = {"max_file_size": largest, "state_session_capacity": MOST_VISITORS}
+    middleware = [Middleware(SmallRequests, takes_files=takes_files)]
+    return blocks.launch(**limits, app_kwargs={"middleware": middleware}, **options)

@@ -31,7 +31,9 @@ from ddpm_hf.hub.page import (
     MOST_SAMPLES,
     NO_CLASS,
     OWN,
+    PASSES,
     STOCK,
+    Completing,
     Page,
     between,
     build_page,
@@ -263,17 +265,28 @@ def test_frames_are_kept_as_far_as_memory_is_allowed(kind, monkeypatch):
     assert np.array_equal(page.look_back(frames, slider.maximum), picture)
 
 
-def test_files_and_large_requests_are_refused(port):
-    """Every file, a request that says that it is large, and one that is without saying so (status None: cut off)."""
-    blocks = build_page(make("images"), "x")
+@pytest.mark.parametrize("completes", [False, True])
+def test_files_and_large_requests_are_refused(completes, port):
+    """A request that says that it is large, and one that is without saying so (status None: cut off). A page that does
+    not complete takes no file, and one that does takes no large one."""
+    pipe = make("images")
+    if not completes:
+        pipe.unet.register_to_config(condition_channels=2)  # a paired condition, which visitors cannot give
+    blocks = build_page(pipe, "x")
     assert blocks.delete_cache == (600, 3600)
     serve(blocks, server_port=port, prevent_thread_lock=True, quiet=True)
     large = b'{"data": ["' + b"x" * 2_000_000 + b'"]}'
-    file = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nx\r\n--b--\r\n'
+    file = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n%s\r\n--b--\r\n'
     try:
         assert blocks.state_session_capacity == 8
         for path, body, kind, expected in (
-            ("upload", file, "multipart/form-data; boundary=b", (403,)),
+            ("upload", file % b"x", "multipart/form-data; boundary=b", (200,) if completes else (403,)),
+            (
+                "upload",
+                file % bytes(9_000_000),
+                "multipart/form-data; boundary=b",
+                (413, None) if completes else (403, None),
+            ),
             ("queue/join", large, "application/json", (413,)),
             ("queue/join", iter([large]), "application/json", (400, 500, None)),
             ("queue/join", b"{}", "application/json", (422,)),
@@ -392,6 +405,142 @@ def test_the_menu_of_classes():
         assert menu.visible is visible
         if visible:
             assert menu.choices[2:] == [("owl", 0), (EVERY_CLASS, 1), ("7", 2)]
+
+
+# -- completing ----------------------------------------------------------------------------------
+
+
+def drawn(image, *boxes):
+    """The value of an image editor: each box (left, top, right, bottom) is painted on a layer of its own."""
+    layers = []
+    for box in boxes:
+        layers.append(Image.new("RGBA", image.size))
+        layers[-1].paste((224, 86, 59, 255), box)
+    return {"background": image.convert("RGBA"), "layers": layers, "composite": None}
+
+
+def asked_of(pipe, monkeypatch):
+    """What `inpaint` is asked, with completions that are 0.25 where the data is unknown."""
+    calls = []
+
+    def inpaint(known, num_samples, **options):
+        calls.append({"known": known, "num_samples": num_samples, **options})
+        rows = np.repeat(known, num_samples, axis=0)
+        return (np.where(np.isnan(rows), 0.25, rows),)
+
+    monkeypatch.setattr(pipe, "inpaint", inpaint)
+    return calls
+
+
+def test_an_image_is_completed(monkeypatch):
+    """Only what was painted over is unknown, at the model's size; what is transparent is white; the picture shows the
+    image with its hole, and the completions."""
+    pipe = make("images")
+    calls = asked_of(pipe, monkeypatch)
+    image = Image.new("RGBA", (40, 40), (51, 51, 51, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 40, 10))
+    value = drawn(image, (10, 20, 20, 30), (30, 30, 31, 31))
+    picture = Completing(Page(pipe)).complete_image(value, 3, 2, OWN, 7, 0)
+    (call,) = calls
+    expected = np.full((8, 8), 0.2)
+    expected[:2] = 1
+    expected[4:6, 2:4] = expected[6, 6] = np.nan
+    np.testing.assert_allclose(call["known"], expected[None, ..., None], atol=0.1)  # resizing is bicubic
+    assert call["num_samples"] == 3 and call["jump_n_sample"] == PASSES and call["num_inference_steps"] == 2
+    assert [g.initial_seed() for g in call["generator"]] == [7 * MOST_SAMPLES + i for i in range(3)]
+    assert picture.size[0] == picture.size[1]  # the hole and three completions
+
+
+def test_a_table_is_continued(tmp_path, monkeypatch):
+    """The last rows of the columns in the order asked for, then as many unknown values as asked for; missing values are
+    unknown too."""
+    pipe = make("sequences")  # two channels of 16 values
+    calls = asked_of(pipe, monkeypatch)
+    rows = np.arange(40.0).reshape(20, 2)
+    lines = [f"{a:g},x{i},{b:g}" for i, (a, b) in enumerate(rows)]
+    lines[-2] = "36,x,"
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["# made up", "up, name, down", *lines]))
+    completing = Completing(Page(pipe))
+    expected = np.concatenate([rows[-12:].T, np.full((2, 4), np.nan)], axis=1)
+    expected[1, 10] = np.nan
+    for columns, order in (("", [0, 1]), ("down, up", [1, 0])):
+        completing.forecast(str(table), columns, 4, 2, 2, OWN, 0, 0)
+        assert np.array_equal(calls[-1]["known"][0], expected[order], equal_nan=True)
+    bare = tmp_path / "bare.csv"
+    np.savetxt(bare, rows, delimiter=",")
+    completing.forecast(str(bare), "1,0", 4, 2, 2, OWN, 0, 0)
+    assert np.array_equal(calls[-1]["known"][0, :, :12], rows[-12:, ::-1].T)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"file": None}, "upload a CSV file first"),
+        ({"columns": "up,left"}, "no column left; its columns are up, down"),
+        ({"columns": "up"}, "as many columns of numbers as the model has channels, 2, got 1"),
+        ({"points": 16}, "new values must be a whole number from 1 to 15, got 16"),
+        ({"points": 5}, "at least 11 rows before the new values, got 10"),
+        ({"steps": 700, "count": 5}, "samples x steps must be at most 3,200, got 5 x 700"),
+        ({"sampler": STOCK[0]}, "GaussianScheduler"),
+    ],
+)
+def test_tables_that_cannot_be_continued(fields, says, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["up,down", *["1,2"] * 10]))
+    given = {
+        "file": str(table),
+        "columns": "",
+        "points": 8,
+        "count": 1,
+        "steps": 2,
+        "sampler": OWN,
+        "seed": 0,
+        "eta": 0,
+    }
+    with pytest.raises(gr.Error, match=says):
+        Completing(Page(make("sequences"))).forecast(**{**given, **fields})
+
+
+def test_files_and_drawings_that_are_none(tmp_path):
+    page = Completing(Page(make("images")))
+    for value, says in ((None, "upload one first"), (drawn(Image.new("L", (8, 8))), "paint over the part")):
+        with pytest.raises(gr.Error, match=says):
+            page.complete_image(value, 1, 2, OWN, 0, 0)
+    bad = tmp_path / "bad.csv"
+    for content, says in (
+        (b"\xff\xfe\x00", "cannot be read as CSV"),
+        (b"", "cannot be read"),
+        (b"a,b\nx,y\n", "got 0"),
+    ):
+        bad.write_bytes(content)
+        with pytest.raises(gr.Error, match=says):
+            Completing(Page(make("sequences"))).forecast(str(bad), "", 8, 1, 2, OWN, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_completing_by_the_pipeline_itself(kind, tmp_path):
+    """The same seed gives the same picture; another one another."""
+    page = Completing(Page(make(kind)))
+    if kind == "images":
+        value = drawn(Image.new("L", (16, 16), 90), (4, 4, 12, 12))
+        pictures = [np.asarray(page.complete_image(value, 2, 2, OWN, seed, 0)) for seed in (0, 0, 1)]
+    else:
+        np.savetxt(tmp_path / "x.csv", np.random.default_rng(0).normal(size=(12, 2)), delimiter=",")
+        table = str(tmp_path / "x.csv")
+        pictures = [np.asarray(page.forecast(table, "", 4, 2, 2, OWN, seed, 0)) for seed in (0, 0, 1)]
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
+
+
+def test_the_tab_is_there_where_the_pipeline_can_complete():
+    paired, told = make("images"), make("images")
+    for pipe in (paired, told):
+        pipe.unet.register_to_config(condition_channels=2)
+    told.register_to_config(condition="known")
+    for pipe, there in ((make("images"), True), (make("sequences"), True), (paired, False), (told, True)):
+        blocks = build_page(pipe, "x")
+        found = {getattr(part, "elem_id", None) for part in blocks.blocks.values()}
+        assert ("known" in found) is there and blocks.takes_files is there
 
 
 def test_between_two_noises():
