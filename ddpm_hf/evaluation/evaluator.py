@@ -63,6 +63,12 @@ class Evaluator:
         self.mirrored = self.is_image and (settings.random_flip or getattr(underlying(dataset), "random_flip", False))
         self.metrics = choose_metrics(settings.metrics, self.is_image, held_out is not None)
         settings.check()
+        compared = [metric for metric in self.metrics if metric not in HELD_OUT]
+        if getattr(underlying(dataset), "gaps", 0) and compared:
+            raise ValueError(
+                f"metrics must be of {', '.join(HELD_OUT)} for data with missing values, which samples cannot be "
+                f"compared with; got {', '.join(compared)}"
+            )
         item_size = 1 if isinstance(underlying(dataset), ImageDataset) else 4
         self.shared_memory = worker_memory(settings.workers, settings.batch_size, shape, item_size)
         check_shared_memory(self.shared_memory, settings.workers)

@@ -122,6 +122,8 @@ def _open(config: EvaluateConfig, run: dict, pipeline) -> tuple[Any, tuple]:
         options |= {"sequence_length": size[0]}
         if norm := run.get("options", {}).get("sequence_norm"):
             options["sequence_norm"] = norm
+        if pipeline.config.get("condition") == "known":  # its data may have missing values
+            options["condition"] = "known"
     dataset = build_dataset(TrainConfig(**source, **options, cache_gb=0))
     shape, expected = _first_shape(dataset, config.on_bad_image), (pipeline.unet.config.in_channels, *size)
     if shape != expected:

@@ -13,7 +13,6 @@ from ddpm_hf.config import TrainConfig
 from ddpm_hf.data.checking import check_shared_memory
 from ddpm_hf.evaluation.classes import DataClasses
 from ddpm_hf.evaluation.evaluator import EvalSettings, Evaluator
-from ddpm_hf.evaluation.settings import HELD_OUT
 from ddpm_hf.losses import first_step_warning
 from ddpm_hf.masks import check_strategy
 from ddpm_hf.pipeline import IMAGE_MODES
@@ -149,14 +148,16 @@ def global_batch_size(config: TrainConfig, feed, processes: int) -> int:
 
 def describe(config: TrainConfig, feed, model) -> str:
     """Return the options, the size of the model, the data found, and warnings of options that are hardly intended."""
-    warnings = filter(None, (warmup_warning(config), first_step_warning(config), precision_warning(config)))
+    warnings = [warmup_warning(config), first_step_warning(config), precision_warning(config)]
+    if feed.condition_shape is not None:
+        warnings.append("the model is not given the conditions of condition_column, which batches of the data have")
     parameters = sum(p.numel() for p in model.parameters())
     return (
         f"{config.to_yaml()}"
         f"model: {type(model).__name__}, {parameters:,} parameters\n"
         f"data: {'streamed' if feed.items is None else f'{feed.items:,}'} items of shape {feed.shape}"
         + "".join(f"\n{note}" for note in feed.notes)
-        + "".join(f"\nwarning: {warning}" for warning in warnings)
+        + "".join(f"\nwarning: {warning}" for warning in warnings if warning)
     )
 
 
@@ -203,12 +204,6 @@ def make_evaluator(config: TrainConfig, accelerator, feed) -> Evaluator | None:
     )  # fmt: skip
     classes = DataClasses.of(feed.labels, feed.dataset, feed.held_out)
     evaluator = Evaluator(accelerator, feed.dataset, feed.shape, settings, feed.held_out, classes)
-    measured = [name for name in evaluator.metrics if name not in HELD_OUT]
-    if getattr(feed.units, "gaps", 0) and measured:
-        raise ValueError(
-            f"eval_metrics must be of {', '.join(HELD_OUT)} for data with missing values, which no sample can be "
-            f"compared with; got {', '.join(measured)}"
-        )
     # the batches of training wait in shared memory meanwhile
     check_shared_memory(feed.shared_memory + evaluator.shared_memory, c.dataloader_num_workers)
     if c.metric_for_best not in (None, *evaluator.metrics):

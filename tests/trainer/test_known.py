@@ -1,10 +1,12 @@
 """Training a model that completes what is partly known: what the model sees, the loss, missing values, resuming."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import load_program
 from helpers import MODEL, config, metrics, state
 
 from ddpm_hf import DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D, train
@@ -16,6 +18,7 @@ from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.trainer.loop import Trainer
 from ddpm_hf.trainer.step import TrainingStep
 
+evaluate_script = load_program("evaluate")
 SHORT = {"max_train_steps": 3, "condition": "known", "dataset_name": None}
 
 
@@ -106,7 +109,7 @@ def test_missing_values_that_are_refused(tmp_path):
     data = SequenceDataset(waves(6, gaps=0.1), missing=True)
     with pytest.raises(ValueError, match="needs condition 'known'.* got condition None"):
         open_data(TrainConfig(), data)
-    with pytest.raises(ValueError, match="eval_metrics must be of held_out_loss.* got frechet"):
+    with pytest.raises(ValueError, match="metrics must be of held_out_loss.* got frechet"):
         train(config(tmp_path, **SHORT, train_batch_size=2, eval_steps=1, eval_num_samples=4), dataset=data)
 
 
@@ -155,6 +158,11 @@ def test_a_run_with_missing_values_is_resumed_to_the_bit(tmp_path, monkeypatch):
     pipe = DDPMPipeline1D.from_pretrained(result.pipeline_dir)
     assert pipe.config.condition == "known" and pipe.unet.config.condition_channels == 4
     assert np.isfinite(pipe(batch_size=2).sequences).all()
+    command = ["--pipeline", str(result.pipeline_dir), "--data", str(tmp_path / "x.npy"), "--num_inference_steps=2"]
+    assert evaluate_script.main([*command, "--metrics", "held_out_loss"]) == 0
+    records = json.loads((result.pipeline_dir / "evaluation.json").read_text())
+    assert all(np.isfinite(record["value"]) for record in records) and len(records) > 1
+    assert evaluate_script.main(command) == 2  # samples cannot be compared with it
 
 
 def test_images_with_classes(tmp_path):
