@@ -101,7 +101,7 @@ def drop_labels(labels: Tensor, numbers: Tensor, probability: float, no_class: i
 
     Args:
         labels: (B,) int64, the classes of the samples.
-        numbers: (B,) int64, the numbers of the samples, on the device of the labels.
+        numbers: (B,) int64, the numbers of the samples; without a copy if they are on the device of the labels.
         probability: probability of a replacement, from 0 to 1.
         no_class: the number that stands for "no class".
         key: an int64 number of its own: with the key of `training_draws` the draws would depend on each other.
@@ -109,7 +109,7 @@ def drop_labels(labels: Tensor, numbers: Tensor, probability: float, no_class: i
     Returns:
         (B,) int64.
     """
-    return labels.masked_fill(happens(random_words(key, numbers, 1)[:, 0], probability), no_class)
+    return labels.masked_fill(happens(random_words(key, numbers.to(labels.device), 1)[:, 0], probability), no_class)
 
 
 def first_step_warning(config) -> str | None:
@@ -144,7 +144,7 @@ def immiscible_assignment(x0: Tensor, noise: Tensor) -> Tensor:
     Returns:
         (B,) indices i on the device of the noise: sample k takes noise[i[k]].
     """
-    distance = torch.cdist(x0.flatten(1).float(), noise.flatten(1).float())
+    distance = torch.cdist(x0.to(noise.device).flatten(1).float(), noise.flatten(1).float())
     _, columns = linear_sum_assignment(distance.cpu().numpy())
     return torch.from_numpy(columns).to(noise.device)
 
@@ -172,7 +172,7 @@ def diffusion_loss(
             they are given; returns its prediction in `.sample`.
         scheduler: a `GaussianScheduler`, whose `prediction_type` says what the target is.
         x0: data in [-1, 1], `(B, C, *spatial)`.
-        timesteps: (B,) integers in [0, T).
+        timesteps: (B,) integers in [0, T); without a copy if they are on the device of x0.
         noise: standard normal noise, shaped as x0.
         min_snr_gamma: upper bound of the SNR in the weight; None: no bound.
         weighting: "snr" for the weights of `GaussianScheduler.loss_weights`; "uniform" for 1 at every timestep, for any
@@ -190,7 +190,8 @@ def diffusion_loss(
             there is none; None: over all.
 
     Raises:
-        ValueError: shapes do not fit, `weighting` is unknown, or the model's output is not shaped as the target.
+        ValueError: shapes or devices do not fit, `weighting` is unknown, or the model's output is not shaped as the
+            target.
     """
     if noise.shape != x0.shape or timesteps.shape != x0.shape[:1]:
         raise ValueError(
@@ -200,6 +201,11 @@ def diffusion_loss(
     for name, mask in (("known", known), ("counted", counted)):
         if mask is not None and mask.shape != x0.shape:
             raise ValueError(f"{name} must be shaped as x0, {tuple(x0.shape)}, got {tuple(mask.shape)}")
+    places = [x.device for x in (noise, known, counted) if x is not None]
+    if any(place != x0.device for place in places):
+        got = ", ".join(map(str, places))
+        raise ValueError(f"noise, known and counted must be on the device of x0, {x0.device}; got {got}")
+    timesteps = timesteps.to(x0.device)
     if class_labels is not None and class_labels.shape != timesteps.shape:
         raise ValueError(f"class_labels must have the shape ({len(x0)},), got {tuple(class_labels.shape)}")
     if weighting not in LOSS_WEIGHTINGS:

@@ -91,6 +91,7 @@ def random_words(key: int | Tensor, numbers: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: `count` is above 2^28.
     """
+    key = key.to(numbers.device) if isinstance(key, Tensor) else key
     if count > 2**WORD_BITS:
         raise ValueError(f"a sample can have at most 2^{WORD_BITS} random words, got {count}")
     first = (numbers << WORD_BITS) + key

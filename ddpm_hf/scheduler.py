@@ -762,11 +762,23 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         """Return half-precision tensors as float32, in which they are computed with; others as they are."""
         return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
+    @classmethod
+    def _pair(cls, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both tensors as `_wide` does.
+
+        Raises:
+            ValueError: they are on different devices.
+        """
+        if x.device != y.device:
+            raise ValueError(f"the tensors must be on one device, got {x.device} and {y.device}")
+        return cls._wide(x), cls._wide(y)
+
     # -----------------------------------------------------------------------------------------
     # Forward process and targets
     #
     # Shapes in this section: x_t, x0, epsilon (`noise`) and v are `(B, C, *spatial)`; t is an integer, or a 0-d or (B,)
-    # tensor of integers in [0, T). Results have the dtype of the first tensor.
+    # tensor of integers in [0, T), on any device. Results have the dtype of the first tensor. Tensors of data on
+    # different devices raise a ValueError.
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
         """Return x_t for x0 and epsilon (DDPM, equation 4).
@@ -776,37 +788,37 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
             noise: epsilon, shaped as x0.
             timesteps: t in [0, T); an integer, or a 0-d or (B,) tensor of integers.
         """
-        x0, epsilon = self._wide(original_samples), self._wide(noise)
+        x0, epsilon = self._pair(original_samples, noise)
         signal, spread = self._rates(timesteps, x0)
         return (signal * x0 + spread * epsilon).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
         """Return v for x0 (`sample`) and epsilon (`noise`) (Salimans & Ho, appendix D); arguments as in `add_noise`."""
-        x0, epsilon = self._wide(sample), self._wide(noise)
+        x0, epsilon = self._pair(sample, noise)
         signal, spread = self._rates(timesteps, epsilon)
         return (signal * epsilon - spread * x0).to(noise.dtype)
 
     def x0_from_epsilon(self, x_t: Tensor, t: int | Tensor, epsilon: Tensor) -> Tensor:
         """Return x0 = (x_t - sqrt(1 - abar) epsilon) / sqrt(abar), equation 4 of DDPM solved for x0."""
-        x, epsilon = self._wide(x_t), self._wide(epsilon)
+        x, epsilon = self._pair(x_t, epsilon)
         signal, spread = self._rates(t, x)
         return ((x - spread * epsilon) / signal).to(x_t.dtype)
 
     def x0_from_v(self, x_t: Tensor, t: int | Tensor, v: Tensor) -> Tensor:
         """Return x0 = sqrt(abar) x_t - sqrt(1 - abar) v (Salimans & Ho, appendix D)."""
-        x, v = self._wide(x_t), self._wide(v)
+        x, v = self._pair(x_t, v)
         signal, spread = self._rates(t, x)
         return (signal * x - spread * v).to(x_t.dtype)
 
     def epsilon_from_x0(self, x_t: Tensor, t: int | Tensor, x0: Tensor) -> Tensor:
         """Return epsilon = (x_t - sqrt(abar) x0) / sqrt(1 - abar), equation 4 of DDPM solved for epsilon."""
-        x, x0 = self._wide(x_t), self._wide(x0)
+        x, x0 = self._pair(x_t, x0)
         signal, spread = self._rates(t, x)
         return ((x - signal * x0) / spread).to(x_t.dtype)
 
     def epsilon_from_v(self, x_t: Tensor, t: int | Tensor, v: Tensor) -> Tensor:
         """Return epsilon = sqrt(1 - abar) x_t + sqrt(abar) v (Salimans & Ho, appendix D)."""
-        x, v = self._wide(x_t), self._wide(v)
+        x, v = self._pair(x_t, v)
         signal, spread = self._rates(t, x)
         return (spread * x + signal * v).to(x_t.dtype)
 
@@ -834,7 +846,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         At t = 0 the mean is x0, the variance 0 and its logarithm minus infinity. Half-precision tensors give a float32
         distribution.
         """
-        x0, x_t = self._wide(x0), self._wide(x_t)
+        x0, x_t = self._pair(x0, x_t)
         mean = self._at("posterior_of_x0", t, x_t) * x0 + self._at("posterior_of_x_t", t, x_t) * x_t
         return GaussianPosterior(
             mean=mean,
@@ -987,7 +999,8 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
             return_dict: return a record; otherwise the tuple (x_s, estimate of x0).
 
         Raises:
-            ValueError: a timestep that was not chosen, an eta outside its range, or a model output of another shape.
+            ValueError: a timestep that was not chosen, an eta outside its range, or a model output of another shape or
+                on another device.
         """
         t = int(timestep)
         s = self.previous_timestep(t)
@@ -1008,7 +1021,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(deviation, Tensor) or deviation > 0:
             if variance_noise is None:
                 variance_noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
-            prev_sample = mean + deviation * variance_noise
+            prev_sample = mean + deviation * variance_noise.to(x_t.device)
         prev_sample, x0 = prev_sample.to(sample.dtype), x0.to(sample.dtype)
         if not return_dict:
             return (prev_sample, x0)
@@ -1033,7 +1046,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
                 f"model_output must have {channels} channels and else the shape of sample, {tuple(sample.shape)}, with "
                 f"variance_type={self.config.variance_type}; got {tuple(model_output.shape)}"
             )
-        output = self._wide(model_output)
+        output, _ = self._pair(model_output, sample)
         return output.chunk(2, dim=1) if learned else (output, None)
 
     def _step_coefficients(self, t: int, s: int) -> tuple[float, float, float, float]:

@@ -592,7 +592,7 @@ class UNetBody(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"x_self_cond must have sample's shape {tuple(sample.shape)}, got {tuple(x_self_cond.shape)}"
             )
-        return torch.cat((x_self_cond, sample), dim=1)
+        return torch.cat((x_self_cond.to(sample.device), sample), dim=1)
 
     def _with_condition(self, sample: Tensor, condition: Tensor | None, like: Tensor) -> Tensor:
         """Put the condition, or zeros, after the channels of the sample if the model takes it; `like` is x_t."""
@@ -606,7 +606,7 @@ class UNetBody(ModelMixin, ConfigMixin):
             condition = like.new_zeros(shape)
         if condition.shape != shape:
             raise ValueError(f"condition must have the shape {tuple(shape)}, got {tuple(condition.shape)}")
-        return torch.cat((sample, condition.to(sample.dtype)), dim=1)
+        return torch.cat((sample, condition.to(sample.device, sample.dtype)), dim=1)
 
     def _checked_labels(self, labels: Tensor | None, sample: Tensor) -> Tensor | None:
         """Return the labels on the sample's device, (1,) "no class" for None; None for a model without classes."""
@@ -640,7 +640,7 @@ class UNetBody(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> UNetOutput | tuple:
-        """Predict epsilon, x0 or v, as trained.
+        """Predict epsilon, x0 or v, as trained. Other tensors are moved to the device of `sample`, the model's.
 
         Args:
             sample: x_t, `(B, in_channels, *spatial)`; each spatial size a multiple of `downsample_factor`.

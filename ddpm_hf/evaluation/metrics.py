@@ -138,13 +138,13 @@ Mirror = Callable[[Tensor], Tensor]  # a function from rows (n, D) to their mirr
 
 
 def distinct(x: Tensor, mirror: Mirror | None = None) -> Tensor:
-    """Return the indices of the rows of x (N, D) that differ from all rows before them.
+    """Return the indices, on the CPU, of the rows of x (N, D) that differ from all rows before them.
 
     Args:
         x: the rows.
         mirror: if given, rows that are each other's mirror images count as equal.
     """
-    rows = (x + 0.0).numpy()  # -0 becomes 0
+    rows = (x + 0.0).cpu().numpy()  # -0 becomes 0
     keys: list[bytes] = [row.tobytes() for row in rows]
     if mirror is not None:
         keys = [min(key, row.tobytes()) for key, row in zip(keys, mirror(torch.from_numpy(rows)).numpy())]
@@ -157,7 +157,7 @@ def distinct(x: Tensor, mirror: Mirror | None = None) -> Tensor:
 def nearest(
     queries: Tensor, reference: Tensor, exclude: Tensor | None = None, mirror: Mirror | None = None, chunk: int = 512
 ) -> Neighbours:
-    """Find the row of `reference` (N, D) that is nearest to each of `queries` (n, D).
+    """Find the row of `reference` (N, D) that is nearest to each of `queries` (n, D), on the device of the queries.
 
     Args:
         queries: the vectors whose neighbours are looked for.
@@ -166,6 +166,8 @@ def nearest(
         mirror: if given, the distance to a row is the smaller one of those to it and to its mirror image.
         chunk: the number of queries that are compared at once.
     """
+    reference = reference.to(queries.device)
+    exclude = None if exclude is None else exclude.to(queries.device)
     if mirror is not None:  # mirroring the query gives the same distance as mirroring the row
         straight, turned = (nearest(q, reference, exclude, chunk=chunk) for q in (queries, mirror(queries)))
         nearer = turned.distance < straight.distance
@@ -201,7 +203,7 @@ def too_close(queries: Tensor, reference: Tensor, own: Tensor | None = None, mir
             real data, each item left out in turn; a sampler that copies nothing would have that rate.
         mirror: if given, a row and its mirror image are one item, so mirrored copies are copies.
     """
-    own = None if own is None else own[:, None]
+    reference, own = reference.to(queries.device), None if own is None else own[:, None].to(queries.device)
     found = nearest(queries, reference, own, mirror)
     itself = found.index[:, None]
     excluded = itself if own is None else torch.cat((itself, own), dim=1)
