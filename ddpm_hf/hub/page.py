@@ -389,10 +389,12 @@ class Completing:
         count, steps, condition, generators = self.page.asked(count, steps, seed, chosen, scale, passes)
         if not np.isnan(known).any():
             raise refused("nothing is unknown yet: paint over the part to be made anew")
+        jump = max(1, min(10, steps // 4))  # a chain of no more steps than a jump has would have no jumps
         with self.page.sampler(sampler, steps, eta) as options:
             (samples,) = self.page.pipe.inpaint(
-                known[None], num_samples=count, generator=generators, jump_n_sample=passes, **condition, **options
-            )
+                known[None], num_samples=count, generator=generators, jump_length=jump, jump_n_sample=passes,
+                **condition, **options,
+            )  # fmt: skip
         return samples
 
     def _fan(self, known: np.ndarray, samples: np.ndarray) -> Image.Image:

@@ -185,6 +185,14 @@ def test_a_visit(kind, browser, port, tmp_path):
         page.tab(2)
         page.fill("points", 3)
         assert page.press("walk", "line").shape[1] > 200
+
+        page.tab(3)
+        (drop,) = page.wait(lambda: page.find("#known"))
+        if kind == "sequences":
+            np.savetxt(tmp_path / "table.csv", np.random.default_rng(0).normal(size=(12, 2)), delimiter=",")
+            page.wait(lambda: page.find("#known input[type=file]"))[0].send_keys(str(tmp_path / "table.csv"))
+            page.wait(lambda: "table" in drop.text)
+            assert page.press("complete", "completed").std() > 5
         assert "Traceback" not in server.text()
 
 
