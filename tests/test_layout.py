@@ -1,8 +1,10 @@
-"""The house: imports point downwards, and the programs work from an installed wheel."""
+"""The layout: imports point downwards, nothing is too long, and the programs work from an installed wheel."""
 
+import ast
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from conftest import ROOT, run_program
 from importlinter.cli import lint_imports
@@ -44,6 +46,7 @@ def test_the_programs_work_from_a_wheel(tmp_path):
                "--ddpm_num_inference_steps=2", "--output_dir=run"]  # fmt: skip
     program = """
 import sys
+from pathlib import Path
 import ddpm_hf
 from ddpm_hf.commands import convert, demo, evaluate, publish, train
 print(ddpm_hf.__file__)
@@ -61,3 +64,49 @@ def test_the_layout_page_names_every_file():
     for file in (ROOT / "ddpm_hf").rglob("*.py"):
         if file.name not in ("__init__.py", "version.py") and file.parent.name != "commands":
             assert file.name in page, file
+
+
+LIMITS = {"file": 600, "class": 250, "function": 60}  # lines
+REASON = "longer than"  # in a comment directly above a class or function, or in the opening docstring of a file
+
+
+def too_long(file: Path) -> list[str]:
+    """Return a line for the file, and for each class and function in it, that is past its limit without a reason."""
+    text = file.read_text(encoding="utf-8")
+    lines, tree = text.splitlines(), ast.parse(text)
+    found = []
+    if len(lines) > LIMITS["file"] and REASON not in (ast.get_docstring(tree) or ""):
+        found.append(f"{file.name} has {len(lines)} lines")
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        kind = "class" if isinstance(node, ast.ClassDef) else "function"
+        length = node.end_lineno - node.lineno + 1
+        above = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+        comment = []
+        while above > 0 and lines[above - 1].lstrip().startswith("#"):
+            above -= 1
+            comment.append(lines[above])
+        if length > LIMITS[kind] and REASON not in " ".join(reversed(comment)):
+            found.append(f"{file.name}:{node.lineno} {kind} {node.name} has {length} lines")
+    return found
+
+
+def test_what_is_long_says_why():
+    """Files, classes and functions keep to `LIMITS`, or say why they do not."""
+    files = [file for room in ("ddpm_hf", "training", "tests") for file in sorted((ROOT / room).rglob("*.py"))]
+    found = [line for file in files for line in too_long(file)]
+    assert not found, "\n".join(found)
+
+
+def test_the_lengths_are_counted(tmp_path):
+    """A function of 61 lines is found, also a decorated one in a class, and is let be with a reason above it."""
+    body = "    @staticmethod\n    def f():\n" + "        x = 1\n" * 60
+    file = tmp_path / "long.py"
+    for reason, found in (("", ["long.py:3 function f has 61 lines"]), ("    # longer than 60 lines: a test\n", [])):
+        file.write_text(f"class C:\n{reason}{body}")
+        assert too_long(file) == found
+    file.write_text("x = 1\n" * 601)
+    assert too_long(file) == ["long.py has 601 lines"]
+    file.write_text('"""This file is longer than 600 lines: a test."""\n' + "x = 1\n" * 601)
+    assert too_long(file) == []
