@@ -149,6 +149,46 @@ def immiscible_assignment(x0: Tensor, noise: Tensor) -> Tensor:
     return torch.from_numpy(columns).to(noise.device)
 
 
+def _check_inputs(x0: Tensor, timesteps: Tensor, noise: Tensor, class_labels, known, counted, weighting) -> None:
+    """Check what is given to `diffusion_loss`."""
+    if noise.shape != x0.shape or timesteps.shape != x0.shape[:1]:
+        raise ValueError(
+            f"noise must be shaped as x0, {tuple(x0.shape)}, and timesteps ({len(x0)},); "
+            f"got {tuple(noise.shape)} and {tuple(timesteps.shape)}"
+        )
+    for name, mask in (("known", known), ("counted", counted)):
+        if mask is not None and mask.shape != x0.shape:
+            raise ValueError(f"{name} must be shaped as x0, {tuple(x0.shape)}, got {tuple(mask.shape)}")
+    places = [x.device for x in (noise, known, counted) if x is not None]
+    if any(place != x0.device for place in places):
+        got = ", ".join(map(str, places))
+        raise ValueError(f"noise, known and counted must be on the device of x0, {x0.device}; got {got}")
+    if class_labels is not None and class_labels.shape != timesteps.shape:
+        raise ValueError(f"class_labels must have the shape ({len(x0)},), got {tuple(class_labels.shape)}")
+    if weighting not in LOSS_WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(LOSS_WEIGHTINGS)}, got {weighting!r}")
+
+
+def _squared_error(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+    """Return the squared error (B,), at least float32, as the mean over all values, or over those that `counted` marks.
+
+    Raises:
+        ValueError: the prediction is not shaped as the target.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"the model must predict the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)} "
+            "(a model with learned variance cannot be trained with this loss)"
+        )
+    wide = torch.promote_types(target.dtype, torch.float32)
+    errors = (prediction.to(wide) - target.to(wide)).square().flatten(1)
+    if counted is None:
+        return errors.mean(dim=1)
+    counted = counted.flatten(1)
+    return errors.masked_fill(~counted, 0.0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+
+
+# This function is longer than 60 lines because it documents every part of the objective.
 def diffusion_loss(
     model,
     scheduler,
@@ -193,23 +233,8 @@ def diffusion_loss(
         ValueError: shapes or devices do not fit, `weighting` is unknown, or the model's output is not shaped as the
             target.
     """
-    if noise.shape != x0.shape or timesteps.shape != x0.shape[:1]:
-        raise ValueError(
-            f"noise must be shaped as x0, {tuple(x0.shape)}, and timesteps ({len(x0)},); "
-            f"got {tuple(noise.shape)} and {tuple(timesteps.shape)}"
-        )
-    for name, mask in (("known", known), ("counted", counted)):
-        if mask is not None and mask.shape != x0.shape:
-            raise ValueError(f"{name} must be shaped as x0, {tuple(x0.shape)}, got {tuple(mask.shape)}")
-    places = [x.device for x in (noise, known, counted) if x is not None]
-    if any(place != x0.device for place in places):
-        got = ", ".join(map(str, places))
-        raise ValueError(f"noise, known and counted must be on the device of x0, {x0.device}; got {got}")
+    _check_inputs(x0, timesteps, noise, class_labels, known, counted, weighting)
     timesteps = timesteps.to(x0.device)
-    if class_labels is not None and class_labels.shape != timesteps.shape:
-        raise ValueError(f"class_labels must have the shape ({len(x0)},), got {tuple(class_labels.shape)}")
-    if weighting not in LOSS_WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {', '.join(LOSS_WEIGHTINGS)}, got {weighting!r}")
     if immiscible:
         noise = noise[immiscible_assignment(x0, noise)]
     x_t = scheduler.add_noise(x0, noise, timesteps)
@@ -228,19 +253,7 @@ def diffusion_loss(
     # have no history, and the call below would take them, at least up to torch 2.9: most weights would get no gradient.
     # Turning the cache off around the estimate does not help: a model's own autocast (accelerate's) turns it on again.
     torch.clear_autocast_cache()
-    prediction = model(x_t, timesteps, **extra).sample
-    if prediction.shape != target.shape:
-        raise ValueError(
-            f"the model must predict the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)} "
-            "(a model with learned variance cannot be trained with this loss)"
-        )
-    wide = torch.promote_types(target.dtype, torch.float32)
-    errors = (prediction.to(wide) - target.to(wide)).square().flatten(1)
-    if counted is None:
-        loss = errors.mean(dim=1)
-    else:
-        counted = counted.flatten(1)
-        loss = errors.masked_fill(~counted, 0.0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+    loss = _squared_error(model(x_t, timesteps, **extra).sample, target, counted)
     if weighting == "snr":
         loss = loss * scheduler.loss_weights(timesteps, min_snr_gamma).to(loss)
     return DiffusionLoss(loss=loss, timesteps=timesteps)

@@ -631,6 +631,18 @@ class UNetBody(ModelMixin, ConfigMixin):
                 )
         return labels.to(sample.device, torch.int64)
 
+    @staticmethod
+    def _checked_timestep(timestep: Tensor | int | float, sample: Tensor) -> Tensor:
+        """Return the timestep, checked, as (B,), or as (1,) for all: its embedding is then made once."""
+        if isinstance(timestep, (int, float)):
+            timestep = torch.full((), timestep, device=sample.device)  # nothing is copied to a card
+        timestep = torch.as_tensor(timestep, device=sample.device)
+        if timestep.ndim > 1 or timestep.numel() not in (1, len(sample)):
+            raise ValueError(
+                f"timestep must be a number or have the shape ({len(sample)},), got {tuple(timestep.shape)}"
+            )
+        return timestep.reshape(-1)
+
     def forward(
         self,
         sample: Tensor,
@@ -663,14 +675,7 @@ class UNetBody(ModelMixin, ConfigMixin):
             shape = f"(batch, {self.config.in_channels}, {'height, width' if self.ndim == 2 else 'length'})"
             raise ValueError(f"sample must have the shape {shape}, got {tuple(sample.shape)}")
         check_size(sample.shape[2:], self.downsample_factor)
-        if isinstance(timestep, (int, float)):
-            timestep = torch.full((), timestep, device=sample.device)  # nothing is copied to a card
-        timestep = torch.as_tensor(timestep, device=sample.device)
-        if timestep.ndim > 1 or timestep.numel() not in (1, len(sample)):
-            raise ValueError(
-                f"timestep must be a number or have the shape ({len(sample)},), got {tuple(timestep.shape)}"
-            )
-        timestep = timestep.reshape(-1)  # one for all: its embedding is made once
+        timestep = self._checked_timestep(timestep, sample)
         class_labels = self._checked_labels(class_labels, sample)
         sample = self._with_condition(self._with_self_condition(sample, x_self_cond), condition, sample)
 

@@ -74,6 +74,8 @@ def make_plan(config, accelerator) -> Plan:
         obstacle = "the loss scaler of fp16 reads a number from the device in each step"
     elif config.immiscible:
         obstacle = "immiscible assigns the noise on the host"
+    elif config.gradient_checkpointing and config.dropout:
+        obstacle = "gradient_checkpointing keeps the state of the random generator, for dropout, on the host"
     if obstacle:
         return Plan(reason=f"steps are not captured as a CUDA graph: {obstacle}")
     # inductor chooses kernels by timing them, so that two starts of a run may not compute the same bits

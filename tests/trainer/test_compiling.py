@@ -71,6 +71,7 @@ def test_plans(options, found, plan):
         ({}, {"distributed_type": "FSDP"}, "FSDP"),
         ({"compile": "graphs"}, {"mixed_precision": "fp16"}, "loss scaler of fp16"),
         ({"immiscible": True}, {}, "immiscible assigns"),
+        ({"gradient_checkpointing": True, "dropout": 0.1}, {}, "gradient_checkpointing keeps"),
     ],
 )
 def test_what_cannot_be_captured_runs_without_and_says_why(options, found, word):
