@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, load_program, run_program
-from helpers import config
+from helpers import MODEL, config
 from PIL import Image
 
-from ddpm_hf import train
+from ddpm_hf import DDPMPipeline1D, GaussianScheduler, UNet1D, train
 
 EVALUATE = ROOT / "training" / "evaluate.py"
 evaluate_script = load_program("evaluate")
@@ -94,6 +94,18 @@ def test_items_to_complete(sequences, tmp_path, capsys):
     assert evaluate_script.main(command) == 2
     assert "--task forecast needs items that training does not see" in capsys.readouterr().err
     assert evaluate_script.main([*command, "--holdout=0"]) == 0
+
+
+def test_a_model_that_is_given_the_known_part(tmp_path):
+    """It completes with any scheduler, and its records name no jumps."""
+    unet = UNet1D(sample_size=32, in_channels=2, condition_channels=4, **MODEL)
+    DDPMPipeline1D(unet, GaussianScheduler(), condition="known").save_pretrained(tmp_path / "pipeline")
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(6, 2, 32)))
+    command = [f"--pipeline={tmp_path}/pipeline", f"--data={tmp_path}/data.npy", "--task=impute", *FAST]
+    assert evaluate_script.main([*command, "--sampler=DDIMScheduler"]) == 0
+    records = json.loads((tmp_path / "pipeline" / "completion.json").read_text())
+    assert {r.get("scheduler") for r in records} == {"DDIMScheduler", None}
+    assert {r.get("channel") for r in records} == {None, 0, 1} and not any("jump_length" in r for r in records)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over processes is tested on Linux")
