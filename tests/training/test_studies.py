@@ -5,12 +5,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, load_program, run_program
 from PIL import Image
 
-from ddpm_hf import TrainConfig
+from ddpm_hf import DDPMPipeline, GaussianScheduler, TrainConfig, UNet2D
+from ddpm_hf.config import read_yaml
+from ddpm_hf.data import open_data
 
 common = load_program("studies/common")
+guidance = load_program("studies/guidance")
 recipe = load_program("studies/recipe")
 samplers = load_program("studies/samplers")
 
@@ -136,3 +140,21 @@ def test_the_share_of_time_is_that_of_the_first_point_as_near(tmp_path):
     assert row == "| 0 | 0.500, 100 s | 0.600, 20 s | 0.300, 20 s | 1/10.0 |"
     answer("ours", (5, 0.8))
     assert "not reached" in recipe.report_curves(tmp_path, "digits")
+
+
+def test_guidance_is_measured_with_a_classifier_of_the_digits(tmp_path):
+    """The classifier learns the digits in two epochs better than chance, and every setting gets a row."""
+    feed = open_data(TrainConfig(**read_yaml(str(guidance.PRESET))))
+    x, y = guidance.items_and_classes(feed.held_out, feed.labels)
+    assert x.shape == (100, 1, 8, 8) and x.min() >= 0 and x.max() <= 1
+    network = guidance.train_classifier(*guidance.items_and_classes(feed.dataset, feed.labels), epochs=2)
+    assert (network(x).argmax(dim=1) == y).double().mean() > 0.5
+    torch.jit.trace(network, x[:2]).save(str(tmp_path / "classifier.pt"))
+    unet = UNet2D(sample_size=8, in_channels=1, dim=8, dim_mults=[1, 2], num_class_embeds=10)
+    pipe = DDPMPipeline(unet.eval(), GaussianScheduler(), id2label={str(i): str(i) for i in range(10)})
+    pipe.set_progress_bar_config(disable=True)
+    pipe.use_fast_sampler()
+    settings = [(1.0, (0.0, 1.0)), (2.0, (0.2, 0.8))]
+    rows = guidance.measure(pipe, feed, tmp_path / "classifier.pt", settings, num_samples=20)
+    assert [row[:2] for row in rows] == settings
+    assert all(0 <= agreement <= 1 and fid > 0 for _, _, agreement, fid in rows)
