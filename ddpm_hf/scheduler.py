@@ -263,10 +263,8 @@ def _is_one_of(value, allowed: Sequence[str]) -> bool:
 
 
 def _is_number(value) -> bool:
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-    except OverflowError:  # an integer that no float can hold
-        return False
+    # compared with the largest float: an integer above it has no float; `math.isfinite` would end a compiled graph
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= torch.finfo(float).max
 
 
 def _is_whole(value) -> bool:
