@@ -166,15 +166,19 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        out = _attend_merged(self, tokens) if _can_merge(self, tokens) else self._attend(tokens)
+        return self.norm_out(rearrange(out, "b (h w) c -> b c h w", w=x.shape[3])) + x
+
+    def _attend(self, tokens: Tensor) -> Tensor:
+        """Attend among tokens, (B, N, C)."""
         q, k, v = rearrange(self.to_qkv(tokens), "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads)
         if self.mem_kv is not None:
-            mem_k, mem_v = repeat(self.mem_kv.to(k.dtype), "kv heads d m -> kv b heads m d", b=len(x))
+            mem_k, mem_v = repeat(self.mem_kv.to(k.dtype), "kv heads d m -> kv b heads m d", b=len(tokens))
             k, v = torch.cat((mem_k, k), dim=2), torch.cat((mem_v, v), dim=2)
         # the type is named because autocast would otherwise make these float32, and narrow them again below
         q, k = q.softmax(dim=3, dtype=q.dtype), k.softmax(dim=2, dtype=k.dtype)
         context = k.transpose(2, 3) @ v * self.scale  # (b, heads, d, d)
-        out = self.to_out(rearrange(q @ context, "b heads n d -> b n (heads d)"))
-        return self.norm_out(rearrange(out, "b (h w) c -> b c h w", w=x.shape[3])) + x
+        return self.to_out(rearrange(q @ context, "b heads n d -> b n (heads d)"))
 
 
 class TimeEmbedding(nn.Module):
@@ -229,6 +233,49 @@ class Upsample(nn.Module):
 
 # ---------------------------------------------------------------------------------------------
 # Fast forms. Each says which plain form it equals, when it is chosen, what it gains and which test compares them.
+
+
+def _can_merge(attention: LinearAttention, tokens: Tensor) -> bool:
+    """Return True where `_attend_merged` is chosen: on CPU, with more positions than channels.
+
+    Layers that something has wrapped (an adapter), or whose weights are elsewhere (offloaded), must be called.
+    """
+    plain = all(type(layer) is nn.Linear for layer in (attention.to_qkv, attention.to_out))
+    return tokens.device.type == "cpu" and tokens.shape[1] > tokens.shape[2] and plain and (
+        attention.to_qkv.weight.device == attention.to_out.weight.device == tokens.device
+    )  # fmt: skip
+
+
+def _attend_merged(attention: LinearAttention, tokens: Tensor) -> Tensor:
+    """Compute `LinearAttention._attend` without v and without the heads' outputs, both (B, N, heads * d).
+
+    The plain form is context = softmax(k)ᵀ v with v = n w_vᵀ for tokens n, and out = (q context) w_outᵀ. Here
+        context = (softmax(k)ᵀ n) w_vᵀ  and  out = q (context w_outᵀ),
+    so that the projections are multiplied into the small context of each head. In float32 a call is 4 to 7% faster and
+    a step 4 to 5%; in bfloat16 neither differs by more than 3%. A step keeps 5% (1D, 16 x 32 x 128, dim 32) to 13% less
+    for the backward pass (2D, 2 x 3 x 64 x 64, dim 64; PyTorch 2.14, AVX-512). Tested against the plain form, gradients
+    too.
+    """
+    heads = attention.heads
+    # cast here, because autocast would cast the expanded w_k as often as it is repeated
+    w_q, w_k, w_v = attention.to_qkv.weight.to(tokens.dtype).chunk(3)  # (heads * d, C) each
+    w_v = rearrange(w_v, "(heads d) c -> heads c d", heads=heads)
+    w_out = rearrange(attention.to_out.weight.to(tokens.dtype), "c (heads d) -> heads d c", heads=heads)
+    # as a product of batches: (B, heads * d, N), without a copy to another layout
+    k = torch.bmm(w_k.expand(len(tokens), -1, -1), tokens.transpose(1, 2))
+    positions = k.shape[2]
+    if attention.mem_kv is not None:
+        mem_k, mem_v = attention.mem_kv.to(k.dtype)  # (heads, d, m) each
+        k = torch.cat((k, repeat(mem_k, "heads d m -> b (heads d) m", b=len(tokens))), dim=2)
+    k = k.softmax(dim=2, dtype=k.dtype)
+    context = rearrange(torch.bmm(k[..., :positions], tokens), "b (heads d) c -> b heads d c", heads=heads) @ w_v
+    if attention.mem_kv is not None:
+        k_of_memory = rearrange(k[..., positions:], "b (heads d) m -> b heads d m", heads=heads)
+        context = context + k_of_memory @ mem_v.transpose(1, 2)
+    q = rearrange(F.linear(tokens, w_q), "b n (heads d) -> b n heads d", heads=heads)
+    q = rearrange(q.softmax(dim=3, dtype=q.dtype), "b n heads d -> b n (heads d)")
+    merged = rearrange(context * attention.scale @ w_out, "b heads d c -> b (heads d) c")
+    return torch.bmm(q, merged) + attention.to_out.bias.to(q.dtype)
 
 
 class Conv(nn.Conv2d):

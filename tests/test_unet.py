@@ -16,6 +16,8 @@ from ddpm_hf.unet import (
     UNet1D,
     UNet2D,
     Upsample,
+    _attend_merged,
+    _can_merge,
     _conv,
     _convolve_as_product,
     _NormalizeCPU,
@@ -134,6 +136,22 @@ def test_a_convolution_as_one_product(kernel, double):
     pairs = [torch.autograd.grad(out, inputs, direction) for out in (got, expected)]
     for mine, plain in zip(*pairs):
         torch.testing.assert_close(mine, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_mem_kv", [0, 3])
+def test_merged_projections_of_linear_attention(num_mem_kv, double):
+    layer = LinearAttention(6, 2, 4, num_mem_kv)
+    tokens = torch.randn(3, 7, 6, requires_grad=True)
+    assert _can_merge(layer, tokens) and not _can_merge(layer, tokens[:, :6])
+    inputs = [tokens, layer.to_qkv.weight, *layer.to_out.parameters(), *([] if num_mem_kv == 0 else [layer.mem_kv])]
+    expected, got = layer._attend(tokens), _attend_merged(layer, tokens)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    direction = torch.randn_like(got)
+    pairs = [torch.autograd.grad(out, inputs, direction) for out in (got, expected)]
+    for mine, plain in zip(*pairs):
+        torch.testing.assert_close(mine, plain, rtol=1e-10, atol=1e-10)
+    layer.to_out = torch.nn.Sequential(layer.to_out)  # wrapped, as by an adapter
+    assert not _can_merge(layer, tokens)
 
 
 @pytest.mark.parametrize("ndim, few, many", [(2, (4, 8), (5, 8)), (1, (1, 32), (1, 33))])

@@ -71,6 +71,7 @@ def test_a_call_its_ratios_and_its_picture(tmp_path, monkeypatch):
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_compiled_contenders(tmp_path, monkeypatch):
     """A call by its blocks, its output checked too; a step as `--compile inductor` does it."""
     tiny(monkeypatch)

@@ -194,6 +194,7 @@ class Here(Fake):
         return getattr(self.served, question)(*arguments)
 
 
+@pytest.mark.slow
 def test_the_table_on_cpu(tmp_path, monkeypatch, capsys):
     """The same path as on a card, but without graphs, the compiler and the profiler's kernels."""
     monkeypatch.setattr(contenders, "WIDTH", {"dim": 8, "dim_mults": (1, 2)})
