@@ -370,7 +370,7 @@ class AveragingOptions:
 
 @dataclass
 class SavingOptions:
-    """What a run records, draws and saves on its way."""
+    """A run records, draws and saves at intervals."""
 
     _argument_group_name = "Logging, samples and checkpoints"
 
@@ -409,7 +409,7 @@ class SavingOptions:
 
 @dataclass
 class EvaluationOptions:
-    """What is measured while the run trains."""
+    """Metrics can be measured while the run trains."""
 
     _argument_group_name = "Evaluation"
 

@@ -511,7 +511,7 @@ def _fast_scheduler(scheduler) -> DPMSolverMultistepScheduler:
 
 
 class _Trained(NamedTuple):
-    """What the model was trained with, as the first scheduler of its pipeline says."""
+    """The target and schedule that the model was trained with, from the first scheduler of its pipeline."""
 
     prediction_type: str | None
     alphas_cumprod: Tensor  # (T,), float64 on the CPU
@@ -1361,7 +1361,7 @@ def _resampling_plan(steps: int, jump_length: int, jump_n_sample: int) -> list[t
 
 
 class _Repaint:
-    """What RePaint does after each step (Lugmayr et al., algorithm 1), as a callback of the loop.
+    """RePaint's part of each step (Lugmayr et al., algorithm 1), called by the loop after the step.
 
     The known part is replaced by the known data at the new noise level, and after a jump all of it is noised again, by
     the transition of the forward process between two timesteps of the chain.
@@ -1400,7 +1400,7 @@ class _Repaint:
 
 
 class _FromDataPipeline(_SamplingPipeline):
-    """What is made from given data. `_tensor` and `_in_form` of the subclasses say what the data is."""
+    """The methods that start from given data. `_tensor` and `_in_form` of the subclasses read and return the data."""
 
     @torch.no_grad()
     def interpolate(
