@@ -151,6 +151,7 @@ def test_the_program_holds_out_what_the_run_did(tmp_path, capsys):
     assert evaluate_script.main([*command, "--stride=2", "--metrics=frechet"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over processes is tested on Linux")
 def test_three_processes_measure_what_one_does(tmp_path, monkeypatch):
     """The same samples and data, in batches of other sizes, whose rounding is other: to 1e-4. One of the three has none

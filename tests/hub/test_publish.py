@@ -169,6 +169,7 @@ def test_sequences_by_name(hub, load, tmp_path):
         assert load((way, "alice/waves", "main"), cls="DDPMPipeline1D") == [samples(pipe)]
 
 
+@pytest.mark.slow
 def test_two_processes_publish_once(hub, at, tmp_path):
     """And where the Hub refuses, both end."""
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", TRAIN, *OPTIONS, "--output_dir=run"]

@@ -377,6 +377,7 @@ PLACES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_at_many_places(tmp_path):
     """One run that is killed seven times, at another place each, and started again: the bits of the run left alone."""
     options = {**SMALL, "dataset_name": "digits", "max_train_steps": 8, "logging_steps": 3, "random_flip": True}
