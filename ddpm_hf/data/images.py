@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddpm_hf.data.labels import Labels, as_labels
+from ddpm_hf.data.listing import Listing, list_folder
 from ddpm_hf.data.scaling import EIGHT_BIT
 
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -318,8 +319,11 @@ class ImageDataset(Dataset):
         return array
 
 
-def find_images(folder: str) -> tuple[list[Path], list[str]]:
+def find_images(folder: str, listing: Listing | None = None) -> tuple[list[str], list[str]]:
     """Find all files below `folder` that have an ending which Pillow reads, in upper or lower case.
+
+    Args:
+        listing: the content of the folder, if it has been listed already.
 
     Returns:
         The files, sorted, broken links included (reading them fails later, with their names); and lines about the other
@@ -328,58 +332,58 @@ def find_images(folder: str) -> tuple[list[Path], list[str]]:
     Raises:
         ValueError: the folder does not exist or cannot be read, or has no image in it.
     """
-
-    def refuse(error: OSError):
-        raise ValueError(printable(f"cannot read the folder {error.filename}: {error.strerror}"))
-
-    root = Path(folder)
-    if not root.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"train_data_dir must be a folder of images, and {folder} is not a folder")
+    listing = listing or list_folder(folder)
+    if listing.error is not None:
+        raise ValueError(printable(f"cannot read the folder {listing.error.filename}: {listing.error.strerror}"))
     # cameras write MPO, which Pillow opens as JPEG
     readable = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN or kind == "MPO"}
-    paths, others, links = [], [], []
-    for place, folders, names in os.walk(root, onerror=refuse):
-        links += [path for path in (Path(place, name) for name in folders) if path.is_symlink()]
-        for path in (Path(place, name) for name in names if not name.startswith(".")):
-            # hidden files are not the user's images (macOS leaves ._name.jpg)
-            broken = os.path.islink(path) and not os.path.exists(path)
-            found = path.suffix.lower() in readable and (os.path.isfile(path) or broken)
-            (paths if found else others).append(path)
-    endings = sorted({path.suffix or "none" for path in others})
+    paths, others = [], [Path(path).suffix for path in listing.special]
+    for path in listing.files:
+        ending = os.path.splitext(path)[1]
+        if ending.lower() in readable:
+            paths.append(path)
+        else:
+            others.append(Path(path).suffix)
+    endings = sorted({ending or "none" for ending in others})
     listed = ", ".join(endings[:8]) + (", ..." if len(endings) > 8 else "")
     notes = [f"{len(others):,} files with endings {listed}"] if others else []
-    if links:
-        notes.append(f"{len(links):,} links to folders, which are not followed ({sorted(links)[0]})")
+    if listing.links:
+        notes.append(f"{len(listing.links):,} links to folders, which are not followed ({listing.links[0]})")
     notes = [printable(note) for note in notes]
     if not paths:
         found = " and ".join(notes) or "no files"
         raise ValueError(f"no images found in {folder} and its subfolders: {found}; needed are files that Pillow reads")
-    return sorted(paths), [f"not read in {printable(folder)}: {note}" for note in notes]
+    return paths, [f"not read in {printable(folder)}: {note}" for note in notes]
 
 
 def image_folder(
-    folder: str, resolution: tuple[int, int], channels: int = 3, subfolder_classes: bool = False, **options
-) -> ImageDataset:
+    folder: str, resolution: tuple[int, int], channels: int = 3, subfolder_classes: bool = False,
+    listing: Listing | None = None, **options,
+) -> ImageDataset:  # fmt: skip
     """Return a dataset of the images in a folder and its subfolders; `options` are those of `ImageDataset`.
 
     Args:
         subfolder_classes: the names of the first level of subfolders are the classes of the images in them.
+        listing: the content of the folder, if it has been listed already.
     """
-    paths, notes = find_images(folder)
+    paths, notes = find_images(folder, listing)
     if subfolder_classes:
         options["labels"] = _subfolder_labels(Path(folder), paths)
-    dataset = ImageDataset([str(path) for path in paths], resolution, channels, **options)
+    dataset = ImageDataset(paths, resolution, channels, **options)
     dataset.notes = notes
     return dataset
 
 
-def _subfolder_labels(root: Path, paths: list[Path]) -> Labels:
+def _subfolder_labels(root: Path, paths: list[str]) -> Labels:
     """Return the classes of images by the first level of subfolders below `root`, sorted by name.
 
     Raises:
         ValueError: an image is in no subfolder, or each subfolder has a single image.
     """
-    parts = [path.relative_to(root).parts for path in paths]
+    prefix = "" if str(root) == "." else os.path.join(root, "")
+    parts = [path.removeprefix(prefix).split(os.sep, 1) for path in paths]
     outside = [path for path, names in zip(paths, parts) if len(names) == 1]
     if outside:
         raise ValueError(

@@ -14,6 +14,7 @@ from ddpm_hf.data.conditions import image_conditions, sequence_conditions
 from ddpm_hf.data.feed import StoredFeed, StreamedFeed
 from ddpm_hf.data.images import ImageDataset, digits, image_folder
 from ddpm_hf.data.labels import Labels, check_column, table_labels
+from ddpm_hf.data.listing import Listing, list_folder
 from ddpm_hf.data.sequence_files import read_condition, read_labels, read_sequences
 from ddpm_hf.data.sequences import SequenceDataset, ecg
 from ddpm_hf.data.streaming import ImageStream
@@ -30,8 +31,7 @@ def open_data(config: TrainConfig, dataset: Any = None) -> StoredFeed | Streamed
         raise ValueError(f"give one source of data, got a dataset and {named[0]}={getattr(config, named[0])!r}")
     kind = None
     if dataset is None:
-        kind = kind_of_source(config)
-        dataset = build_dataset(config)
+        kind, dataset = _opened(config)
     feed = (StreamedFeed if isinstance(dataset, ImageStream) else StoredFeed)(dataset, config, kind)
     config.check_scope(feed.kind)
     return feed
@@ -43,13 +43,22 @@ def build_dataset(config: TrainConfig) -> ImageDataset | ImageStream | SequenceD
     Raises:
         ValueError: it names no source, nothing is found there, or the data does not fit the options.
     """
-    kind = kind_of_source(config)
+    return _opened(config)[1]
+
+
+def _opened(config: TrainConfig) -> tuple[str, ImageDataset | ImageStream | SequenceDataset]:
+    """Open the source of data that a configuration names; return its kind and the dataset."""
+    listing = list_folder(config.train_data_dir) if config.train_data_dir else None  # once: there may be many files
+    kind = kind_of_source(config, listing)
     config.check_scope(kind)
-    return OPENERS[kind](config)
+    return kind, _open_folder(config, listing) if kind == "folder" else OPENERS[kind](config)
 
 
-def kind_of_source(config: TrainConfig) -> str:
+def kind_of_source(config: TrainConfig, listing: Listing | None = None) -> str:
     """Return the kind of data, of `scope.KINDS`, that a configuration names.
+
+    Args:
+        listing: the content of the folder `train_data_dir`, if it has been listed already.
 
     Raises:
         ValueError: it names none, or asks for streaming of data that cannot be streamed.
@@ -58,7 +67,7 @@ def kind_of_source(config: TrainConfig) -> str:
         return config.dataset_name
     if config.train_data_file:
         return "array" if Path(config.train_data_file).suffix.lower() in (".npy", ".npz") else "sequence file"
-    if config.train_data_dir and not tables.table_folder(config.train_data_dir):
+    if config.train_data_dir and not tables.table_folder(config.train_data_dir, listing):
         if config.streaming:
             raise ValueError(
                 f"streaming is for tables; the images of {config.train_data_dir} are read as needed anyway"
@@ -95,14 +104,14 @@ def _open_ecg(config: TrainConfig) -> SequenceDataset:
     return ecg(config.sequence_length or 256, config.stride or 2, config.sequence_norm)
 
 
-def _open_folder(config: TrainConfig) -> ImageDataset:
+def _open_folder(config: TrainConfig, listing: Listing | None = None) -> ImageDataset:
     if config.class_labels not in (None, "folder"):
         raise ValueError(
             "class_labels of a folder of images must be 'folder', which takes the names of its subfolders; got "
             f"{config.class_labels!r}"
         )
     classes, size = config.class_labels is not None, _resolution(config, 64)
-    return image_folder(config.train_data_dir, size, config.image_channels or 3, classes, **_crops(config))
+    return image_folder(config.train_data_dir, size, config.image_channels or 3, classes, listing, **_crops(config))
 
 
 def _open_image_table(config: TrainConfig) -> ImageDataset:

@@ -3,6 +3,7 @@
 The library is imported where it is used, because sampling, and training on plain folders and arrays, do without it.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from ddpm_hf.config import BUNDLED
 from ddpm_hf.data.labels import check_column
+from ddpm_hf.data.listing import Listing, list_folder
 
 # Builders of the datasets library for the files of a folder, by their ending.
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -62,9 +64,13 @@ def open_files(builder: str, files: Sequence[str], streaming: bool = False) -> A
         raise ValueError(f"cannot read {', '.join(files[:3])} as {builder}: {_reason(error)}") from error
 
 
-def table_folder(folder: str) -> bool:
-    """Return True if a folder holds tables (saved to disk, parquet, arrow, webdataset tars) rather than images."""
-    return saved_to_disk(Path(folder)) or bool(_table_files(folder))
+def table_folder(folder: str, listing: Listing | None = None) -> bool:
+    """Return True if a folder holds tables (saved to disk, parquet, arrow, webdataset tars) rather than images.
+
+    Args:
+        listing: the content of the folder, if it has been listed already.
+    """
+    return saved_to_disk(Path(folder)) or bool(_table_files(listing or list_folder(folder)))
 
 
 def open_folder(folder: str, split: str, streaming: bool = False) -> Any:
@@ -89,8 +95,7 @@ def open_folder(folder: str, split: str, streaming: bool = False) -> Any:
             raise ValueError(f"dataset_split applies where several splits are; {folder} holds one, got {split!r}")
         shards = len(table.cache_files) or 1
         return table.to_iterable_dataset(num_shards=min(shards, max(1, len(table)))) if streaming else table
-    files = _table_files(folder)
-    kinds = sorted({path.suffix for path in files})
+    kinds = sorted({os.path.splitext(path)[1] for path in _table_files(list_folder(folder))})
     if len(kinds) != 1:
         found = f"files of {', '.join(kinds)}" if kinds else "no tables"
         raise ValueError(f"train_data_dir must hold tables of one kind ({', '.join(BUILDERS)}); {folder} has {found}")
@@ -108,12 +113,8 @@ def saved_to_disk(folder: Path) -> bool:
     )
 
 
-def _table_files(folder: str) -> list[Path]:
-    return sorted(
-        path
-        for path in Path(folder).rglob("*")
-        if path.suffix in BUILDERS and path.is_file() and not path.name.startswith(".")
-    )
+def _table_files(listing: Listing) -> list[str]:
+    return [path for path in listing.files if path.endswith(tuple(BUILDERS)) and path not in listing.broken]
 
 
 def _reason(error: Exception) -> str:

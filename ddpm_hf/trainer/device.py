@@ -58,8 +58,7 @@ def _default_precision() -> str | None:
 
 
 def _default_workers(config: TrainConfig, dataset: Any) -> int:
-    named = any(getattr(config, name) for name in SOURCES)
-    decoded = isinstance(dataset, ImageDataset) or (dataset is None and named and kind_of_source(config) in DECODED)
+    decoded = isinstance(dataset, ImageDataset) or (dataset is None and _is_decoded(config))
     if not on_card() or not decoded:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -71,6 +70,13 @@ def _default_workers(config: TrainConfig, dataset: Any) -> int:
     except ValueError:
         return 0
     return workers
+
+
+def _is_decoded(config: TrainConfig) -> bool:
+    """Return True if the items of the data that a configuration names are decoded when they are read."""
+    if config.train_data_dir and not config.sequence_columns:
+        return True  # a folder of images or a table of images; which of both takes listing the folder
+    return any(getattr(config, name) for name in SOURCES) and kind_of_source(config) in DECODED
 
 
 def room_for_data(device: torch.device) -> int:
