@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from huggingface_hub.utils import validate_repo_id
 
 from ddpm_hf import options
 from ddpm_hf.arguments import unknown_option
+from ddpm_hf.choices import PREDICTION_ALIASES
 from ddpm_hf.reading import read_mapping
 from ddpm_hf.rules import TYPE_RULES, declared, default_of, split_optional
-from ddpm_hf.scheduler import PREDICTION_ALIASES, GaussianScheduler
 
 BUNDLED = {"digits": "scikit-learn's handwritten digits", "ecg": "PyWavelets' electrocardiogram"}
 SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
@@ -94,6 +93,11 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
 
     def _check_together(self) -> None:
         """Check the rules between options, and the one rule that another library has."""
+        # here, because they are slow to import and the command line prints its help without them
+        from huggingface_hub.utils import validate_repo_id
+
+        from ddpm_hf.scheduler import GaussianScheduler
+
         if self.hub_model_id is not None:
             validate_repo_id(self.hub_model_id)
         sources = [name for name in SOURCES if getattr(self, name)]

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ddpm_hf.choices import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
 from ddpm_hf.randomness import happens, normal_numbers, random_words, uniform_integers
 
 
@@ -32,10 +32,6 @@ class DiffusionLoss:
 
     loss: Tensor
     timesteps: Tensor
-
-
-LOSS_WEIGHTINGS = ("snr", "uniform")
-TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 
 
 def training_draws(
@@ -145,6 +141,8 @@ def immiscible_assignment(x0: Tensor, noise: Tensor) -> Tensor:
         (B,) indices i on the device of the noise: sample k takes noise[i[k]].
     """
     distance = torch.cdist(x0.to(noise.device).flatten(1).float(), noise.flatten(1).float())
+    from scipy.optimize import linear_sum_assignment  # slow to import, and for immiscible diffusion alone
+
     _, columns = linear_sum_assignment(distance.cpu().numpy())
     return torch.from_numpy(columns).to(noise.device)
 

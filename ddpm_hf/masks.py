@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+from ddpm_hf.choices import MASK_STRATEGIES
 from ddpm_hf.randomness import happens, random_words, uniform_integers
 
-MASK_STRATEGIES = ("random", "blocks", "forecast", "mixed")
 WHOLLY_UNKNOWN = 0.1  # share of items of which nothing is known, so that the model samples without a condition too
 _PARAMETERS = 8  # random words of a sample before those of its positions
 

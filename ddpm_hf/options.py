@@ -6,21 +6,24 @@ those of diffusers' unconditional training example where it has them.
 
 from dataclasses import dataclass
 
-from accelerate.utils import LoggerType
-from diffusers.optimization import SchedulerType
-
 from ddpm_hf import scope
-from ddpm_hf.losses import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
-from ddpm_hf.masks import MASK_STRATEGIES
+from ddpm_hf.choices import (
+    BETA_SCHEDULES,
+    LOSS_WEIGHTINGS,
+    LR_SCHEDULERS,
+    MASK_STRATEGIES,
+    NORMS,
+    PREDICTION_ALIASES,
+    PREDICTION_TYPES,
+    TIME_EMBEDDINGS,
+    TIMESTEP_SAMPLINGS,
+    TRACKERS,
+)
 from ddpm_hf.rules import ABOVE_0, AT_LEAST_0, BELOW_1, FROM_0_TO_1, Rule, either, one_of, option, whole_number
-from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_ALIASES, PREDICTION_TYPES
-from ddpm_hf.unet import NORMS, TIME_EMBEDDINGS
 
 SEQUENCE_NORMS = ("minmax", "meanstd")
 OPTIMIZERS = ("adamw", "muon")
 COMPILERS = ("auto", "none", "inductor", "graphs")
-LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind.value != "piecewise_constant")
-TRACKERS = tuple(sorted(kind.value for kind in LoggerType if kind != LoggerType.ALL))  # accelerate's
 
 
 @dataclass

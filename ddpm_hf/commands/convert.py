@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from ddpm_hf.arguments import SuggestingParser
-from ddpm_hf.convert import build, read_checkpoint
 from ddpm_hf.run.checkpoint import ASIDE
 
 
@@ -65,6 +64,8 @@ def _options(arguments: list) -> dict:
 def main(arguments: list) -> int:
     """Convert as the arguments say, and return the exit status."""
     options = _options(arguments)
+    from ddpm_hf.convert import build, read_checkpoint  # after the options, because it is slow to import
+
     checkpoint, output = options.pop("checkpoint"), Path(options.pop("output_dir"))
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 
 from ddpm_hf.arguments import SuggestingParser
-from ddpm_hf.hub.card import Parts
-from ddpm_hf.hub.publish import Target, open_repo, publish_space, publish_with_patience
 
 
 def main(arguments: list) -> int:
@@ -34,6 +32,10 @@ def main(arguments: list) -> int:
     parser.add_argument("--space", help="Also make this Space, 'user/name' or 'name', with a page to try the pipeline.")
     parser.add_argument("--message", default="Upload pipeline", help="Message of the commit. Default: %(default)s.")
     given = parser.parse_args(arguments)
+    # after the options, because they are slow to import
+    from ddpm_hf.hub.card import Parts
+    from ddpm_hf.hub.publish import Target, open_repo, publish_space, publish_with_patience
+
     target = Target(given.hub_model_id, given.hub_revision, given.create_pr, given.hub_private_repo, given.hub_license)
     try:
         Parts(given.pipeline)  # before anything is made on the Hub

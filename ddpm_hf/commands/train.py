@@ -17,13 +17,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from ddpm_hf.arguments import SuggestingParser
 from ddpm_hf.config import HEADINGS, SOURCES, TrainConfig, read_yaml
 from ddpm_hf.rules import declared, default_of
-from ddpm_hf.trainer import launcher
 
 # Beside the package in a checkout, inside it where it is installed.
 PRESETS = [Path(__file__).parents[2] / "training" / "configs", Path(__file__).parents[1] / "configs"]
@@ -81,13 +79,15 @@ def main(arguments: list) -> int:
     """Train as the arguments say, and return the exit status: 2 after a mistake of the user or a failed run."""
     try:
         config = parse(arguments)
-        from ddpm_hf.trainer.loop import (  # after the options are known to be good: it is slow to import
-            TrainingError,
-            train,
-        )
+        # after the options are known to be good: they are slow to import
+        from accelerate import PartialState
+
+        from ddpm_hf.trainer import launcher
+        from ddpm_hf.trainer.loop import TrainingError, train
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    launcher.first_parent = PARENT
     try:
         result = train(config, command=[*launcher.name(), "training/train.py", *arguments])
     except (ValueError, TrainingError) as error:
@@ -106,5 +106,4 @@ def main(arguments: list) -> int:
 
 
 if __name__ == "__main__":
-    launcher.first_parent = PARENT
     sys.exit(main(sys.argv[1:]))
