@@ -12,7 +12,8 @@ from ddpm_hf import DDPMPipeline, GaussianScheduler, train
 from ddpm_hf.data.images import digits
 from ddpm_hf.data.loading import Part, hold_out
 from ddpm_hf.data.sequences import SequenceDataset
-from ddpm_hf.evaluation.metrics import unit_directions
+from ddpm_hf.evaluation import sequences
+from ddpm_hf.evaluation.metrics import autocorrelation, unit_directions
 from ddpm_hf.randomness import Stream, derive_seed
 
 
@@ -155,6 +156,16 @@ def test_sequences_are_compared_in_their_own_units():
     # two binomial shares; five deviations
     assert abs(same["memorization"] - same["memorization_real"]) < 5 * (2 * 0.25 / 4000) ** 0.5
     assert measure(SequenceDataset(real), (1, 8), real[:100], metrics=["memorization"])["memorization"] == 1
+
+
+def test_the_real_autocorrelation_is_computed_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(sequences, "autocorrelation", lambda x: calls.append(len(x)) or autocorrelation(x))
+    e = evaluator(SequenceDataset(rng_rows(30)), (1, 8), num_samples=20, metrics=["autocorrelation_error"])
+    e.prepare()
+    for _ in range(3):
+        e(Known(rng_rows(20), (1, 8)), 5)
+    assert calls == [30, 20, 20, 20]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from helpers import frechet_by_eigenvalues
 from scipy.signal import lfilter
 from scipy.stats import wasserstein_distance
 
+from ddpm_hf.evaluation import metrics
 from ddpm_hf.evaluation.metrics import (
     autocorrelation,
     autocorrelation_error,
@@ -106,8 +107,27 @@ def test_autocorrelation_of_ar1():
     lags = np.arange(1, 33)
     np.testing.assert_allclose(autocorrelation(ar1(0.8))[0], 0.8**lags, atol=tolerance)
     expected = np.sqrt(((0.8**lags - 0.3**lags) ** 2).mean())
-    assert autocorrelation_error(3 * ar1(0.8) + 1, ar1(0.3, seed=1)) == pytest.approx(expected, abs=tolerance)
+    assert autocorrelation_error(*(autocorrelation(v) for v in (3 * ar1(0.8) + 1, ar1(0.3, seed=1)))) == pytest.approx(
+        expected, abs=tolerance
+    )
     assert (autocorrelation(np.ones((3, 1, 8))) == 0).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 97, 256])
+def test_autocorrelation_is_the_mean_of_the_products(length, monkeypatch):
+    """By a sum over each lag, also in several parts, at the last lag, and with a NaN or no variance in a channel.
+    Products of size 1 in float64, over at most 512 values, round by less than 1e-12."""
+    monkeypatch.setattr(metrics, "FFT_VALUES", 500)
+    x = 5 + rng(0).normal(size=(9, 4, length))
+    x[:, 2], x[3, 3, 0] = 1, np.nan
+    lags = max(1, length - 1)
+    c = x - x.mean(axis=(0, 2), keepdims=True)
+    s = np.where((c**2).mean(axis=(0, 2)) > 0, (c**2).mean(axis=(0, 2)), 1)
+    sums = [(c[..., k:] * c[..., : length - k]).sum(axis=(0, 2)) for k in range(1, lags + 1)]
+    counts = [9 * (length - k) or np.nan for k in range(1, lags + 1)]  # no pair: no value
+    expected = (np.array(sums) / np.array(counts)[:, None] / s).T
+    np.testing.assert_allclose(autocorrelation(x, lags), expected, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(autocorrelation(x).shape, (4, max(1, length // 2)))
 
 
 def test_spectral_frechet_tells_processes_apart():
