@@ -423,8 +423,9 @@ class EvaluationOptions:
     eval_metrics: list[str] | None = option(
         None, "Images: fid, kid, memorization, held_out_loss, held_out_weighted_loss; sequences: frechet, "
         "spectral_frechet, sliced_wasserstein, autocorrelation_error, memorization, held_out_loss, "
-        "held_out_weighted_loss.",
-        none="all; those of held-out items only with holdout", applies=scope.EVALUATION, changeable=True,
+        "held_out_weighted_loss; both, if named: precision, recall, density, coverage.",
+        none="all but the last four; those of held-out items only with holdout", applies=scope.EVALUATION,
+        changeable=True,
     )  # fmt: skip
     eval_num_samples: int = option(
         1000, "Number of samples that an evaluation generates; the FID of fewer than 10,000 is biased.",
@@ -435,20 +436,26 @@ class EvaluationOptions:
         changeable=True,
     )  # fmt: skip
     feature_network: str = option(
-        "inception", "Features for FID and KID: 'inception' (clean-fid's network), a TorchScript file that maps (B, 3, "
-        "S, S) in [0, 255] to (B, D), or 'pixels' (needs no file, but is coarse).",
+        "inception", "Features of images for metrics: 'inception' (clean-fid's network), a TorchScript file that maps "
+        "(B, 3, S, S) in [0, 255] to (B, D), or 'pixels' (needs no file, but is coarse).",
         applies=scope.FEATURES, changeable=True,
     )  # fmt: skip
     feature_resolution: int = option(
         299, "Height and width S of the input of a TorchScript feature network, in pixels.", whole_number(1),
         scope.TORCHSCRIPT, changeable=True,
     )  # fmt: skip
+    eval_num_neighbours: int | None = option(
+        None, "Number k of the neighbour that a ball reaches to, for precision, recall, density and coverage.",
+        whole_number(1), scope.FIDELITY, none="3 for precision and recall, 5 for density and coverage",
+        changeable=True,
+    )  # fmt: skip
     eval_cache_dir: str | None = option(
         None, "Folder for the statistics of real images.",
         none="ddpm_hf/ in the Hugging Face cache", applies=scope.FEATURES, changeable=True,
     )  # fmt: skip
     metric_for_best: str | None = option(
-        None, "The pipeline with the lowest value of this metric is kept in best/.",
+        None, "The pipeline with the lowest value of this metric is kept in best/; for precision, recall, density and "
+        "coverage, that with the highest.",
         none="the first of eval_metrics", applies=scope.EVALUATION, changeable=True,
     )  # fmt: skip
 

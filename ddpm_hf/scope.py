@@ -74,9 +74,13 @@ def _with(option: str, *values: Any) -> Scope:
     )
 
 
+_BALLS = ("precision", "recall", "density", "coverage")
+
+
 def _has_features(config: Any) -> bool:
     """Return True if the evaluation has a metric that is computed from features of images."""
-    return bool(config.eval_steps) and not (config.eval_metrics and {"fid", "kid"}.isdisjoint(config.eval_metrics))
+    chosen = set(config.eval_metrics or ("fid",))
+    return bool(config.eval_steps) and not chosen.isdisjoint({"fid", "kid", *_BALLS})
 
 
 _READ_IMAGES = ("digits", "folder", "image table", "image stream")
@@ -122,10 +126,16 @@ WARM_UP = Scope("every lr_scheduler but constant", holds=lambda c: c.lr_schedule
 EMA = _with("use_ema")
 EVALUATION = _with("eval_steps")
 FEATURES = Scope(
-    "images in runs with eval_steps and the metrics fid or kid", frozenset(_ALL_IMAGES), _has_features, "eval_steps"
-)
+    "images in runs with eval_steps and a metric of features, such as fid", frozenset(_ALL_IMAGES), _has_features,
+    "eval_steps",
+)  # fmt: skip
 TORCHSCRIPT = Scope(
-    "images in runs with eval_steps, the metrics fid or kid, and a TorchScript feature_network", frozenset(_ALL_IMAGES),
+    "images in runs with eval_steps, a metric of features, and a TorchScript feature_network", frozenset(_ALL_IMAGES),
     lambda c: _has_features(c) and c.feature_network not in ("inception", "pixels"), "feature_network",
+)  # fmt: skip
+FIDELITY = Scope(
+    f"runs with eval_steps and one of the metrics {', '.join(_BALLS)}",
+    holds=lambda c: bool(c.eval_steps) and not set(c.eval_metrics or ()).isdisjoint(_BALLS),
+    option="eval_metrics",
 )  # fmt: skip
 HUB = _with("push_to_hub")

@@ -54,6 +54,7 @@ VALUES = {
     "metric_for_best": ("memorization", {"eval_steps": 5}), "feature_network": ("pixels", {"eval_steps": 5}),
     "feature_resolution": (64, {"eval_steps": 5, "feature_network": "net.pt"}),
     "eval_cache_dir": ("cache", {"eval_steps": 5}),
+    "eval_num_neighbours": (4, {"eval_steps": 5, "eval_metrics": ["coverage"]}),
     **{name: (value, {"push_to_hub": True}) for name, value in {
         "hub_model_id": "a/b", "hub_every_save": True, "hub_upload_state": True, "hub_private_repo": False,
         "hub_revision": "next", "create_pr": True}.items()},
@@ -68,6 +69,7 @@ AGAINST = {
     "class_dropout_prob": {"class_labels": None}, "mask_strategy": {"condition": None},
     **{name: {"eval_steps": 0} for name in VALUES if name.startswith("eval_") or name == "metric_for_best"},
     "feature_network": {"eval_steps": 5, "eval_metrics": ["memorization"]},
+    "eval_num_neighbours": {"eval_steps": 5, "eval_metrics": ["memorization"]},
     "eval_cache_dir": {"eval_steps": 5, "eval_metrics": ["memorization"]},
     "feature_resolution": {"eval_steps": 5, "feature_network": "pixels"},
     **{name: {"push_to_hub": False} for name in VALUES if name.startswith("hub_") or name == "create_pr"},

@@ -194,7 +194,7 @@ def make_evaluator(config: EvaluateConfig, facts: dict, data: RealData, accelera
         batch_size=config.batch_size, seed=config.seed, cache_dir=config.eval_cache_dir,
         workers=config.dataloader_num_workers, on_bad_image=config.on_bad_image,
         random_flip=trained_mirrored(config, facts), guidance_interval=config.guidance_interval or (0.0, 1.0),
-        per_class=config.per_class, classifier=config.classifier,
+        per_class=config.per_class, classifier=config.classifier, num_neighbours=config.num_neighbours,
     )  # fmt: skip
     return Evaluator(accelerator, data.dataset, data.shape, settings, data.held_out, data.classes)
 

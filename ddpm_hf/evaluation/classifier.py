@@ -1,10 +1,10 @@
 """A classifier that the user names: the share of samples that it takes for the class that they were asked for."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
+
+from ddpm_hf.evaluation.torchscript import load_torchscript
 
 
 class Classifier:
@@ -25,12 +25,7 @@ class Classifier:
 
     def __init__(self, file: str, shape: tuple, classes: int, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
-        if not Path(file).is_file():
-            raise ValueError(f"classifier must be a TorchScript file; there is no file {file}")
-        try:
-            self.network = torch.jit.load(file, map_location=self.device).eval()
-        except Exception as error:
-            raise ValueError(f"classifier {file} is not a TorchScript file: {error}") from error
+        self.network = load_torchscript(file, self.device, "classifier")
         form = f"float32 (B, {', '.join(map(str, shape))})"
         try:
             output = self._run(torch.zeros(2, *shape))

@@ -26,10 +26,11 @@ from ddpm_hf.evaluation.sequences import SequenceDistances, natural_units, tenso
 from ddpm_hf.evaluation.settings import (
     AGREEMENT,
     BIASED,
+    BY_CLASS,
     FEW,
     HELD_OUT,
     METRICS,
-    SEQUENCE_METRICS,
+    OF_FEATURES,
     EvalSettings,
     choose_metrics,
 )
@@ -38,6 +39,7 @@ from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.run.record import duration
 
 
+# This class is longer than 250 lines because all metrics share its real data, its samples and its processes.
 class Evaluator:
     """Measures pipelines against one set of data.
 
@@ -72,20 +74,25 @@ class Evaluator:
         item_size = 1 if isinstance(underlying(dataset), ImageDataset) else 4
         self.shared_memory = worker_memory(settings.workers, settings.batch_size, shape, item_size)
         check_shared_memory(self.shared_memory, settings.workers)
-        if len(dataset) < 4:
-            raise ValueError(f"evaluation needs at least 4 real items, the data has {len(dataset)}")
+        self.least = max(4, settings.least_rows())  # the smallest number of real items
+        if len(dataset) < self.least:
+            raise ValueError(f"evaluation needs at least {self.least} real items, the data has {len(dataset)}")
         count = min(len(dataset), settings.num_real)
         order = np.random.default_rng(derive_seed(settings.seed, Stream.EVALUATION, 0)).permutation(len(dataset))
         self.real = Part(dataset, np.sort(order[:count]))
         self.items = Items(self.real, settings.on_bad_image, settings.batch_size, settings.workers)
         self.num_real = count  # after `prepare`, the number of those that could be read
         self.sampling = Sampling(settings, self.shares, classes)
-        self.by_class = ClassGroups(classes, self.real.indices, self.sampling.asked) if settings.per_class else None
+        self.by_class = (
+            ClassGroups(classes, self.real.indices, self.sampling.asked, settings.least_rows())
+            if settings.per_class
+            else None
+        )
         self.pictures = self.sequences = self.memorization = self.classifier = None
         self.held_out = None
         if held_out is not None:
             self.held_out = HeldOutLoss(held_out, settings, self.shares, classes and classes.held_out)
-        if self._any("fid", "kid"):
+        if self.is_image and self._any(*OF_FEATURES):
             self.pictures = PictureDistances(self.real, self.shape, settings, self.shares)
 
     def _any(self, *metrics: str) -> bool:
@@ -113,7 +120,7 @@ class Evaluator:
         """
         if self.is_image:
             self._prepare_pictures()
-        elif self._any(*SEQUENCE_METRICS[:5]):
+        elif self._any("memorization", *BY_CLASS):
             self._prepare_sequences()
 
     def _real_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -124,9 +131,9 @@ class Evaluator:
     def _prepare_sequences(self) -> None:
         data = underlying(self.dataset)
         (natural,) = self.shares.collect(self._real_batches(), lambda batch: natural_units(batch[0], data))
-        self.sequences = SequenceDistances(natural, self.metrics, self.settings.seed)
+        self.sequences = SequenceDistances(natural, self.metrics, self.settings, self.shares)
         if self.by_class is not None:
-            self.by_class.fit_sequences(natural, self.metrics, self.settings.seed)
+            self.by_class.fit_sequences(natural, self.metrics, self.settings, self.shares)
         if self._any("memorization"):
             self.memorization = Memorization(self.sequences.reference, self.settings, self.shares)
 
@@ -158,8 +165,10 @@ class Evaluator:
     def _leave_out(self, bad: list[str]) -> None:
         """Count and name the real pictures that cannot be read."""
         self.num_real = len(self.real) - len(bad)
-        if bad and self.num_real < 4:
-            raise ValueError(f"evaluation needs at least 4 real items that can be read, the data has {self.num_real}")
+        if bad and self.num_real < self.least:
+            raise ValueError(
+                f"evaluation needs at least {self.least} real items that can be read, the data has {self.num_real}"
+            )
         if bad:
             names = "".join(f"\n  {message}" for message in bad[:3]) + ("\n  ..." if len(bad) > 3 else "")
             self.accelerator.print(f"evaluation: left out {len(bad):,} of {len(self.real):,} real images:{names}")

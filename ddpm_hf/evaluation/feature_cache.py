@@ -91,13 +91,16 @@ def file_name(data: ImageDataset, shape: tuple, digests: Tensor, *more: Any) -> 
     return f"{key.hexdigest()[:32]}.npz"
 
 
-def load(file: Path, say: Callable[[str], None]) -> dict[str, np.ndarray] | None:
-    """Return the arrays of a file, or None if there is no file, or if it is damaged; `say` is then told why."""
+def load(file: Path, say: Callable[[str], None], names: tuple = NAMES) -> dict[str, np.ndarray] | None:
+    """Return the arrays with these names from a file, or None if there is no file.
+
+    It is None for a damaged file too, and `say` is then told why.
+    """
     try:
         if not file.exists():
             return None
         with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in NAMES}
+            return {name: arrays[name] for name in names}
     except Exception as error:  # NumPy raises many kinds of errors for damaged files
         say(f"{file} cannot be read ({error}): the statistics are computed again")
         return None

@@ -1,4 +1,4 @@
-"""Features of pictures for FID and KID: clean-fid's resizing and Inception, any TorchScript network, or plain pixels.
+"""Features of pictures, such as FID compares: of clean-fid's Inception, any TorchScript network, or plain pixels.
 
 The network is loaded before any long work; an error says which file is missing and where to put it.
 """
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from ddpm_hf.evaluation.torchscript import load_torchscript
 
 INCEPTION = "inception-2015-12-05.pt"
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/" + INCEPTION
@@ -47,7 +49,7 @@ class FeatureNetwork:
             if path.name == INCEPTION:
                 resolution, self.network = 299, _inception(path, name, self.device)
             else:
-                self.network = _torchscript(path, self.device)
+                self.network = load_torchscript(path, self.device, "feature_network", "'inception', 'pixels' or ")
             self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
         self.digest += f"-{resolution}"
         self._resize = make_resizer("PIL", False, "bicubic", (resolution, resolution))
@@ -131,15 +133,3 @@ def _inception(path: Path, name: str, device: torch.device):
         return InceptionV3W(str(path.parent), download=False).to(device).eval()
     except Exception as error:
         raise ValueError(f"feature_network: {path} cannot be loaded as clean-fid's Inception: {error}") from error
-
-
-def _torchscript(path: Path, device: torch.device):
-    """Load a network from a TorchScript file."""
-    if not path.is_file():
-        raise ValueError(
-            f"feature_network must be 'inception', 'pixels' or a TorchScript file; there is no file {path}"
-        )
-    try:
-        return torch.jit.load(str(path), map_location=device).eval()
-    except Exception as error:
-        raise ValueError(f"feature_network {path} is not a TorchScript file: {error}") from error

@@ -8,6 +8,8 @@ from ddpm_hf.data.loading import Part
 from ddpm_hf.evaluation.classes import SHOWN, DataClasses
 from ddpm_hf.evaluation.pictures import PictureDistances
 from ddpm_hf.evaluation.sequences import SequenceDistances
+from ddpm_hf.evaluation.settings import EvalSettings
+from ddpm_hf.evaluation.shares import Shares
 
 LEAST_REAL, LEAST_SAMPLES = 4, 2  # the smallest numbers of real items and of samples of a class
 
@@ -21,6 +23,8 @@ class ClassGroups:
         classes: the classes of the data.
         indices: the index (N,) in the data of each real item that samples are compared with.
         asked: the class (n,) of each sample.
+        least: the smallest number of real items and of samples of a class that the metrics need; 4 real items and 2
+            samples are always needed.
 
     Attributes:
         distances: for each class, by its name, the distances to its real items.
@@ -29,25 +33,27 @@ class ClassGroups:
         ValueError: if the data has no classes, or a class has too few real items or samples.
     """
 
-    def __init__(self, classes: DataClasses | None, indices: np.ndarray, asked: np.ndarray | None):
+    def __init__(self, classes: DataClasses | None, indices: np.ndarray, asked: np.ndarray | None, least: int = 1):
         if classes is None or classes.numbers is None:
             raise ValueError("per_class needs data with classes: class_labels must name them; got True")
+        least_real, least_samples = max(LEAST_REAL, least), max(LEAST_SAMPLES, least)
+        self.least_read = max(2, least)
         real = classes.numbers[indices]
         present = [number for number, count in enumerate(classes.counts) if count]
         self.rows = {classes.names[number]: np.flatnonzero(asked == number) for number in present}
         self.real = {classes.names[number]: np.flatnonzero(real == number) for number in present}
         self.distances: dict[str, PictureDistances | SequenceDistances] = {}
-        few = [name for name, own in self.real.items() if len(own) < LEAST_REAL]
+        few = [name for name, own in self.real.items() if len(own) < least_real]
         if few:
             raise ValueError(
-                f"per_class needs at least {LEAST_REAL} real items of each class; "
+                f"per_class needs at least {least_real} real items of each class; "
                 f"{self._listed(few, self.real)}: num_real may be too low"
             )
-        few = [name for name, own in self.rows.items() if len(own) < LEAST_SAMPLES]
+        few = [name for name, own in self.rows.items() if len(own) < least_samples]
         if few:
-            needed = max(-(-LEAST_SAMPLES * sum(classes.counts) // classes.counts[number]) for number in present)
+            needed = max(-(-least_samples * sum(classes.counts) // classes.counts[number]) for number in present)
             raise ValueError(
-                f"per_class needs at least {LEAST_SAMPLES} samples of each class, and samples have the frequencies of "
+                f"per_class needs at least {least_samples} samples of each class, and samples have the frequencies of "
                 f"the data; {self._listed(few, self.rows)} of {len(asked):,} samples: num_samples must be about "
                 f"{needed:,} or more"
             )
@@ -81,12 +87,14 @@ class ClassGroups:
             numbers: their numbers (m,) among the real images.
 
         Raises:
-            ValueError: if fewer than 2 images of a class could be read.
+            ValueError: if too few images of a class could be read.
         """
         for name, distances in self.distances.items():
             read = np.isin(numbers.numpy(), self.real[name])
-            if read.sum() < 2:
-                raise ValueError(f"per_class needs 2 real images that can be read; class {name} has {read.sum()}")
+            if read.sum() < self.least_read:
+                raise ValueError(
+                    f"per_class needs {self.least_read} real images that can be read; class {name} has {read.sum()}"
+                )
             missing = np.setdiff1d(self.real[name], numbers.numpy())
             distances.fit(features[torch.from_numpy(read)], [f"image {number}" for number in missing])
 
@@ -97,16 +105,16 @@ class ClassGroups:
 
     # -- sequences -----------------------------------------------------------------------------
 
-    def fit_sequences(self, natural: Tensor, metrics: list[str], seed: int) -> None:
+    def fit_sequences(self, natural: Tensor, metrics: list[str], settings: EvalSettings, shares: Shares) -> None:
         """Make the distances of each class of sequences.
 
         Args:
             natural: all real sequences (N, C, length) in the data's own units, float64.
             metrics: the metrics that will be asked for.
-            seed: as in `SequenceDistances`.
+            settings, shares: as in `SequenceDistances`.
         """
         for name, own in self.real.items():
-            self.distances[name] = SequenceDistances(natural[torch.from_numpy(own)], metrics, seed)
+            self.distances[name] = SequenceDistances(natural[torch.from_numpy(own)], metrics, settings, shares)
 
     # -- samples -------------------------------------------------------------------------------
 

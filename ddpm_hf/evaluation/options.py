@@ -33,7 +33,10 @@ class EvaluateConfig:
         10, "Steps of a jump of RePaint, for a task with a model that was not trained for it; see inpaint."
     )
     jump_n_sample: int = _option(10, "Number of times that RePaint passes each place that it jumps from; 1: no jumps.")
-    metrics: list[str] | None = _option(None, "Metrics to compute. Default: all that the data allows.")
+    metrics: list[str] | None = _option(
+        None, "Metrics to compute. Default: all that the data allows, without precision, recall, density and coverage, "
+        "which are computed if they are named."
+    )  # fmt: skip
     num_inference_steps: list[int] | None = _option(
         None, "Number of sampling steps, or several for a curve. Default: the pipeline's."
     )
@@ -45,7 +48,8 @@ class EvaluateConfig:
         None, "Lowest and highest noise level with guidance, from 0 (data) to 1 (noise). Default: 0 1."
     )
     per_class: bool = _option(
-        False, "Also compute FID, KID and the distances of sequences for each class, from its samples and real items."
+        False,
+        "Also compute all metrics but memorization and held-out losses for each class, from its samples and items.",
     )
     classifier: str | None = _option(
         None, "TorchScript file of a classifier, for the share of samples that it takes for the class that they were "
@@ -60,9 +64,14 @@ class EvaluateConfig:
     )  # fmt: skip
     num_real: int = _option(50_000, "Largest number of real items that samples are compared with.")
     feature_network: str = _option(
-        "inception", "Features of FID and KID: 'inception', a TorchScript file, or 'pixels'."
-    )
+        "inception", "Features of images, for FID, KID, precision, recall, density and coverage: 'inception', a "
+        "TorchScript file, or 'pixels'."
+    )  # fmt: skip
     feature_resolution: int = _option(299, "Side in pixels of the input of a TorchScript feature network.")
+    num_neighbours: int | None = _option(
+        None, "Number k of the neighbour that a ball reaches to, for precision, recall, density and coverage. Default: "
+        "3 for precision and recall, 5 for density and coverage, as in their papers."
+    )  # fmt: skip
     batch_size: int = _option(64, "Number of samples that a process generates at once.")
     seed: int = _option(0, "Seed of the samples, and of the held-out items if the pipeline does not record them.")
     holdout: int | None = _option(
@@ -104,7 +113,7 @@ class EvaluateConfig:
         """
         given = self.given()
         of_samples = ("metrics", "per_class", "classifier", "feature_network", "feature_resolution", "eval_cache_dir",
-                      "random_flip")  # fmt: skip
+                      "random_flip", "num_neighbours")  # fmt: skip
         of_tasks = ("unknown_share", "num_items", "season", "jump_length", "jump_n_sample")
         for name in of_samples if self.task else of_tasks:
             if name in given:

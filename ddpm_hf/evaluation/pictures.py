@@ -1,6 +1,7 @@
-"""FID and KID compare features of samples with those of real pictures, whose statistics are kept on disk."""
+"""Metrics that compare features of samples with those of real pictures, whose statistics are kept on disk."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,16 @@ from torch import Tensor
 from ddpm_hf.data.loading import Part, underlying
 from ddpm_hf.evaluation import feature_cache
 from ddpm_hf.evaluation.features import FeatureNetwork
+from ddpm_hf.evaluation.fidelity import Fidelity
 from ddpm_hf.evaluation.metrics import Gaussian, frechet_distance
-from ddpm_hf.evaluation.settings import EvalSettings
+from ddpm_hf.evaluation.settings import FIDELITY, EvalSettings
 from ddpm_hf.evaluation.shares import Shares
 
 KID_FEATURES = 10_000  # the number of real features that are kept for KID, which compares subsets of 1,000
 
 
 class PictureDistances:
-    """FID and KID against one set of pictures.
+    """FID, KID and the metrics of `Fidelity` against one set of pictures.
 
     Args:
         real: the pictures to compare with.
@@ -38,8 +40,10 @@ class PictureDistances:
         self, real: Part, shape: tuple, settings: EvalSettings, shares: Shares, network: FeatureNetwork | None = None
     ):
         if shape[0] not in (1, 3, 4):
-            raise ValueError(f"FID and KID need images of 1, 3 or 4 channels, the data has {shape[0]}")
+            raise ValueError(f"features need images of 1, 3 or 4 channels, the data has {shape[0]}")
         self.real, self.shape, self.settings, self.shares = real, shape, settings, shares
+        self.fidelity: Fidelity | None = None
+        self.needs_all = bool(set(settings.metrics or ()) & set(FIDELITY))  # all features, beside those for KID
         self.accelerator = shares.accelerator
         if network is not None:
             self.network = network
@@ -57,7 +61,15 @@ class PictureDistances:
         # each node of a cluster may have its own cache, so the statistics count only if all nodes have them
         self.accelerator.wait_for_everyone()
         stored = None if self.file is None else feature_cache.load(self.file, self.accelerator.print)
-        if all(self.shares.gather_objects([stored is not None])):
+        every = None
+        if stored is not None and self.needs_all:
+            every = stored["features"]
+            if len(self.real) - len(stored["bad"]) > KID_FEATURES:
+                found = feature_cache.load(self.beside("all"), self.accelerator.print, ("features",))
+                every = None if found is None else found["features"]
+        complete = stored is not None and not (self.needs_all and every is None)
+        if all(self.shares.gather_objects([complete])):
+            self._compare_with(every)
             self.gaussian, self.features = Gaussian(stored["mean"], stored["root"]), stored["features"]
             self.bad = stored["bad"].tolist()
             return True
@@ -81,7 +93,34 @@ class PictureDistances:
         if self.file is not None and self.accelerator.is_local_main_process:
             arrays = dict(zip(("mean", "root"), self.gaussian), features=self.features, bad=np.array(bad, str))
             feature_cache.save(self.file, arrays, print)
+            if self.needs_all and len(array) > KID_FEATURES:
+                feature_cache.save(self.beside("all"), {"features": array}, print)
         self.accelerator.wait_for_everyone()
+        self._compare_with(array)
+
+    def beside(self, name: str) -> Path:
+        """Return the file of the cache for further statistics of the same pictures."""
+        return self.file.with_name(f"{self.file.stem}-{name}.npz")
+
+    def _compare_with(self, features: np.ndarray | None) -> None:
+        """Make the metrics of `Fidelity` if they are asked for, from the features (N, D) of all real pictures."""
+        if self.needs_all:
+            self.fidelity = Fidelity(features, self.shares, self.settings.num_neighbours, self._kept)
+
+    def _kept(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the array of this name from the cache of all nodes; otherwise compute it, and keep it there."""
+        if self.file is None:
+            return compute()
+        file = self.beside(name)
+        self.accelerator.wait_for_everyone()
+        stored = feature_cache.load(file, self.accelerator.print, (name,))
+        if all(self.shares.gather_objects([stored is not None])):
+            return stored[name]
+        found = compute()
+        if self.accelerator.is_local_main_process:
+            feature_cache.save(file, {name: found}, print)
+        self.accelerator.wait_for_everyone()
+        return found
 
     def cache_file(self) -> Path | None:
         """Return the file of the cache, named by everything that the statistics depend on.
@@ -115,7 +154,7 @@ class PictureDistances:
         return self.network((images * 255).round().astype(np.uint8))
 
     def values(self, features: Tensor, metrics: list[str]) -> dict[str, float]:
-        """Return the values of "fid" and "kid", those that `metrics` names, for the samples' features (n, D)."""
+        """Return the values of those of the metrics that `metrics` names, for the samples' features (n, D)."""
         from cleanfid.fid import kernel_distance
 
         values = {}
@@ -124,6 +163,8 @@ class PictureDistances:
         if "kid" in metrics:
             with numpy_seed(self.settings.seed):
                 values["kid"] = kernel_distance(self.features.astype(np.float64), features.double().numpy())
+        if self.fidelity is not None:
+            values.update(self.fidelity.values(features.numpy(), metrics))
         return values
 
 

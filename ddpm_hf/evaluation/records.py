@@ -1,7 +1,7 @@
 """The records of an evaluation for evaluation.json, and its values as lines to print."""
 
 from ddpm_hf.evaluation.classes import RULE, has_classes
-from ddpm_hf.evaluation.settings import AGREEMENT, BIASED, FEW
+from ddpm_hf.evaluation.settings import AGREEMENT, BIASED, FEW, FIDELITY, neighbours_of
 from ddpm_hf.run.record import without_folders
 
 
@@ -44,6 +44,8 @@ def make_records(
             own |= {"guidance_scale": guidance_scale, "guidance_interval": interval}
         if "memorization" in name and evaluator.mirrored:
             own["mirrored"] = True
+        if metric in FIDELITY:
+            own["num_neighbours"] = neighbours_of(metric, evaluator.settings.num_neighbours)
         if metric == AGREEMENT:
             own["classifier"] = without_folders(evaluator.settings.classifier)
         if label:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.data.scaling import scaling_of
+from ddpm_hf.evaluation.fidelity import Fidelity
 from ddpm_hf.evaluation.metrics import (
     Gaussian,
     autocorrelation,
@@ -13,6 +14,8 @@ from ddpm_hf.evaluation.metrics import (
     log_power_spectrum,
     sliced_wasserstein,
 )
+from ddpm_hf.evaluation.settings import FIDELITY, EvalSettings
+from ddpm_hf.evaluation.shares import Shares
 
 
 class SequenceDistances:
@@ -21,14 +24,15 @@ class SequenceDistances:
     Args:
         natural: the real sequences (N, C, length) in the data's own units, float64.
         metrics: the metrics that will be asked for.
-        seed: the seed of the projections of the sliced Wasserstein distance.
+        settings: the settings of the evaluation; their seed draws the projections of the sliced Wasserstein distance.
+        shares: the exchange between processes.
 
     Attributes:
         reference: the real sequences (N, C * length), each channel with mean 0 and deviation 1.
     """
 
-    def __init__(self, natural: Tensor, metrics: list[str], seed: int):
-        self.shape, self.metrics, self.seed = tuple(natural.shape[1:]), metrics, seed
+    def __init__(self, natural: Tensor, metrics: list[str], settings: EvalSettings, shares: Shares):
+        self.shape, self.metrics, self.seed = tuple(natural.shape[1:]), metrics, settings.seed
         self.mean = natural.mean(dim=(0, 2), keepdim=True)
         spread = natural.std(dim=(0, 2), keepdim=True)
         self.spread = torch.where(spread > 0, spread, 1.0)
@@ -40,6 +44,9 @@ class SequenceDistances:
             self.spectrum = Gaussian.fit(log_power_spectrum(values.reshape(-1, *self.shape)))
         if "autocorrelation_error" in metrics:
             self.autocorrelation = autocorrelation(values.reshape(-1, *self.shape))
+        self.fidelity = None
+        if set(FIDELITY) & set(metrics):
+            self.fidelity = Fidelity(values, shares, settings.num_neighbours)
 
     def standardized(self, natural: Tensor) -> Tensor:
         """Return sequences (n, C, length) in the data's own units as rows (n, C * length) in units of the real data."""
@@ -57,6 +64,8 @@ class SequenceDistances:
             values["sliced_wasserstein"] = sliced_wasserstein(flat, real, seed=self.seed)
         if "autocorrelation_error" in self.metrics:
             values["autocorrelation_error"] = autocorrelation_error(self.autocorrelation, autocorrelation(x))
+        if self.fidelity is not None:
+            values.update(self.fidelity.values(flat, self.metrics))
         return values
 
 

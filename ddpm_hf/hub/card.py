@@ -263,9 +263,16 @@ def _metric_name(record: dict) -> str:
         settings.append(f"guidance scale {record['guidance_scale']:g}")
     if "class" in record:
         settings.insert(0, f"class {record['class']}")
-    if record["metric"] in ("fid", "kid"):
+    if _has_features(record):
         settings.append(f"features {record['feature_network']}")
+    if "num_neighbours" in record:
+        settings.append(f"k = {record['num_neighbours']}")
     return f"{record['metric']} ({', '.join(settings)})"
+
+
+def _has_features(record: dict) -> bool:
+    """Return True if the record's value compares features of images."""
+    return record["metric"] in ("fid", "kid") or ("num_neighbours" in record and "feature_network" in record)
 
 
 def _slug(name: str | None) -> str:
@@ -374,7 +381,7 @@ def _training_rows(parts: Parts) -> list[tuple]:
 
 def _metric_row(parts: Parts, record: dict) -> list[str]:
     """Return the cells of a metric's row."""
-    features = record.get("feature_network", "") if record["metric"] in ("fid", "kid") else ""
+    features = record.get("feature_network", "") if _has_features(record) else ""
     compared = f"{record['num_real']:,} items of {parts.data_name(record)}"
     if "held_out" in record["metric"]:
         compared = "items that training did not see" if "num_held_out" in record else parts.data_name(record)

@@ -201,6 +201,7 @@ def make_evaluator(config: TrainConfig, accelerator, feed) -> Evaluator | None:
         metrics=c.eval_metrics, num_samples=c.eval_num_samples, num_real=c.eval_num_real,
         feature_network=c.feature_network, feature_resolution=c.feature_resolution, batch_size=c.eval_batch_size,
         seed=c.seed, cache_dir=c.eval_cache_dir, workers=c.dataloader_num_workers, on_bad_image=c.on_bad_image,
+        num_neighbours=c.eval_num_neighbours,
     )  # fmt: skip
     classes = DataClasses.of(feed.labels, feed.dataset, feed.held_out)
     evaluator = Evaluator(accelerator, feed.dataset, feed.shape, settings, feed.held_out, classes)

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.data.loading import load_item
 from ddpm_hf.evaluation.evaluator import Evaluator
+from ddpm_hf.evaluation.settings import HIGHER_IS_BETTER
 from ddpm_hf.evaluation.shares import Shares
 from ddpm_hf.plots import save_image_grid, save_sequence_plot
 from ddpm_hf.randomness import Stream, generator_seeds
@@ -191,7 +192,9 @@ class Looks:
             self.run.folder.metrics.append({"step": progress.step, **record})
         acc.log(record, step=progress.step)
         metric, best = c.metric_for_best or self.evaluator.metrics[0], progress.best
+        sign = -1 if metric in HIGHER_IS_BETTER else 1
         # any value is better than one that is not a number
-        if best is None or best["metric"] != metric or math.isnan(best["value"]) or values[metric] < best["value"]:
+        worse = best is None or best["metric"] != metric or math.isnan(best["value"])
+        if worse or sign * values[metric] < sign * best["value"]:
             progress.best = {"metric": metric, "value": values[metric], "step": progress.step}
             self.saver.save_pipeline("best")
