@@ -266,6 +266,11 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.sources)
 
+    @property
+    def augments(self) -> bool:
+        """True if loading an image draws from the generator that is given; a subclass may always draw."""
+        return self.random_flip or not self.center_crop or type(self) is not ImageDataset
+
     def __getitem__(self, index: int) -> Tensor:
         """Return image `index` without augmentation, float32 (C, H, W) in [-1, 1]."""
         return self.load(index)

@@ -276,8 +276,11 @@ class TrainingView(Dataset):
         self, dataset, seed: int, on_bad: str = "stop", augment: bool = True, labels: np.ndarray | None = None,
         condition: Any = None,
     ):  # fmt: skip
-        self.dataset, self.seed, self.on_bad, self.augment = dataset, seed, on_bad, augment
+        self.dataset, self.seed, self.on_bad = dataset, seed, on_bad
         self.labels, self.condition = labels, condition
+        sources = (underlying(dataset), condition)
+        # a seed and a generator take longer than a cached item, so they are made where something is drawn
+        self._draws = augment and any(isinstance(data, ImageDataset) and data.augments for data in sources)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -299,7 +302,7 @@ class TrainingView(Dataset):
         return Item(None, skipped, "none of the images can be read")
 
     def _load(self, epoch: int, index: int) -> tuple[Tensor, Tensor | None]:
-        place = derive_seed(self.seed, Stream.AUGMENTATION, epoch, index) if self.augment else None
+        place = derive_seed(self.seed, Stream.AUGMENTATION, epoch, index) if self._draws else None
         return load_pair(self.dataset, self.condition, index, place)
 
     def _candidates(self, epoch: int, first: int) -> Iterator[int]:

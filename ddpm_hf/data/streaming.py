@@ -180,7 +180,9 @@ class StreamingView(Dataset):
 
     def __getitem__(self, row: Row) -> Item:
         place = (row.epoch, row.shard, row.row)
-        rng = np.random.default_rng(derive_seed(self.seed, Stream.AUGMENTATION, *place))
+        rng = None
+        if self.stream.images.augments:  # making a generator takes a while
+            rng = np.random.default_rng(derive_seed(self.seed, Stream.AUGMENTATION, *place))
         try:
             return Item(self.stream.load(row, rng), [], label=self.stream.label(row))
         except BadImageError as error:

@@ -54,6 +54,8 @@ class WeightAverage:
     def start(self, model: nn.Module) -> None:
         """Begin with the weights of the prepared model."""
         c, self.model = self.config, model
+        # listed once, which takes a while; shards come and go
+        self._parameters = None if self.sharded else list(model.parameters())
         if c.use_ema:
             self.ema = EMAModel(
                 model.parameters(), decay=c.ema_max_decay, use_ema_warmup=True, inv_gamma=c.ema_inv_gamma,
@@ -78,7 +80,7 @@ class WeightAverage:
         Args:
             share: in [0, 1], from `share`; a 0-d tensor on the device of the weights if the update is to be captured.
         """
-        averages, weights = self.ema.shadow_params, list(self.model.parameters())
+        averages, weights = self.ema.shadow_params, self._parameters or list(self.model.parameters())
         if isinstance(share, Tensor):  # torch's lerp of lists would read it
             changes = torch._foreach_sub(weights, averages)
             torch._foreach_mul_(changes, share)

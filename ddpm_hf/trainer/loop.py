@@ -239,11 +239,12 @@ class Trainer:
     def _train_step(self, batches: Iterator[Batch]) -> Tensor:
         """Run one optimizer step; return (2,): the mean loss of this process and the gradient norm, on the device."""
         c, acc, step = self.config, self.accelerator, self.progress.step
-        torch.manual_seed(derive_seed(c.seed, Stream.DROPOUT, step, acc.process_index))
+        # for a step on CPU, torch's function would queue the seed for each kind of card, with a trace of the stack
+        set_seed = torch.default_generator.manual_seed if acc.device.type == "cpu" else torch.manual_seed
+        set_seed(derive_seed(c.seed, Stream.DROPOUT, step, acc.process_index))
         parts = [next(batches) for _ in range(c.gradient_accumulation_steps)]
         # one coin for the whole batch, so that half of the steps cost less
-        coin = derive_seed(c.seed, Stream.SELF_CONDITION, step) % 2
-        conditioned = c.self_condition and coin == 0
+        conditioned = c.self_condition and derive_seed(c.seed, Stream.SELF_CONDITION, step) % 2 == 0
         values = self.runner(parts, self.training_step.numbers(step), conditioned, c.max_train_steps - step)
         self.batches.launched()
         self.learning_rate = self.lr_scheduler.get_last_lr()[0]  # of this step

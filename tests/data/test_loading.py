@@ -8,8 +8,10 @@ import torch
 from helpers import gradient
 from PIL import Image
 
+from ddpm_hf.data import loading
 from ddpm_hf.data.images import ImageDataset
-from ddpm_hf.data.loading import Item, StreamSampler, TrainingView, as_tensor, collate, hold_out, load_item
+from ddpm_hf.data.loading import Item, Part, StreamSampler, TrainingView, as_tensor, collate, hold_out, load_item
+from ddpm_hf.randomness import Stream
 
 
 def test_augmentation_follows_from_seed_epoch_and_index():
@@ -20,6 +22,17 @@ def test_augmentation_follows_from_seed_epoch_and_index():
     assert all(torch.equal(again[key].x, x) for key, x in first.items())
     assert len({x.numpy().tobytes() for x in first.values()}) > 8  # 5 places, mirrored or not
     assert torch.equal(data[0], data[1])  # not augmented
+
+
+def test_generators_are_made_where_something_is_drawn(monkeypatch):
+    """A seed and a generator take longer than a cached item, so an item without augmentation has neither."""
+    made = []
+    monkeypatch.setattr(loading, "derive_seed", lambda *place: made.append(place[1]) or 0)
+    for options in ({}, {"random_flip": True}, {"center_crop": False}):
+        made.clear()
+        view = TrainingView(Part(ImageDataset([gradient()] * 4, (6, 6), **options), [0, 2]), seed=3)
+        assert torch.equal(view[0, 1].x, view[0, 0].x) or options
+        assert made == [Stream.AUGMENTATION] * 2 * bool(options)
 
 
 def test_items_of_other_datasets():

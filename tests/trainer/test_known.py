@@ -45,7 +45,7 @@ class Spy(torch.nn.Module):
 def step_of(model, **options):
     c = TrainConfig(condition="known", **options)
     average = SimpleNamespace(share=lambda step: None)
-    accelerator = SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False))
+    accelerator = SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False), distributed_type=None)
     return TrainingStep(model, GaussianScheduler(), None, average, c, accelerator)
 
 

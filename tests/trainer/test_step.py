@@ -172,7 +172,7 @@ def on(device, **options):
     model = UNet2D(sample_size=8, in_channels=1, **told).to(device).train()
     accelerator = SimpleNamespace(
         device=torch.device(device), num_processes=1, process_index=0, distributed_type="NO", sync_gradients=True,
-        accumulate=lambda model: contextlib.nullcontext(), autocast=contextlib.nullcontext,
+        scaler=None, accumulate=lambda model: contextlib.nullcontext(), autocast=contextlib.nullcontext,
         backward=lambda loss: loss.backward(), clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
     )  # fmt: skip
     average = WeightAverage(model, accelerator, c)
