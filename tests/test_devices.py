@@ -121,11 +121,9 @@ def test_the_loss_refuses_noise_of_another_device_and_moves_the_rest():
         (lambda x: schedule().sample_noise(x, 0.1, torch.Generator().manual_seed(0)), (X,)),
         (lambda t: schedule().loss_weights(t, 5.0), (T,)),
         (metrics.distinct, (ROWS,)),
-        (metrics.nearest, (QUERIES, ROWS, torch.arange(5)[:, None])),
-        (metrics.too_close, (QUERIES, ROWS)),
-        (metrics.too_close, (ROWS[:5], ROWS, torch.arange(5))),
+        (lambda q, r, own: metrics.Reference(r).nearest(q, 2, own), (QUERIES, ROWS, torch.arange(5)[:, None])),
     ],
-    ids=["draws", "key", "labels", "assignment", "noise", "weights", "distinct", "nearest", "too close", "own"],
+    ids=["draws", "key", "labels", "assignment", "noise", "weights", "distinct", "nearest"],
 )
 def test_other_functions_move_tensors(function, tensors):
     assert all(works for _, works in outcomes(function, *tensors))

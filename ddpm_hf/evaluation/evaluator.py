@@ -239,7 +239,7 @@ class Evaluator:
         if self.memorization is not None:
             # samples come as (B, H, W, C) in [0, 1]
             model_units = lambda images: torch.from_numpy(images).movedim(-1, 1) * 2 - 1  # noqa: E731
-            looks.append(lambda images: self.memorization.copies(neighbour_vectors(model_units(images))))
+            looks.append(self.memorization.look(lambda images: neighbour_vectors(model_units(images))))
         found = self.shares.collect(batches, *looks)
         values = {}
         if self.pictures is not None:
@@ -265,9 +265,8 @@ class Evaluator:
             values.update(self._agreement(pipeline, predicted[0]))
         if self.memorization is not None:
             share = self.shares.of(len(rows))
-            own = rows[share.start : share.stop]
-            copies = self.shares.gather(self.memorization.copies(own) if len(own) else None)
-            values.update(self.memorization.values(copies))
+            (found,) = self.shares.collect([rows[share.start : share.stop]], self.memorization.look(lambda own: own))
+            values.update(self.memorization.values(found))
         return values
 
     def _agreement(self, pipeline, predicted: Tensor) -> dict[str, float]:

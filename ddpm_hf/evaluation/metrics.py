@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 LOG_FLOOR = 1e-8  # added to the power of a standardized sequence, so that silence has a logarithm
+SCORES = 2**25  # the number of scores of rows that are held at once
 FFT_VALUES = 2**22  # the number of values that are transformed at once
 
 
@@ -133,11 +134,11 @@ def autocorrelation_error(x: np.ndarray, y: np.ndarray) -> float:
 
 
 class Neighbours(NamedTuple):
-    """The nearest rows of some queries.
+    """The nearest rows of some queries, in order.
 
     Attributes:
-        index: the index (n,) of each query's nearest row.
-        distance: the Euclidean distance (n,) to it, float64.
+        index: the indices (n, count) of each query's nearest rows.
+        distance: the Euclidean distances (n, count) to them, float64.
     """
 
     index: Tensor
@@ -164,58 +165,59 @@ def distinct(x: Tensor, mirror: Mirror | None = None) -> Tensor:
     return torch.tensor(list(first.values()), dtype=torch.long)
 
 
-def nearest(
-    queries: Tensor, reference: Tensor, exclude: Tensor | None = None, mirror: Mirror | None = None, chunk: int = 512
-) -> Neighbours:
-    """Find the row of `reference` (N, D) that is nearest to each of `queries` (n, D), on the device of the queries.
+class Reference:
+    """Rows among which neighbours are looked for. Their squared norms are computed once.
 
     Args:
-        queries: the vectors whose neighbours are looked for.
-        reference: the rows to look among.
-        exclude: the indices (n, k) of rows that do not count for each query; k + 1 must be at most N.
+        rows: the rows (N, D).
         mirror: if given, the distance to a row is the smaller one of those to it and to its mirror image.
-        chunk: the number of queries that are compared at once.
     """
-    reference = reference.to(queries.device)
-    exclude = None if exclude is None else exclude.to(queries.device)
-    if mirror is not None:  # mirroring the query gives the same distance as mirroring the row
-        straight, turned = (nearest(q, reference, exclude, chunk=chunk) for q in (queries, mirror(queries)))
-        nearer = turned.distance < straight.distance
-        return Neighbours(*(torch.where(nearer, b, a) for a, b in zip(straight, turned)))
-    indices, distances = [], []
-    squares = reference.square().sum(dim=1)
-    for start in range(0, len(queries), chunk):
-        part = queries[start : start + chunk]
+
+    def __init__(self, rows: Tensor, mirror: Mirror | None = None):
+        self.rows, self.mirror, self.squares = rows, mirror, squared_norms(rows)
+
+    def nearest(self, queries: Tensor, count: int = 1, exclude: Tensor | None = None) -> Neighbours:
+        """Find the rows that are nearest to each query, on the device of the rows.
+
+        Args:
+            queries: the vectors (n, D) whose neighbours are looked for.
+            count: the number of neighbours of each.
+            exclude: the indices (n, k) of rows that do not count for each query; k + count must be at most N.
+        """
+        queries = queries.to(self.rows.device)
+        exclude = None if exclude is None else exclude.to(self.rows.device)
+        # what is held at once: scores of all rows, and differences to a few of them in float64
+        size = max(1, min(SCORES // len(self.rows), SCORES // (8 * (count + 3) * self.rows.shape[1])))
+        found = []
+        for start in range(0, len(queries), size):
+            part, out = queries[start : start + size], None if exclude is None else exclude[start : start + size]
+            index, distance = self._candidates(part, count, out)
+            if self.mirror is not None:  # mirroring the query gives the same distance as mirroring the row
+                turned = self._candidates(self.mirror(part), count, out)
+                index, distance = (torch.cat(pair, dim=1) for pair in zip((index, distance), turned))
+            order = distance.argsort(dim=1, stable=True)
+            index, distance = index.gather(1, order), distance.gather(1, order)
+            if self.mirror is not None:  # a row counts once, at its smaller distance
+                again = (index[:, :, None] == index[:, None, :]).tril(-1).any(dim=2)
+                order = distance.masked_fill(again, torch.inf).argsort(dim=1, stable=True)
+                index, distance = index.gather(1, order), distance.gather(1, order)
+            found.append((index[:, :count], distance[:, :count]))
+        if not found:
+            return Neighbours(torch.zeros(0, count, dtype=torch.long), torch.zeros(0, count, dtype=torch.float64))
+        return Neighbours(*map(torch.cat, zip(*found)))
+
+    def _candidates(self, queries: Tensor, count: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the indices of a few rows near each query, and the exact distances to them."""
         # |r|^2 - 2 q.r ranks the rows; the first few are then measured without the cancellation in it
-        scores = squares - 2 * part @ reference.T
+        scores = torch.addmm(self.squares, queries, self.rows.T, alpha=-2)
         if exclude is not None:
-            scores.scatter_(1, exclude[start : start + chunk], torch.inf)
-        ranked = scores.topk(min(4, len(reference)), dim=1, largest=False)
-        exact = (part[:, None].double() - reference[ranked.indices].double()).square().sum(dim=2).sqrt()
+            scores.scatter_(1, exclude, torch.inf)
+        ranked = scores.topk(min(count + 3, len(self.rows)), dim=1, largest=False)
+        exact = (queries[:, None].double() - self.rows[ranked.indices].double()).square().sum(dim=2).sqrt()
         exact[ranked.values == torch.inf] = torch.inf
-        best = exact.argmin(dim=1, keepdim=True)
-        indices.append(ranked.indices.gather(1, best)[:, 0])
-        distances.append(exact.gather(1, best)[:, 0])
-    return Neighbours(torch.cat(indices), torch.cat(distances))
+        return ranked.indices, exact
 
 
-def too_close(queries: Tensor, reference: Tensor, own: Tensor | None = None, mirror: Mirror | None = None) -> Tensor:
-    """Return True for each query that is nearer to its nearest row than that row is to any other row, as (n,).
-
-    A copy of training data is near one item and far from what that item resembles (compare the nearest-neighbour test
-    of Meehan, Chaudhuri, Dasgupta 2020, arXiv:2004.05675).
-
-    Args:
-        queries: the vectors (n, D).
-        reference: the rows (N, D). They must be `distinct`: equal rows would be each other's neighbours at distance 0,
-            and no copy of them would be found.
-        own: the index (n,) of the row that each query is. That row counts nowhere for it, so the result is the rate of
-            real data, each item left out in turn; a sampler that copies nothing would have that rate.
-        mirror: if given, a row and its mirror image are one item, so mirrored copies are copies.
-    """
-    reference, own = reference.to(queries.device), None if own is None else own[:, None].to(queries.device)
-    found = nearest(queries, reference, own, mirror)
-    itself = found.index[:, None]
-    excluded = itself if own is None else torch.cat((itself, own), dim=1)
-    other = nearest(reference[found.index], reference, excluded, mirror)
-    return found.distance < other.distance
+def squared_norms(rows: Tensor) -> Tensor:
+    """Return the squared norms (N,) of rows (N, D)."""
+    return rows.square().sum(dim=1)

@@ -65,11 +65,17 @@ class Shares:
         return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
     def collect(self, batches: Iterator, *looks: Callable[[Any], Tensor]) -> list[Tensor]:
-        """Apply each function of `looks` to this process' batches, and gather the rows that each of them makes."""
+        """Apply each function of `looks` to this process' batches, and gather the rows that each of them makes.
+
+        A function that collects several batches has a method `rest`, which makes the rows of the last ones.
+        """
         parts: list[list[Tensor]] = [[] for _ in looks]
         for batch in batches:
             for rows, look in zip(parts, looks):
                 rows.append(look(batch))
+        for rows, look in zip(parts, looks):
+            if hasattr(look, "rest"):
+                rows.append(look.rest())
         return [self.gather(torch.cat(rows) if rows else None) for rows in parts]
 
 

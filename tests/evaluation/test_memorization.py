@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
-from measuring import as_samples, grey, images, measure
+from measuring import Known, as_samples, evaluator, grey, images, measure
+from scipy.spatial.distance import cdist
 
 from ddpm_hf.data.sequences import SequenceDataset
-from ddpm_hf.evaluation.metrics import too_close
+from ddpm_hf.evaluation import metrics
+from ddpm_hf.evaluation.memorization import AT_ONCE
 
 
 def test_copies_of_data_that_come_twice_are_copies():
@@ -53,10 +54,43 @@ def test_the_rate_of_real_data_is_of_random_items():
     )
     whole, deviation = every["memorization_real"], (0.25 / 60) ** 0.5
     assert abs(some - whole) < 5 * deviation and abs(shuffled - whole) < 5 * deviation
-    first = too_close(torch.from_numpy(rows[:60, 0]), torch.from_numpy(rows[:, 0]), torch.arange(60)).double().mean()
+    distances = cdist(rows[:, 0], rows[:, 0]) + np.diag(np.full(400, np.inf))
+    near = distances[:60].argmin(1)
+    beyond = distances[near]
+    beyond[np.arange(60), np.arange(60)] = np.inf
+    first = (distances[:60].min(1) < beyond.min(1)).mean()
     assert abs(first - whole) > 5 * deviation  # the test can fail
 
 
 def test_memorization_needs_different_items():
     with pytest.raises(ValueError, match="at least 3 different real items, the data has 2"):
         measure(images([*grey(2)] * 4), (1, 8, 8), as_samples(grey(5)), metrics=["memorization"])
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_what_concerns_real_items_alone_is_computed_once(pictures, monkeypatch):
+    """Norms once; each real item is looked for among the others at most once, and not again for the next evaluation of
+    the same samples; samples are looked for by many at once, however small the batches are."""
+    norms, asked, searched = [], [], []
+    squares, search = metrics.squared_norms, metrics.Reference.nearest
+
+    def nearest(self, queries, count=1, exclude=None):
+        if exclude is None:
+            searched.append(len(queries))
+        else:
+            asked.extend(exclude[:, 0].tolist())
+        return search(self, queries, count, exclude)
+
+    monkeypatch.setattr(metrics, "squared_norms", lambda rows: norms.append(len(rows)) or squares(rows))
+    monkeypatch.setattr(metrics.Reference, "nearest", nearest)
+    number, rng = AT_ONCE + 90, np.random.default_rng(0)
+    if pictures:
+        data, shape, samples = images(list(grey(60))), (1, 8, 8), as_samples(grey(number, seed=1))
+    else:
+        data, shape, samples = SequenceDataset(rng.normal(size=(60, 1, 8))), (1, 8), rng.normal(size=(number, 1, 8))
+    e = evaluator(data, shape, num_samples=number, metrics=["memorization"])
+    e.prepare()
+    values = [e(Known(samples, shape), steps) for steps in (5, 6)]
+    assert values[0] == values[1] and norms == [60]
+    assert len(asked) == len(set(asked)) == 60
+    assert max(searched) >= AT_ONCE and sum(searched) == 2 * number and len(searched) <= 4

@@ -13,9 +13,7 @@ from ddpm_hf.evaluation.metrics import (
     autocorrelation_error,
     frechet_distance,
     log_power_spectrum,
-    nearest,
     sliced_wasserstein,
-    too_close,
     unit_directions,
 )
 
@@ -136,23 +134,19 @@ def test_spectral_frechet_tells_processes_apart():
     assert frechet_distance(a, b) < 0.02 * frechet_distance(a, c)
 
 
-def test_nearest_is_brute_force():
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("scores", [2**25, 150])
+def test_nearest_is_brute_force(mirrored, scores, monkeypatch):
+    """Also in many blocks, for several neighbours, with rows that do not count, and where a mirror image is nearer."""
+    monkeypatch.setattr(metrics, "SCORES", scores)
     q, r = torch.randn(40, 6), torch.randn(70, 6)
     full = (q[:, None].double() - r.double()).norm(dim=2)
-    found = nearest(q, r, chunk=16)
-    assert torch.equal(found.index, full.argmin(1))
-    torch.testing.assert_close(found.distance, full.min(1).values, rtol=1e-12, atol=0)
+    if mirrored:
+        full = torch.minimum(full, (q.flip(1)[:, None].double() - r.double()).norm(dim=2))
+    reference = metrics.Reference(r, (lambda x: x.flip(1)) if mirrored else None)
     ranked = full.argsort(1)
-    assert torch.equal(nearest(q, r, ranked[:, :2], chunk=16).index, ranked[:, 2])
-
-
-def test_memorization():
-    """Copies with a little noise are all too close; real data, left out one by one, and new samples of the same
-    distribution are so alike: about half of the time."""
-    real = torch.randn(500, 8)
-    copies = real[:100] + 1e-3 * torch.randn(100, 8)
-    assert too_close(copies, real).all() and too_close(real[:10], real).all()
-    honest = too_close(torch.randn(500, 8), real).double().mean()
-    baseline = too_close(real, real, torch.arange(500)).double().mean()
-    # two binomial shares of 500: deviations of at most sqrt(0.25 / 500) each; 5 of their difference
-    assert abs(honest - baseline) < 5 * (2 * 0.25 / 500) ** 0.5 and 0.2 < baseline < 0.8
+    for count in (1, 3):
+        found = reference.nearest(q, count)
+        assert torch.equal(found.index, ranked[:, :count])
+        torch.testing.assert_close(found.distance, full.sort(1).values[:, :count], rtol=1e-12, atol=0)
+        assert torch.equal(reference.nearest(q, count, ranked[:, :2]).index, ranked[:, 2 : 2 + count])
