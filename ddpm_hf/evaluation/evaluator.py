@@ -160,7 +160,7 @@ class Evaluator:
             self.by_class.leave_out()
         if self._any("memorization"):
             mirrored_shape = (self.shape[0], *neighbour_size(self.shape[1:])) if self.mirrored else None
-            self.memorization = Memorization(found[-1], self.settings, self.shares, mirrored_shape)
+            self.memorization = Memorization(found[-1], self.settings, self.shares, mirrored_shape, kept=True)
 
     def _leave_out(self, bad: list[str]) -> None:
         """Count and name the real pictures that cannot be read."""

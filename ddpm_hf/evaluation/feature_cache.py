@@ -26,6 +26,15 @@ NAMES = ("mean", "root", "features", "bad")  # the arrays in a file
 THREADS = 8  # the number of threads that read pictures
 
 
+def folder_of(cache_dir: str | None) -> Path:
+    """Return the folder of the cache: the one that is given, or ddpm_hf/ in the Hugging Face cache."""
+    if cache_dir is not None:
+        return Path(cache_dir)
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "ddpm_hf"
+
+
 def content_digests(part: Part, numbers: range) -> Tensor | None:
     """Return digests of the pictures of `part` with these numbers as they are before decoding, uint8 (n, 32).
 

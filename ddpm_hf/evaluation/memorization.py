@@ -1,5 +1,6 @@
 """Memorization is the share of samples that are copies of real items, beside the rate of real items themselves."""
 
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -7,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm_hf.evaluation import feature_cache
 from ddpm_hf.evaluation.metrics import Reference, distinct
 from ddpm_hf.evaluation.settings import EvalSettings
 from ddpm_hf.evaluation.shares import Shares
 from ddpm_hf.randomness import Stream, derive_seed
+from ddpm_hf.version import __version__
 
 NEIGHBOUR_SIDE = 32  # pictures are compared with their neighbours at this size
 AT_ONCE = 512  # the number of samples that are gathered before their neighbours are looked for
@@ -27,6 +30,8 @@ class Memorization:
         settings: the settings of the evaluation.
         shares: the exchange between processes.
         mirrored_shape: the shape (C, H, W) of the vectors if a picture and its mirror image are one item; None if not.
+        kept: True if the neighbours of real items are kept on disk, in the folder of the settings, by the content of
+            the vectors.
 
     Attributes:
         num_drawn: the number of real items that `honest_rate` is measured on: as many as there are samples, or all.
@@ -37,7 +42,14 @@ class Memorization:
         ValueError: if there are fewer than 3 different items.
     """
 
-    def __init__(self, reference: Tensor, settings: EvalSettings, shares: Shares, mirrored_shape: tuple | None = None):
+    def __init__(
+        self,
+        reference: Tensor,
+        settings: EvalSettings,
+        shares: Shares,
+        mirrored_shape: tuple | None = None,
+        kept: bool = False,
+    ):
         self.shares, mirror = shares, None
         if mirrored_shape is not None:
             mirror = lambda vectors: vectors.unflatten(1, mirrored_shape).flip(-1).flatten(1)  # noqa: E731
@@ -51,6 +63,12 @@ class Memorization:
         # the two nearest other items of each item, and the distances to them; NaN where nobody has asked yet
         self.others = torch.zeros(count, 2, dtype=torch.long)
         self.distances = torch.full((count, 2), torch.nan, dtype=torch.float64)
+        self.file = None
+        if kept:
+            key = hashlib.sha256(self.known.rows.numpy().tobytes())
+            key.update(repr((__version__, tuple(self.known.rows.shape), mirrored_shape)).encode())
+            self.file = feature_cache.folder_of(settings.cache_dir) / f"{key.hexdigest()[:32]}-neighbours.npz"
+            self._load()
         order = np.random.default_rng(derive_seed(settings.seed, Stream.EVALUATION, 2)).permutation(count)
         own = torch.from_numpy(order[: settings.num_samples])
         self.num_drawn = len(own)
@@ -60,6 +78,24 @@ class Memorization:
         # the distance from the nearest item to its own nearest one, without the item that is left out
         beyond = torch.where(self.others[near, 0] == own, self.distances[near, 1], self.distances[near, 0])
         self.honest_rate = (self.distances[own, 0] < beyond).double().mean().item()
+
+    def _load(self) -> None:
+        """Take the neighbours that earlier evaluations found, if all processes can read the same ones."""
+        self.shares.accelerator.wait_for_everyone()
+        stored = feature_cache.load(self.file, self.shares.accelerator.print, ("others", "distances"))
+        # each node of a cluster may have its own cache, with the neighbours of other items
+        content = None if stored is None else hashlib.sha256(stored["distances"].tobytes()).hexdigest()
+        if content is not None and stored["distances"].shape != tuple(self.distances.shape):
+            content = None
+        if None not in (everyone := set(self.shares.gather_objects([content]))) and len(everyone) == 1:
+            self.others, self.distances = (torch.from_numpy(stored[name]) for name in ("others", "distances"))
+        self.shares.accelerator.wait_for_everyone()
+
+    def _keep(self) -> None:
+        """Write the neighbours that are known to the cache."""
+        if self.file is not None and self.shares.accelerator.is_local_main_process:
+            arrays = {"others": self.others.numpy(), "distances": self.distances.numpy()}
+            feature_cache.save(self.file, arrays, print)
 
     def _find_others(self, items: Tensor) -> None:
         """Find the nearest others of items (n,), on all processes, unless they are known."""
@@ -72,6 +108,7 @@ class Memorization:
         found = self.known.nearest(self.known.rows[own], 2, exclude=own[:, None])
         self.others[missing] = self.shares.gather(found.index)
         self.distances[missing] = self.shares.gather(found.distance)
+        self._keep()
 
     def look(self, vectors_of: Callable) -> "Neighbouring":
         """Return a function for `Shares.collect` that finds the nearest real items of batches.

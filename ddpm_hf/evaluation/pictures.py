@@ -131,14 +131,10 @@ class PictureDistances:
         if not all(self.shares.gather_objects([digests is not None])):
             return None
         digests = self.shares.gather(digests)
-        if self.settings.cache_dir is not None:
-            folder = Path(self.settings.cache_dir)
-        else:
-            from huggingface_hub.constants import HF_HOME
-
-            folder = Path(HF_HOME) / "ddpm_hf"
         more = (self.network.digest, self.settings.on_bad_image)
-        return folder / feature_cache.file_name(underlying(self.real), self.shape, digests, *more)
+        return feature_cache.folder_of(self.settings.cache_dir) / feature_cache.file_name(
+            underlying(self.real), self.shape, digests, *more
+        )
 
     def announce(self) -> None:
         """Say that the features of the real pictures are computed, and where their statistics are kept."""

@@ -68,9 +68,10 @@ def test_memorization_needs_different_items():
 
 
 @pytest.mark.parametrize("pictures", [True, False])
-def test_what_concerns_real_items_alone_is_computed_once(pictures, monkeypatch):
+def test_what_concerns_real_items_alone_is_computed_once(pictures, monkeypatch, tmp_path):
     """Norms once; each real item is looked for among the others at most once, and not again for the next evaluation of
-    the same samples; samples are looked for by many at once, however small the batches are."""
+    the same samples, nor, for images, by the next program; samples are looked for by many at once, however
+    small the batches are."""
     norms, asked, searched = [], [], []
     squares, search = metrics.squared_norms, metrics.Reference.nearest
 
@@ -88,9 +89,19 @@ def test_what_concerns_real_items_alone_is_computed_once(pictures, monkeypatch):
         data, shape, samples = images(list(grey(60))), (1, 8, 8), as_samples(grey(number, seed=1))
     else:
         data, shape, samples = SequenceDataset(rng.normal(size=(60, 1, 8))), (1, 8), rng.normal(size=(number, 1, 8))
-    e = evaluator(data, shape, num_samples=number, metrics=["memorization"])
+    e = evaluator(data, shape, num_samples=number, metrics=["memorization"], cache_dir=str(tmp_path))
     e.prepare()
     values = [e(Known(samples, shape), steps) for steps in (5, 6)]
     assert values[0] == values[1] and norms == [60]
     assert len(asked) == len(set(asked)) == 60
     assert max(searched) >= AT_ONCE and sum(searched) == 2 * number and len(searched) <= 4
+    if pictures:
+        other = evaluator(data, shape, num_samples=number, metrics=["memorization"], cache_dir=str(tmp_path))
+        other.prepare()
+        assert other(Known(samples, shape), 5) == values[0] and len(asked) == 60
+        changed = grey(60)
+        changed[7, 0, 0] ^= 1
+        evaluator(
+            images(list(changed)), shape, num_samples=9, metrics=["memorization"], cache_dir=str(tmp_path)
+        ).prepare()
+        assert len(asked) > 60 and len(list(tmp_path.iterdir())) == 2
