@@ -227,7 +227,8 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
 
 def in_present_form(earlier: dict[str, Any]) -> dict[str, Any]:
     """Return the options of an earlier run with the values that null and missing options had in earlier versions."""
-    present = {"loss_weighting": "snr", **earlier}  # the only weighting before it was an option
+    # the only weighting and the only kind of variance before they were options
+    present = {"loss_weighting": "snr", "learned_variance": False, **earlier}
     if present.get("min_snr_gamma", 0.0) is None:
         present["min_snr_gamma"] = 0.0
     if present.get("mixed_precision", "no") in (None, False):

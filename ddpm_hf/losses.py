@@ -4,7 +4,8 @@ Sources: the objective is equation 14 of Ho et al. (arXiv:2006.11239). The weigh
 denoising-diffusion-pytorch, or min-SNR (Hang et al., arXiv:2303.09556). Offset noise adds one number to a channel;
 immiscible diffusion is that of Li et al. (arXiv:2406.12303) and self-conditioning that of Chen et al.
 (arXiv:2208.04202). Dropping labels prepares a model for classifier-free guidance (Ho & Salimans, arXiv:2207.12598).
-The loss on the unknown part of partly known items is that of CSDI (Tashiro et al., arXiv:2107.03502).
+The loss on the unknown part of partly known items is that of CSDI (Tashiro et al., arXiv:2107.03502). A learned
+variance is trained by L_hybrid of Nichol & Dhariwal (arXiv:2102.09672, equation 16).
 
 Nothing here reads a number back from the device, except immiscible diffusion, which assigns the noise on the host.
 """
@@ -26,7 +27,8 @@ class DiffusionLoss:
     """The loss of a batch.
 
     Attributes:
-        loss: (B,) weighted squared error of each sample, the mean over channels and positions.
+        loss: (B,) weighted squared error of each sample, the mean over channels and positions; with `vlb_weight`, plus
+            the weighted bound.
         timesteps: (B,) the timesteps of the samples.
     """
 
@@ -167,23 +169,43 @@ def _check_inputs(x0: Tensor, timesteps: Tensor, noise: Tensor, class_labels, kn
         raise ValueError(f"weighting must be one of {', '.join(LOSS_WEIGHTINGS)}, got {weighting!r}")
 
 
-def _squared_error(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
-    """Return the squared error (B,), at least float32, as the mean over all values, or over those that `counted` marks.
+def _split(output: Tensor, x0: Tensor, scheduler) -> Tensor:
+    """Return the prediction in a model's output, which with a learned variance is the first half of the channels.
 
     Raises:
-        ValueError: the prediction is not shaped as the target.
+        ValueError: the output does not have the channels that x0 and the scheduler's `variance_type` ask for.
     """
-    if prediction.shape != target.shape:
+    learned = scheduler.config.variance_type == "learned_range"
+    shape = (len(x0), x0.shape[1] * (2 if learned else 1), *x0.shape[2:])
+    if output.shape != shape:
         raise ValueError(
-            f"the model must predict the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)} "
-            "(a model with learned variance cannot be trained with this loss)"
+            f"the model must predict the shape {shape} with variance_type {scheduler.config.variance_type!r}, got "
+            f"{tuple(output.shape)} (a model with learned variance has twice the channels, and needs a scheduler with "
+            "variance_type 'learned_range')"
         )
-    wide = torch.promote_types(target.dtype, torch.float32)
-    errors = (prediction.to(wide) - target.to(wide)).square().flatten(1)
+    return output[:, : x0.shape[1]]
+
+
+def _mean(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Return the mean (B,) over all values of a sample, or over those that `counted` marks (0 if there is none)."""
+    values = values.flatten(1)
     if counted is None:
-        return errors.mean(dim=1)
+        return values.mean(dim=1)
     counted = counted.flatten(1)
-    return errors.masked_fill(~counted, 0.0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+    return values.masked_fill(~counted, 0.0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+
+
+def _bound(scheduler, output: Tensor, x0: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+    """Return an estimate of the variational bound for each value, in bits: T times the term at the sample's timestep.
+
+    Its gradient goes to the variance alone: the prediction of the mean is detached (Nichol & Dhariwal, section 3.1).
+    """
+    output = output.to(torch.promote_types(x0.dtype, torch.float32))
+    channels = x0.shape[1]
+    output = torch.cat((output[:, :channels].detach(), output[:, channels:]), dim=1)
+    decoder = "discretized" if x0.ndim == 4 else "density"
+    term = scheduler.bound_term(output, x0, x_t, timesteps, decoder, clip=False)
+    return term * (scheduler.config.num_train_timesteps / math.log(2))
 
 
 # This function is longer than 60 lines because it documents every part of the objective.
@@ -202,6 +224,7 @@ def diffusion_loss(
     condition: Tensor | None = None,
     known: Tensor | None = None,
     counted: Tensor | None = None,
+    vlb_weight: float = 0.0,
 ) -> DiffusionLoss:
     """Compute the loss of each sample. None of the given tensors is changed.
 
@@ -226,12 +249,21 @@ def diffusion_loss(
             condition has the value itself (Tashiro et al., arXiv:2107.03502, section 4.2); None: nothing is known.
         counted: bool, shaped as x0: the loss of a sample is the mean over the values where this is True, and 0 if
             there is none; None: over all.
+        vlb_weight: weight of the variational bound in the loss of a model with learned variance, L_hybrid = L_simple +
+            weight * L_vlb (Nichol & Dhariwal, equation 16, which has 0.001); the bound is in bits per dimension, as in
+            the authors' code, and T times the term at the sample's timestep estimates it. Images have the discretized
+            decoder, sequences the density. Its gradient goes to the variance alone. 0: the variance is not trained.
 
     Raises:
-        ValueError: shapes or devices do not fit, `weighting` is unknown, or the model's output is not shaped as the
-            target.
+        ValueError: shapes or devices do not fit, `weighting` is unknown, `vlb_weight` is not 0 with a fixed variance,
+            or the model's output is not shaped as the target (with twice the channels for a learned variance).
     """
     _check_inputs(x0, timesteps, noise, class_labels, known, counted, weighting)
+    if vlb_weight and scheduler.config.variance_type != "learned_range":
+        raise ValueError(
+            f"vlb_weight must be 0 with variance_type {scheduler.config.variance_type!r}, whose variance is fixed; got "
+            f"{vlb_weight!r}"
+        )
     timesteps = timesteps.to(x0.device)
     if immiscible:
         noise = noise[immiscible_assignment(x0, noise)]
@@ -244,14 +276,18 @@ def diffusion_loss(
     extra = {name: value for name, value in optional.items() if value is not None}
     if self_condition:
         with torch.no_grad():
-            estimate = model(x_t, timesteps, **extra).sample
+            estimate = _split(model(x_t, timesteps, **extra).sample, x0, scheduler)
             x0_estimate = scheduler.predict_x0(estimate.to(x_t.dtype), timesteps, x_t)
             extra["x_self_cond"] = x0_estimate if known is None else x0_estimate.masked_fill(known, 0.0)
     # Autocast keeps the weights that it has cast. Those of a call without gradients (the estimate above, or a sampler)
     # have no history, and the call below would take them, at least up to torch 2.9: most weights would get no gradient.
     # Turning the cache off around the estimate does not help: a model's own autocast (accelerate's) turns it on again.
     torch.clear_autocast_cache()
-    loss = _squared_error(model(x_t, timesteps, **extra).sample, target, counted)
+    output = model(x_t, timesteps, **extra).sample
+    wide = torch.promote_types(target.dtype, torch.float32)
+    loss = _mean((_split(output, x0, scheduler).to(wide) - target.to(wide)).square(), counted)
     if weighting == "snr":
         loss = loss * scheduler.loss_weights(timesteps, min_snr_gamma).to(loss)
+    if vlb_weight:
+        loss = loss + vlb_weight * _mean(_bound(scheduler, output, x0, x_t, timesteps), counted)
     return DiffusionLoss(loss=loss, timesteps=timesteps)

@@ -209,6 +209,10 @@ class ModelOptions:
     self_condition: bool = option(
         False, "Condition the model on its previous estimate of x0, in half of the training steps."
     )
+    learned_variance: bool = option(
+        False, "Train a model that predicts the variance of its DDPM steps too (Nichol & Dhariwal), for a better "
+        "likelihood; see vlb_weight.",
+    )  # fmt: skip
     norm: str = option("rms", "Norm of the residual blocks: 'rms' or 'group'.", one_of(*NORMS), scope.NEW_MODEL)
     norm_groups: int = option(8, "Number of groups of norm 'group'.", whole_number(1), scope.GROUP_NORM)
     dropout: float = option(
@@ -268,6 +272,10 @@ class DiffusionOptions:
     min_snr_gamma: float = option(
         0.0, "Min-SNR loss weighting with this gamma; 5 is usual, and 0 turns it off.", AT_LEAST_0
     )
+    vlb_weight: float = option(
+        0.001, "Weight of the variational bound, in bits per dimension, in the loss of a learned variance. Its "
+        "gradient goes to the variance alone.", ABOVE_0, scope.LEARNED_VARIANCE,
+    )  # fmt: skip
     noise_offset: float = option(0.0, "Strength of offset noise; 0.1 is usual, and 0 turns it off.", AT_LEAST_0)
     timestep_sampling: str = option(
         "uniform", "Distribution of the training timesteps: 'uniform', or 'logit_normal', which draws the middle of "
@@ -423,8 +431,8 @@ class EvaluationOptions:
     eval_metrics: list[str] | None = option(
         None, "Images: fid, kid, memorization, held_out_loss, held_out_weighted_loss; sequences: frechet, "
         "spectral_frechet, sliced_wasserstein, autocorrelation_error, memorization, held_out_loss, "
-        "held_out_weighted_loss; both, if named: precision, recall, density, coverage.",
-        none="all but the last four; those of held-out items only with holdout", applies=scope.EVALUATION,
+        "held_out_weighted_loss; both, if named: precision, recall, density, coverage, bits_per_dim.",
+        none="all but the last five; those of held-out items only with holdout", applies=scope.EVALUATION,
         changeable=True,
     )  # fmt: skip
     eval_num_samples: int = option(
@@ -434,6 +442,15 @@ class EvaluationOptions:
     eval_num_real: int = option(
         50_000, "Largest number of real items that samples are compared with.", whole_number(2), scope.EVALUATION,
         changeable=True,
+    )  # fmt: skip
+    eval_likelihood_items: int = option(
+        256, "Largest number of items that bits_per_dim is computed on: held-out items, or without holdout those that "
+        "are trained on.", whole_number(1), scope.LIKELIHOOD, changeable=True,
+    )  # fmt: skip
+    eval_likelihood_timesteps: int = option(
+        100, "Number of timesteps, and so of calls of the model, that bits_per_dim takes for each item. From "
+        "ddpm_num_steps on, the bound is computed term by term; below, it is estimated without bias.",
+        whole_number(2), scope.LIKELIHOOD, changeable=True,
     )  # fmt: skip
     feature_network: str = option(
         "inception", "Features of images for metrics: 'inception' (clean-fid's network), a TorchScript file that maps "

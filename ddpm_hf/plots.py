@@ -1,7 +1,7 @@
 """Pictures of results: grids of images, generated sequences beside real ones, completions, losses and metrics."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +124,37 @@ def save_steps_plot(records: list[dict], title: str, path: Path) -> None:
     if over_steps and len(scales) > 1:
         axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=100)
+
+
+def save_bound_plot(terms: Sequence, values: Mapping[str, float], path: Path) -> None:
+    """Save a plot of the variational bound's terms over the timesteps, on a logarithmic scale, as PNG.
+
+    The decoder's term (t = 0) and the prior's are in the title: the decoder's may be negative for a density.
+
+    Args:
+        terms: records with `low`, `high` and `value`, the term in bits per dimension and timestep for low <= t < high;
+            the first is the decoder's.
+        values: the numbers of the title, by name: `bits_per_dim`, `bits_per_dim_decoder`, `bits_per_dim_prior`.
+        path: the file to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axis = figure.subplots()
+    steps = [term for term in terms[1:] if term.value > 0]  # of a perfect model a term may be 0
+    places = [(term.low + term.high - 1) / 2 for term in steps]
+    axis.plot(places, [term.value for term in steps], linewidth=1.1, marker="." if len(steps) < 200 else None)
+    axis.set_yscale("log")
+    axis.set_xlabel("timestep t")
+    axis.set_ylabel("bits per dimension and timestep")
+    axis.grid(alpha=0.25, which="both")
+    total, decoder, prior = (values[f"bits_per_dim{part}"] for part in ("", "_decoder", "_prior"))
+    axis.set_title(
+        f"{total:.4g} bits per dimension: {decoder:.4g} at t = 0, {total - decoder - prior:.4g} at t >= 1, prior "
+        f"{prior:.2g}",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=100)
 
 

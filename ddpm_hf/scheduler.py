@@ -35,6 +35,7 @@ BETA_SCHEDULES = ("linear", "cosine", "sigmoid")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 PREDICTION_ALIASES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
+DECODERS = ("discretized", "density")  # of the variational bound
 VARIANCE_ALIASES = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large"}  # the same variances
 SAMPLERS = ("auto", "ddpm", "ddim")
 SPACINGS = ("trailing", "leading", "linspace")
@@ -568,6 +569,43 @@ def _read_stock_configuration(kind: type, config: dict, keywords: dict, own: typ
 
 
 # ---------------------------------------------------------------------------------------------
+# The variational bound: its variances, and the decoder of 8-bit data
+
+
+def _variances_of_bound(betas: Tensor, posterior_variance: Tensor, is_large: bool) -> dict[str, Tensor]:
+    """Return the logarithms (T,) of the smaller, the larger and the fixed variance that the bound's terms have.
+
+    At t = 0, where the posterior's variance is 0, the smaller one and the fixed one are the posterior's at t = 1, as in
+    the code of Ho et al. and of Nichol & Dhariwal.
+    """
+    small = (torch.cat((posterior_variance[1:2], posterior_variance[1:])) if len(betas) > 1 else betas).log()
+    large = betas.log()
+    fixed = torch.cat((small[:1], large[1:])) if is_large else small
+    return {"bound_log_small": small, "bound_log_large": large, "bound_log_fixed": fixed}
+
+
+def _log_bin_probability(distance: Tensor, deviation: Tensor, x0: Tensor) -> Tensor:
+    """Return the logarithm of the probability that a normal distribution gives the bins of 8-bit data around x0.
+
+    The bins are 2 / 255 wide; those of -1 and 1 extend to infinity, so that the 256 of them sum to 1 (DDPM, equation
+    13). Both tails are computed by `log_ndtr`, in which they do not underflow.
+
+    Args:
+        distance: x0 minus the mean, shaped as x0.
+        deviation: the standard deviation, broadcasting against x0.
+        x0: data in [-1, 1].
+    """
+    half = 1 / 255
+    low, high = x0 < half - 1, x0 > 1 - half
+    near = torch.where(low, distance, torch.where(high, -distance, -distance.abs()))
+    upper = torch.special.log_ndtr((near + half) / deviation)
+    lower = torch.special.log_ndtr((near - half) / deviation)
+    # log(exp(upper) - exp(lower)); the bound keeps the gradient finite where both are equal by rounding
+    between = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-1e-30)))
+    return torch.where(low | high, upper, between)
+
+
+# ---------------------------------------------------------------------------------------------
 # The scheduler
 
 
@@ -664,6 +702,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
             "posterior_of_x_t": (1 - betas).sqrt() * (1 - previous) / (1 - abar),
             "posterior_variance": variance,
             "posterior_log_variance": variance.log(),
+            **_variances_of_bound(betas, variance, self.config.variance_type == "fixed_large"),
         }
         self._loaded_tables = {}  # by name, device and dtype
         # for integer timesteps
@@ -885,6 +924,75 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         if kind == "sample":
             return clipped
         return clipped / (snr + 1)
+
+    # -----------------------------------------------------------------------------------------
+    # The variational bound
+
+    def bound_term(
+        self,
+        model_output: Tensor,
+        x0: Tensor,
+        x_t: Tensor,
+        timesteps: int | Tensor,
+        decoder: str = "discretized",
+        clip: bool = True,
+    ) -> Tensor:
+        """Return the term of the variational bound at t for each value of x0, in nats, shaped as x0.
+
+        The terms of all t from 0 to T - 1 and `prior_term`, summed over the values of x0, are in the mean over x_t an
+        upper bound of -log p(x0) (DDPM, equation 5). At t >= 1 the term is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} |
+        x_t)); at t = 0 it is the negative log-likelihood of the decoder, -log p(x0 | x_t). p is the normal distribution
+        of a DDPM step, with the variance that `variance_type` says (learned: Nichol & Dhariwal, equation 15). At t = 0,
+        where the posterior's variance is 0, the smaller variance is the posterior's at t = 1; so is the larger one of
+        "fixed_large" with the discretized decoder, as in the authors' code. A density with a fixed variance has beta_0,
+        the variance of the noise in x_t.
+
+        The term is differentiable in the model's output. Half-precision tensors give float32.
+
+        Args:
+            model_output: prediction of `prediction_type`, shaped as x0 (twice the channels for learned_range).
+            x0: data, `(B, C, *spatial)`.
+            x_t: x at t, shaped as x0.
+            timesteps: t, an integer, or a 0-d or (B,) tensor of integers in [0, T).
+            decoder: "discretized" for 8-bit data in [-1, 1], whose bins are 2 / 255 wide, with those at both ends going
+                to infinity (DDPM, equation 13); "density" for a density of continuous data, in the units of x0.
+            clip: clip the estimate of x0 as sampling does (`clip_x0`).
+
+        Raises:
+            ValueError: an unknown decoder, or a model output of another shape or on another device.
+        """
+        if not _is_one_of(decoder, DECODERS):
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
+        x0, x_t = self._pair(x0, x_t)
+        output, fraction = self._split_output(model_output, x_t)
+        estimate = self.predict_x0(output, timesteps, x_t)
+        if clip:
+            estimate = self.clip_x0(estimate)
+        # the means of q and p differ by this; at t = 0 it is the distance of x0 to the decoder's mean
+        distance = self._at("posterior_of_x0", timesteps, x_t) * (x0 - estimate)
+        log_small = self._at("bound_log_small", timesteps, x_t)
+        log_large = self._at("bound_log_large", timesteps, x_t)
+        if fraction is None:
+            log_variance = self._at("bound_log_fixed", timesteps, x_t)
+        else:
+            share = (fraction + 1) / 2  # Nichol & Dhariwal, equation 15
+            log_variance = share * log_large + (1 - share) * log_small
+        ratio = log_small - log_variance
+        divergence = 0.5 * (torch.exp(ratio) - 1 - ratio + distance.square() * torch.exp(-log_variance))
+        if decoder == "discretized":
+            first = -_log_bin_probability(distance, torch.exp(0.5 * log_variance), x0)
+        else:
+            log_width = log_large if fraction is None else log_variance
+            first = 0.5 * (math.log(2 * math.pi) + log_width + distance.square() * torch.exp(-log_width))
+        if isinstance(timesteps, int):
+            return divergence if timesteps else first
+        t = timesteps.to(x_t.device)
+        return torch.where((t == 0).reshape(t.shape + (1,) * (x_t.ndim - t.ndim)), first, divergence)
+
+    def prior_term(self, x0: Tensor) -> Tensor:
+        """Return KL(q(x_T | x0) || N(0, I)), the bound's term without a model, for each value of x0 in nats."""
+        abar = self._abar[-1]
+        return 0.5 * (abar * (self._wide(x0).square() - 1) - math.log1p(-abar))
 
     def sample_noise(
         self,

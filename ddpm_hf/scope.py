@@ -138,4 +138,9 @@ FIDELITY = Scope(
     holds=lambda c: bool(c.eval_steps) and not set(c.eval_metrics or ()).isdisjoint(_BALLS),
     option="eval_metrics",
 )  # fmt: skip
+LIKELIHOOD = Scope(
+    "runs with eval_steps and the metric bits_per_dim",
+    holds=lambda c: bool(c.eval_steps) and "bits_per_dim" in (c.eval_metrics or ()), option="eval_metrics",
+)  # fmt: skip
+LEARNED_VARIANCE = _with("learned_variance")
 HUB = _with("push_to_hub")

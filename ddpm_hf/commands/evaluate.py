@@ -1,13 +1,15 @@
-"""Measure a saved pipeline against data: FID, KID, sequence distances, memorization, held-out loss.
+"""Measure a saved pipeline against data: FID, KID, sequence distances, memorization, held-out loss, bits per dim.
 
     python training/evaluate.py --pipeline runs/digits/pipeline --data digits --feature_network pixels
     python training/evaluate.py --pipeline runs/ecg/pipeline --data ecg --num_inference_steps 10 25 50
     python training/evaluate.py --pipeline runs/x/pipeline --data digits --per_class --guidance_scale 1 1.5 2 3
     python training/evaluate.py --pipeline runs/ecg/pipeline --data ecg --task forecast --num_inference_steps 50
+    python training/evaluate.py --pipeline runs/digits/pipeline --data digits --metrics bits_per_dim
     accelerate launch training/evaluate.py --pipeline me/my-model --data photos/ --num_samples 10000
 
 The results are added to evaluation.json in the pipeline's folder, or in --output_dir, and the model card takes them
-from there. Several numbers of steps, or scales of guidance, also draw steps-versus-metric.png. With a task, held-out
+from there. Several numbers of steps, or scales of guidance, also draw steps-versus-metric.png, and bits_per_dim draws
+bits-per-dim.png. With a task, held-out
 items are completed instead; the scores are added to completion.json, with a picture of the first setting.
 """
 
@@ -28,12 +30,13 @@ from ddpm_hf import GaussianScheduler
 from ddpm_hf.arguments import SuggestingParser
 from ddpm_hf.evaluation.completion import Completion, CompletionSettings, describe, make_records
 from ddpm_hf.evaluation.evaluator import Evaluator
+from ddpm_hf.evaluation.likelihood import check_bound
 from ddpm_hf.evaluation.options import EvaluateConfig
 from ddpm_hf.evaluation.run_data import RealData, open_real_data, read_record, trained_mirrored
-from ddpm_hf.evaluation.settings import HELD_OUT, EvalSettings
+from ddpm_hf.evaluation.settings import HELD_OUT, LIKELIHOOD, EvalSettings
 from ddpm_hf.hub.card import write_card
 from ddpm_hf.hub.publish import load_pipeline
-from ddpm_hf.plots import save_completed_images, save_fan_plot, save_steps_plot
+from ddpm_hf.plots import save_bound_plot, save_completed_images, save_fan_plot, save_steps_plot
 from ddpm_hf.run.checkpoint import write_text
 from ddpm_hf.run.record import without_folders
 from ddpm_hf.trainer.memory import keep_freed_memory
@@ -91,6 +94,8 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         return complete(config, data, pipeline, own, accelerator)
     if data.held_out is not None and not isinstance(own, GaussianScheduler):
         raise ValueError(f"the held-out loss needs a pipeline with a GaussianScheduler, got {type(own).__name__}")
+    if set(LIKELIHOOD) & set(config.metrics or ()):
+        check_bound(own)
     steps = _numbers_of_steps(config, pipeline, own)
     scales = config.guidance_scale or [1.0]
     evaluator = make_evaluator(config, facts, data, accelerator)
@@ -108,10 +113,16 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
         records += evaluator.records(
             values, pipeline, n, scale, data=without_folders(config.data), split=config.dataset_split
         )
-        # the held-out loss depends neither on the number of sampling steps nor on guidance
-        evaluator.metrics = [metric for metric in evaluator.metrics if metric not in HELD_OUT] or evaluator.metrics
+        # the held-out loss and the bound depend neither on the number of sampling steps nor on guidance
+        without = (*HELD_OUT, *LIKELIHOOD)
+        evaluator.metrics = [metric for metric in evaluator.metrics if metric not in without] or evaluator.metrics
     if accelerator.is_main_process:
         save(records, earlier, config, folder)
+        if evaluator.likelihood is not None:
+            picture = folder / "bits-per-dim.png"
+            of_bound = {r["metric"]: r["value"] for r in records if r["metric"].startswith("bits_per_dim")}
+            save_bound_plot(evaluator.likelihood.terms, of_bound, picture)
+            print(f"picture: {picture}")
     accelerator.end_training()
     return records
 
@@ -195,6 +206,7 @@ def make_evaluator(config: EvaluateConfig, facts: dict, data: RealData, accelera
         workers=config.dataloader_num_workers, on_bad_image=config.on_bad_image,
         random_flip=trained_mirrored(config, facts), guidance_interval=config.guidance_interval or (0.0, 1.0),
         per_class=config.per_class, classifier=config.classifier, num_neighbours=config.num_neighbours,
+        likelihood_items=config.likelihood_items, likelihood_timesteps=config.likelihood_timesteps,
     )  # fmt: skip
     return Evaluator(accelerator, data.dataset, data.shape, settings, data.held_out, data.classes)
 
@@ -240,7 +252,10 @@ def save(records: list[dict], earlier: list[dict], config: EvaluateConfig, folde
     save_records(records, earlier, folder / "evaluation.json")
     if (folder / "model_index.json").exists():
         write_card(folder)
-    shown = [r for r in records if not ("class" in r or "held_out" in r["metric"] or r["metric"].endswith("_real"))]
+    without = ("held_out", "bits_per_dim")
+    shown = [
+        r for r in records if not ("class" in r or r["metric"].startswith(without) or r["metric"].endswith("_real"))
+    ]
     if len({(r["num_inference_steps"], r.get("guidance_scale")) for r in shown}) > 1:
         picture = folder / "steps-versus-metric.png"
         sampler = records[0]["scheduler"]

@@ -18,6 +18,7 @@ from ddpm_hf.evaluation.classes import DataClasses, has_classes, model_classes
 from ddpm_hf.evaluation.classifier import Classifier
 from ddpm_hf.evaluation.groups import ClassGroups
 from ddpm_hf.evaluation.held_out import HeldOutLoss
+from ddpm_hf.evaluation.likelihood import Likelihood
 from ddpm_hf.evaluation.memorization import Memorization, neighbour_size, neighbour_vectors
 from ddpm_hf.evaluation.pictures import PictureDistances
 from ddpm_hf.evaluation.records import describe, make_records
@@ -29,6 +30,7 @@ from ddpm_hf.evaluation.settings import (
     BY_CLASS,
     FEW,
     HELD_OUT,
+    LIKELIHOOD,
     METRICS,
     OF_FEATURES,
     EvalSettings,
@@ -89,9 +91,11 @@ class Evaluator:
             else None
         )
         self.pictures = self.sequences = self.memorization = self.classifier = None
-        self.held_out = None
+        self.held_out = self.likelihood = None
         if held_out is not None:
             self.held_out = HeldOutLoss(held_out, settings, self.shares, classes and classes.held_out)
+        if self._any(*LIKELIHOOD):
+            self.likelihood = Likelihood(dataset, held_out, self.is_image, settings, self.shares, classes)
         if self.is_image and self._any(*OF_FEATURES):
             self.pictures = PictureDistances(self.real, self.shape, settings, self.shares)
 
@@ -184,14 +188,15 @@ class Evaluator:
         Args:
             pipeline: the pipeline, on the accelerator's device, with its progress bar off.
             num_inference_steps: the number of sampling steps.
-            loss_scheduler: a `GaussianScheduler` for the held-out loss; None means the pipeline's.
+            loss_scheduler: a `GaussianScheduler` for the held-out loss and the bound; None means the pipeline's.
             between: a function that is called before each batch, equally often on every process; an exception that it
                 raises ends the evaluation.
             guidance_scale: the scale of classifier-free guidance, for a pipeline whose model has classes; 1 is none.
 
         Returns:
             The value of each metric; with memorization also `memorization_real`, the rate of real data; with the
-            held-out loss also a value for each bucket of timesteps, such as `held_out_loss_t0-99`; with `per_class`
+            held-out loss also a value for each bucket of timesteps, such as `held_out_loss_t0-99`; with bits
+            per dimension also its parts and standard error; with `per_class`
             also values such as `fid/cat`, of the class named cat; with a classifier also `class_agreement`.
 
         Raises:
@@ -199,12 +204,18 @@ class Evaluator:
         """
         self.sampling.check(pipeline, guidance_scale)
         values: dict[str, float] = {}
-        if self.classifier is not None or self._any(*(metric for metric in METRICS if metric not in HELD_OUT)):
+        if self.classifier is not None or self._any(*(set(METRICS) - set(HELD_OUT) - set(LIKELIHOOD))):
             self._announce(pipeline, num_inference_steps, guidance_scale)
             batches = self.sampling.draw(pipeline, num_inference_steps, guidance_scale, between)
             values.update((self._of_images if self.is_image else self._of_sequences)(pipeline, batches))
-        if self._any(*HELD_OUT):
-            values.update(self._held_out_losses(pipeline, loss_scheduler or pipeline.scheduler, between))
+        if self._any(*HELD_OUT, *LIKELIHOOD):
+            own = loss_scheduler or pipeline.scheduler
+            encode = encoder(pipeline, underlying(self.dataset), self.is_image)
+            numbers = model_classes(pipeline, self.sampling.classes.names) if has_classes(pipeline) else None
+            if self._any(*HELD_OUT):
+                values.update(self.held_out(pipeline, own, self.metrics, encode, between, numbers))
+            if self._any(*LIKELIHOOD):
+                values.update(self.likelihood(pipeline, own, encode, between, numbers))
         if self.accelerator.num_processes > 1:  # one answer, whatever the rounding of each machine
             from accelerate.utils import broadcast_object_list
 
@@ -274,15 +285,6 @@ class Evaluator:
         asked = torch.from_numpy(self.sampling.model_numbers(pipeline))
         return {AGREEMENT: (predicted == asked).double().mean().item()}
 
-    def _held_out_losses(self, pipeline, scheduler, between: Callable[[], None]) -> dict[str, float]:
-        data = underlying(self.dataset)
-
-        def encode(x0: Tensor) -> Tensor:
-            return x0 if self.is_image else pipeline._encode(natural_units(x0, data), "the data")
-
-        numbers = model_classes(pipeline, self.sampling.classes.names) if has_classes(pipeline) else None
-        return self.held_out(pipeline, scheduler, self.metrics, encode, between, numbers)
-
     # -- telling -------------------------------------------------------------------------------
 
     def records(
@@ -294,3 +296,8 @@ class Evaluator:
     def describe(self, values: dict[str, float]) -> str:
         """Return the values as aligned lines; see `records.describe`."""
         return describe(self, values)
+
+
+def encoder(pipeline, data, is_image: bool) -> Callable[[Tensor], Tensor]:
+    """Return the function from items of a dataset, as it gives them, to the units of a pipeline's model."""
+    return lambda x0: x0 if is_image else pipeline._encode(natural_units(x0, data), "the data")

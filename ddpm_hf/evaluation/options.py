@@ -34,8 +34,15 @@ class EvaluateConfig:
     )
     jump_n_sample: int = _option(10, "Number of times that RePaint passes each place that it jumps from; 1: no jumps.")
     metrics: list[str] | None = _option(
-        None, "Metrics to compute. Default: all that the data allows, without precision, recall, density and coverage, "
-        "which are computed if they are named."
+        None, "Metrics to compute. Default: all that the data allows, without precision, recall, density, coverage and "
+        "bits_per_dim, which are computed if they are named."
+    )  # fmt: skip
+    likelihood_items: int = _option(
+        256, "Largest number of items of the metric bits_per_dim: held-out items, or without them those of --data."
+    )
+    likelihood_timesteps: int = _option(
+        100, "Number of timesteps, and so of calls of the model, that bits_per_dim takes for each item. From the "
+        "number of training timesteps on, the bound is computed term by term; below, it is estimated without bias."
     )  # fmt: skip
     num_inference_steps: list[int] | None = _option(
         None, "Number of sampling steps, or several for a curve. Default: the pipeline's."
@@ -113,12 +120,17 @@ class EvaluateConfig:
         """
         given = self.given()
         of_samples = ("metrics", "per_class", "classifier", "feature_network", "feature_resolution", "eval_cache_dir",
-                      "random_flip", "num_neighbours")  # fmt: skip
+                      "random_flip", "num_neighbours", "likelihood_items", "likelihood_timesteps")  # fmt: skip
         of_tasks = ("unknown_share", "num_items", "season", "jump_length", "jump_n_sample")
         for name in of_samples if self.task else of_tasks:
             if name in given:
                 only = f"evaluations of samples, not to --task {self.task}" if self.task else "a --task"
                 raise ValueError(f"--{name} applies to {only}; got {getattr(self, name)!r}: leave it out")
+        for name in ("likelihood_items", "likelihood_timesteps"):
+            if name in given and "bits_per_dim" not in (self.metrics or ()):
+                raise ValueError(
+                    f"--{name} applies to the metric bits_per_dim; got {getattr(self, name)!r} without it: leave it out"
+                )
         for name in ("feature_network", "feature_resolution", "eval_cache_dir", "random_flip"):
             if name in given and not is_image:
                 raise ValueError(f"--{name} applies to images; got {getattr(self, name)!r} for sequences: leave it out")

@@ -39,6 +39,8 @@ def make_records(
         own = dict(settings)
         if "held_out" in name:
             own["num_held_out"] = evaluator.held_out.count
+        elif evaluator.likelihood is not None and name.startswith("bits_per_dim"):
+            own |= likelihood_settings(evaluator)
         elif conditional:
             interval = list(evaluator.settings.guidance_interval)
             own |= {"guidance_scale": guidance_scale, "guidance_interval": interval}
@@ -52,6 +54,14 @@ def make_records(
             own |= {"class": label, **evaluator.by_class.sizes(label)}
         records.append({"metric": metric, "value": value, **more, **own})
     return records
+
+
+def likelihood_settings(evaluator) -> dict:
+    """Return the settings that bits per dimension depend on, for their records."""
+    bound = evaluator.likelihood
+    units = "8-bit levels" if bound.is_image else "density in the units of the data"
+    settings = {"num_timesteps": len(bound.terms), "decoder": units}
+    return settings | {"num_seen" if bound.seen else "num_held_out": bound.count}
 
 
 def describe(evaluator, values: dict[str, float]) -> str:
@@ -68,6 +78,9 @@ def describe(evaluator, values: dict[str, float]) -> str:
         count = evaluator.by_class.sizes(label)["num_samples"] if label else evaluator.settings.num_samples
         source = f"{evaluator.held_out.count:,} held-out items" if "held_out" in name else f"{count:,} samples"
         source = f"{evaluator.memorization.num_drawn:,} real items" if name == "memorization_real" else source
+        if evaluator.likelihood is not None and name.startswith("bits_per_dim"):
+            kind = "items that training sees" if evaluator.likelihood.seen else "held-out items"
+            source = f"{evaluator.likelihood.count:,} {kind}"
         warning = f" (biased: below {FEW:,})" if count < FEW and metric in BIASED else ""
         lines.append(f"  {name:<{width}}  {value:<12.6g} from {source}{warning}")
     return "\n".join(lines)

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 HELD_OUT = ("held_out_loss", "held_out_weighted_loss")
+LIKELIHOOD = ("bits_per_dim",)  # computed only where it is named, because it takes long
 AGREEMENT = "class_agreement"  # computed if there is a classifier
 FIDELITY = ("precision", "recall", "density", "coverage")  # computed if they are named
 OF_FEATURES = ("fid", "kid", *FIDELITY)  # those that compare features of images
 BY_CLASS = ("fid", "kid", "frechet", "spectral_frechet", "sliced_wasserstein", "autocorrelation_error", *FIDELITY)
 HIGHER_IS_BETTER = FIDELITY  # of the metrics that can choose the best pipeline
-IMAGE_METRICS = ("fid", "kid", "memorization", *FIDELITY, *HELD_OUT)
+IMAGE_METRICS = ("fid", "kid", "memorization", *FIDELITY, *HELD_OUT, *LIKELIHOOD)
 SEQUENCE_METRICS = ("frechet", "spectral_frechet", "sliced_wasserstein", "autocorrelation_error", "memorization",
-                    *FIDELITY, *HELD_OUT)  # fmt: skip
+                    *FIDELITY, *HELD_OUT, *LIKELIHOOD)  # fmt: skip
 METRICS = tuple(dict.fromkeys(IMAGE_METRICS + SEQUENCE_METRICS))
 BIASED = (
     "fid",
@@ -43,6 +44,8 @@ class EvalSettings:
         per_class: compute the metrics of `BY_CLASS` also for each class of the data, from the samples of that class and
             its real items.
         classifier: the TorchScript file of a classifier for the metric `class_agreement`; see `Classifier`.
+        likelihood_items, likelihood_timesteps: the largest number of items of `bits_per_dim`, and the number of
+            timesteps for each of them; see `Likelihood`.
         random_flip: True if training mirrors pictures although the dataset does not say so. For memorization a picture
             and its mirror image are then one item, so a mirrored copy is a copy.
     """
@@ -62,6 +65,8 @@ class EvalSettings:
     per_class: bool = False
     classifier: str | None = None
     num_neighbours: int | None = None
+    likelihood_items: int = 256
+    likelihood_timesteps: int = 100
 
     def check(self) -> None:
         """Check what does not depend on the data.
@@ -69,7 +74,10 @@ class EvalSettings:
         Raises:
             ValueError: if a number is too small, or `on_bad_image` is unknown.
         """
-        least = {"num_samples": 2, "num_real": 2, "batch_size": 1, "workers": 0, "seed": 0}
+        least = {
+            "num_samples": 2, "num_real": 2, "batch_size": 1, "workers": 0, "seed": 0, "likelihood_items": 1,
+            "likelihood_timesteps": 2,
+        }  # fmt: skip
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
@@ -113,7 +121,7 @@ def choose_metrics(asked: Sequence[str] | None, is_image: bool, has_held_out: bo
 
     Args:
         asked: the metrics that the user names; None means all that the data allows, without
-            those of `FIDELITY`.
+            those of `FIDELITY` and `LIKELIHOOD`.
         is_image: True for images, False for sequences.
         has_held_out: True if there are items that training does not see.
 
@@ -121,7 +129,7 @@ def choose_metrics(asked: Sequence[str] | None, is_image: bool, has_held_out: bo
         ValueError: if a metric is not one of this kind of data, or lacks the items that it needs.
     """
     possible = IMAGE_METRICS if is_image else SEQUENCE_METRICS
-    usual = [metric for metric in possible if metric not in FIDELITY]
+    usual = [metric for metric in possible if metric not in (*FIDELITY, *LIKELIHOOD)]
     metrics = list(asked or (metric for metric in usual if metric not in HELD_OUT or has_held_out))
     wrong = [metric for metric in metrics if metric not in possible]
     if wrong:

@@ -243,7 +243,7 @@ def _metadata(parts: Parts, title: str, licence: str | None) -> ModelCardData:
             metric_name=_metric_name(record),
         )
         for record in parts.evaluation
-        if math.isfinite(record["value"]) and not re.search("_t[0-9]|_real$", record["metric"])
+        if math.isfinite(record["value"]) and not re.search("_t[0-9]|_real$|_standard_error$", record["metric"])
     ]  # fmt: skip
     more = {"pipeline_tag": IMAGE_TASK} if parts.is_image else {}
     return ModelCardData(
@@ -256,7 +256,7 @@ def _metadata(parts: Parts, title: str, licence: str | None) -> ModelCardData:
 
 def _metric_name(record: dict) -> str:
     """Return the name of a record's metric with the settings that its value depends on."""
-    if "held_out" in record["metric"]:
+    if "held_out" in record["metric"] or record["metric"].startswith("bits_per_dim"):
         return f"{record['metric']} ({_counted(record)})"
     settings = [_counted(record), f"{record['num_inference_steps']} steps", record["scheduler"]]
     if "guidance_scale" in record:
@@ -284,6 +284,10 @@ def _counted(record: dict) -> str:
     """Return the number of samples or items that a record's value comes from."""
     if "held_out" in record["metric"] and "num_held_out" in record:
         return f"{record['num_held_out']:,} held-out items"
+    if record["metric"].startswith("bits_per_dim"):
+        if "num_held_out" in record:
+            return f"{record['num_held_out']:,} held-out items, {record['decoder']}"
+        return f"{record['num_seen']:,} items, {record['decoder']}"
     return f"{record['num_samples']:,} samples"
 
 
@@ -383,7 +387,7 @@ def _metric_row(parts: Parts, record: dict) -> list[str]:
     """Return the cells of a metric's row."""
     features = record.get("feature_network", "") if _has_features(record) else ""
     compared = f"{record['num_real']:,} items of {parts.data_name(record)}"
-    if "held_out" in record["metric"]:
+    if "held_out" in record["metric"] or record["metric"].startswith("bits_per_dim"):
         compared = "items that training did not see" if "num_held_out" in record else parts.data_name(record)
     if record["metric"] == "class_agreement":
         compared = f"the class that the classifier {record['classifier']} sees"

@@ -30,6 +30,7 @@ def make_scheduler(config: TrainConfig, feed) -> GaussianScheduler:
         num_train_timesteps=config.ddpm_num_steps,
         beta_schedule=config.ddpm_beta_schedule,
         prediction_type=config.prediction_type,
+        variance_type="learned_range" if config.learned_variance else "fixed_small",
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         clip_sample_range=feed.scaling.limit,
     )
@@ -61,6 +62,7 @@ def check_model(config: TrainConfig, feed, model, given: bool) -> None:
         conditioned = bool(getattr(model_config, "self_condition", False))
         if conditioned != config.self_condition:
             raise ValueError(f"self_condition must be the given model's, {conditioned}, got {config.self_condition}")
+        _check_variance(config, model_config, name)
         able = hasattr(model, "enable_gradient_checkpointing")
         able = able and getattr(model, "_supports_gradient_checkpointing", True)
         if config.gradient_checkpointing and not able:
@@ -76,6 +78,23 @@ def check_model(config: TrainConfig, feed, model, given: bool) -> None:
     expected = list(size) if isinstance(size, (tuple, list)) else [size] * len(own)
     if expected != own:
         raise ValueError(f"the model's sample_size must be the data's {tuple(own)}, got {size}")
+
+
+def _check_variance(config: TrainConfig, model_config, name: str) -> None:
+    """Check that a given model predicts a variance if the run trains one, and only then.
+
+    Raises:
+        ValueError: its number of output channels is another.
+    """
+    channels = model_config.in_channels
+    learned = getattr(model_config, "learned_variance", False)
+    predicted = getattr(model_config, "out_channels", None) or channels * (2 if learned else 1)
+    if (predicted == 2 * channels) != config.learned_variance:
+        raise ValueError(
+            "learned_variance must be true for a given model that predicts twice the channels that it takes, and false "
+            f"for others; got {str(config.learned_variance).lower()} with a {name} that takes {channels} channels and "
+            f"predicts {predicted}"
+        )
 
 
 def _check_classes(config: TrainConfig, feed, model) -> None:
@@ -201,7 +220,8 @@ def make_evaluator(config: TrainConfig, accelerator, feed) -> Evaluator | None:
         metrics=c.eval_metrics, num_samples=c.eval_num_samples, num_real=c.eval_num_real,
         feature_network=c.feature_network, feature_resolution=c.feature_resolution, batch_size=c.eval_batch_size,
         seed=c.seed, cache_dir=c.eval_cache_dir, workers=c.dataloader_num_workers, on_bad_image=c.on_bad_image,
-        num_neighbours=c.eval_num_neighbours,
+        num_neighbours=c.eval_num_neighbours, likelihood_items=c.eval_likelihood_items,
+        likelihood_timesteps=c.eval_likelihood_timesteps,
     )  # fmt: skip
     classes = DataClasses.of(feed.labels, feed.dataset, feed.held_out)
     evaluator = Evaluator(accelerator, feed.dataset, feed.shape, settings, feed.held_out, classes)

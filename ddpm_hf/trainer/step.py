@@ -147,6 +147,6 @@ class TrainingStep:
             losses = diffusion_loss(
                 self.network, self.scheduler, x0, timesteps, noise, min_snr_gamma=c.min_snr_gamma or None,
                 weighting=c.loss_weighting, immiscible=c.immiscible, self_condition=self_condition,
-                class_labels=labels, **told,
+                class_labels=labels, vlb_weight=c.vlb_weight if c.learned_variance else 0.0, **told,
             ).loss  # fmt: skip
         return losses.mean()

@@ -29,6 +29,11 @@ SMALL = {"dim": 8, "dim_mults": [1, 2], "attn_dim_head": [8], "ddpm_num_steps": 
          "ddpm_num_inference_steps": 5}  # fmt: skip
 
 
+def scheduler_of(c):
+    variance = "learned_range" if c.learned_variance else "fixed_small"
+    return GaussianScheduler(c.ddpm_num_steps, prediction_type=c.prediction_type, variance_type=variance)
+
+
 class Training:
     """A run without data, files and evaluations: the step, its schedule, and what the loop does around it."""
 
@@ -53,7 +58,7 @@ class Training:
         self.schedule = make_schedule(optimizer, c)
         self.model, self.optimizer = acc.prepare(model, optimizer)
         self.average.start(self.model)
-        self.scheduler = GaussianScheduler(c.ddpm_num_steps)
+        self.scheduler = scheduler_of(c)
         self.step = TrainingStep(self.model, self.scheduler, self.optimizer, self.average, c, acc, self.classes)
         self.shape = (c.train_batch_size, *((2, 16) if one_dimension else (1, 8, 8)))
         self.runner = None if runner is None else runner(self.step)
@@ -103,8 +108,9 @@ def never_captured(step):
         {"mixed_precision": "bf16", "use_ema": False},
         {"class_labels": "label", "class_dropout_prob": 0.3, "self_condition": True, "gradient_accumulation_steps": 2},
         {"condition": "known", "self_condition": True, "one_dimension": True, "class_labels": "label"},
+        {"learned_variance": True, "self_condition": True, "prediction_type": "epsilon", "noise_offset": 0.1},
     ],
-    ids=["conditioned parts", "dropout", "muon", "bf16", "classes", "known"],
+    ids=["conditioned parts", "dropout", "muon", "bf16", "classes", "known", "learned variance"],
 )
 def test_captured_steps_are_bit_for_bit_those_that_run(options):
     """Over 20 steps, with changes of the learning rate, of the average's share, and two evaluations between."""
@@ -178,7 +184,7 @@ def on(device, **options):
     average = WeightAverage(model, accelerator, c)
     optimizer = make_optimizer(model, c)
     average.start(model)
-    return TrainingStep(model, GaussianScheduler(c.ddpm_num_steps), optimizer, average, c, accelerator, classes)
+    return TrainingStep(model, scheduler_of(c), optimizer, average, c, accelerator, classes)
 
 
 def one_step(step, device, watch):
@@ -204,6 +210,7 @@ OPTIONS = [
     {"loss_weighting": "snr", "prediction_type": "epsilon", "norm": "group", "time_embedding": "learned_fourier"},
     {"class_labels": "label", "self_condition": True, "gradient_accumulation_steps": 2},
     {"condition": "known", "self_condition": True},
+    {"condition": "known", "self_condition": True, "learned_variance": True, "class_labels": "label"},
 ]  # fmt: skip
 
 
@@ -237,7 +244,8 @@ def test_draws_and_loss_are_one_graph():
     """torch.compile takes them whole: an operation that it cannot follow, a read among them, would raise."""
     torch._dynamo.reset()
     options = {"noise_offset": 0.1, "timestep_sampling": "logit_normal", "min_snr_gamma": 5.0}
-    step = on("cpu", dim_mults=[1], self_condition=True, class_labels="label", condition="known", **options)
+    options |= {"self_condition": True, "class_labels": "label", "condition": "known", "learned_variance": True}
+    step = on("cpu", dim_mults=[1], **options)
     x0, labels, first = torch.randn(2, 1, 8, 8), torch.tensor([2, 0]), torch.tensor(5)
 
     def loss_of(x0, labels, first):
