@@ -203,7 +203,8 @@ class ModelOptions:
     )  # fmt: skip
     dim_mults: list[int] = option(
         [1, 2, 4, 8],
-        "Width of each stage as a multiple of dim. Every stage but the last halves the size.",
+        "Width of each stage as a multiple of dim. Every stage but the last halves the size, for which the model pads "
+        "sizes that are not multiples of 2 ** (stages - 1).",
         applies=scope.NEW_MODEL,
     )
     self_condition: bool = option(

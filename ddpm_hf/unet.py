@@ -483,7 +483,7 @@ def _check_options(ndim: int, options) -> None:
         if len(sizes) != ndim or not all(isinstance(n, int) for n in sizes):
             expected = "an int or (height, width)" if ndim == 2 else "an int"
             raise ValueError(f"sample_size must be {expected}, got {size!r}")
-        check_size(sizes, 2 ** (len(options["dim_mults"]) - 1))
+        check_size(sizes)
 
 
 def _per_stage(name: str, value, stages: int, kind: type) -> tuple:
@@ -498,16 +498,33 @@ def _per_stage(name: str, value, stages: int, kind: type) -> tuple:
     return values
 
 
-def check_size(size: Sequence[int], factor: int) -> None:
-    """Raise ValueError where a spatial size is not a positive multiple of `factor`, naming the nearest that are."""
-    for length in size:
-        if length < 1 or length % factor:
-            below, above = length // factor * factor, (length // factor + 1) * factor
-            nearest = f"{below} and {above}" if below > 0 else f"{above}"
-            raise ValueError(
-                f"every spatial size must be a positive multiple of {factor} (2 to the number of downsamplings); "
-                f"got {tuple(size)}. The nearest sizes that work for {length} are: {nearest}"
-            )
+def check_size(size: Sequence[int]) -> None:
+    """Raise ValueError where a spatial size is less than 1."""
+    if any(length < 1 for length in size):
+        raise ValueError(f"every spatial size must be at least 1, got {tuple(size)}")
+
+
+def edge_padding(size: int, factor: int) -> tuple[int, int]:
+    """Return the fewest zeros before and after `size` values that make their number a multiple of `factor`.
+
+    Both numbers are equal if their sum is even; otherwise there is one more after the values.
+    """
+    extra = -size % factor
+    return extra // 2, extra - extra // 2
+
+
+def _pad(x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
+    """Put zeros around x, (B, C, *spatial), as many as `padding` says for each spatial axis; x itself if it says 0."""
+    numbers = [number for pair in reversed(padding) for number in pair]
+    return F.pad(x, numbers) if any(numbers) else x
+
+
+def _crop(x: Tensor, padding: list[tuple[int, int]], size: Sequence[int]) -> Tensor:
+    """Undo `_pad` for a sample of the spatial size `size`."""
+    for axis, (pair, length) in enumerate(zip(padding, size), start=2):
+        if any(pair):
+            x = x.narrow(axis, pair[0], length)
+    return x
 
 
 # ---------------------------------------------------------------------------------------------
@@ -702,7 +719,7 @@ class UNetBody(ModelMixin, ConfigMixin):
         """Predict epsilon, x0 or v, as trained. Other tensors are moved to the device of `sample`, the model's.
 
         Args:
-            sample: x_t, `(B, in_channels, *spatial)`; each spatial size a multiple of `downsample_factor`.
+            sample: x_t, `(B, in_channels, *spatial)`, of any spatial size.
             timestep: t, a number, a 0-d tensor or `(B,)`; integer or float, in [0, num_train_timesteps).
             x_self_cond: the previous estimate of x0, shaped as `sample` (zeros if None); self-conditioned models only.
             return_dict: a `UNetOutput` if true, else a tuple of one tensor.
@@ -712,20 +729,23 @@ class UNetBody(ModelMixin, ConfigMixin):
                 models with `condition_channels` only.
 
         Raises:
-            ValueError: a wrong number of dimensions or channels, a size that cannot be halved often enough,
-                a timestep of another length, `x_self_cond` for a model without self-conditioning, `class_labels` for a
-                model without classes, of another shape or type, or outside their range (checked on CPU only: on a card
-                PyTorch's embedding stops with an assertion, because checking would wait for the card), a `condition`
-                of another shape or for a model without one.
+            ValueError: a wrong number of dimensions or channels, a spatial size of 0, a timestep of another length,
+                `x_self_cond` for a model without self-conditioning, `class_labels` for a model without classes, of
+                another shape or type, or outside their range (checked on CPU only: on a card PyTorch's embedding stops
+                with an assertion, because checking would wait for the card), a `condition` of another shape or for a
+                model without one.
         """
         if sample.ndim != self.ndim + 2 or sample.shape[1] != self.config.in_channels:
             shape = f"(batch, {self.config.in_channels}, {'height, width' if self.ndim == 2 else 'length'})"
             raise ValueError(f"sample must have the shape {shape}, got {tuple(sample.shape)}")
-        check_size(sample.shape[2:], self.downsample_factor)
+        check_size(sample.shape[2:])
         timestep = self._checked_timestep(timestep, sample)
         class_labels = self._checked_labels(class_labels, sample)
         sample = self._with_condition(self._with_self_condition(sample, x_self_cond), condition, sample)
 
+        size = sample.shape[2:]
+        padding = [edge_padding(length, self.downsample_factor) for length in size]
+        sample = _pad(sample, padding)
         if self.ndim == 1:
             sample = sample.unsqueeze(2)
         # every norm and attention works on the last axis in memory; convolutions keep the format
@@ -745,10 +765,18 @@ class UNetBody(ModelMixin, ConfigMixin):
         x = self.out_stage(x, first, temb)
         if self.ndim == 1:
             x = x.squeeze(2)
+        x = _crop(x, padding, size)
         return UNetOutput(sample=x) if return_dict else (x,)
 
 
 _OPTIONS_DOC = """
+
+    Any size can be given. Every stage but the last halves the size, so that a size must be a multiple of
+    2 ** (len(dim_mults) - 1) inside the model, and others are padded there: zeros are put before and after the values,
+    equally many or one more after them, and the prediction is cropped to the size of x_t. They are zeros because every
+    convolution continues a sample by zeros at its edges, and because the mask of a condition is 0 (unknown) there. A
+    loss does not see them.
+
     Args:
         sample_size: {size}; what pipelines sample by default. None: given at each call.
         in_channels: channels of x_t.

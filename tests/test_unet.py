@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf.unet import (
     FullAttention,
@@ -271,7 +272,8 @@ def test_device_map_auto(tmp_path):
         ({"norm": "group", "norm_groups": 3}, "norm_groups=3"),
         ({"time_embedding": "none"}, "'none'"), ({"dropout": 1.0}, "1.0"), ({"attn_heads": (1, 2, 3)}, "one per stage"),
         ({"full_attn": "yes"}, "full_attn"), ({"full_attn": 1}, "full_attn"), ({"num_mem_kv": -1}, "-1"),
-        ({"sample_size": 7}, "6 and 8"), ({"sample_size": (8, 9)}, "8 and 10"), ({"sample_size": (8,)}, "sample_size"),
+        ({"sample_size": 0}, r"at least 1, got \(0, 0\)"), ({"sample_size": (8, -1)}, r"at least 1, got \(8, -1\)"),
+        ({"sample_size": (8,)}, "sample_size"),
         ({"dropout": "a"}, "dropout must be a number"),
         ({"fourier_dim": 3}, "fourier_dim"), ({"in_channels": 0}, "in_channels"), ({"theta": 0}, "theta"),
         ({"condition_channels": -1}, "condition_channels must be a whole number of at least 0, got -1"),
@@ -283,13 +285,58 @@ def test_bad_options(options, message):
         small(**options)
 
 
+ODD = {1: (13,), 2: (5, 13)}  # 2 x 2 downsamplings: 13 needs one zero before and two after, 5 the same
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_other_sizes_are_padded_by_zeros_and_cropped(ndim):
+    """What the model predicts is the part inside of what it predicts for the sample with zeros around, bit for bit."""
+    options = {"self_condition": True, "condition_channels": 2, "dim_mults": (1, 2, 2)}
+    model, size = small(ndim, sample_size=ODD[ndim] if ndim == 2 else 13, **options).eval(), ODD[ndim]
+    sample, x0, condition = torch.randn(2, 3, *size), torch.randn(2, 3, *size), torch.randn(2, 2, *size)
+    around = {name: F.pad(x, (1, 2) * ndim) for name, x in (("x", sample), ("x0", x0), ("c", condition))}
+    with torch.no_grad():
+        out = model(sample, 5, x0, condition=condition).sample
+        whole = model(around["x"], 5, around["x0"], condition=around["c"]).sample
+    assert out.shape == sample.shape and whole.shape[2:] == tuple(n + 3 for n in size)
+    assert torch.equal(out, whole[(..., *(slice(1, 1 + n) for n in size))])
+    assert model.config.sample_size == (size if ndim == 2 else 13)
+    tiny = (1,) * ndim
+    assert model(torch.randn(1, 3, *tiny), 5).sample.shape == (1, 3, *tiny)
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_padding_is_compiled_whole_and_absent_where_sizes_fit(ndim):
+    """An odd size is one graph, and works on the meta device; a size that fits has no operation more."""
+    operations = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operations.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model, odd = small(ndim, dim_mults=(1, 2, 2)).channels_last(), torch.randn(1, 3, *ODD[ndim])
+    seen = []
+    for x in (torch.randn(1, 3, *(16,) * ndim), odd):
+        operations.clear()
+        with torch.no_grad(), Seen():
+            expected = model(x, 5).sample
+        seen.append([name for name in operations if "pad" in name])
+    assert seen == [[], ["aten.constant_pad_nd.default"]]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(odd, torch.tensor(5)).sample, expected)
+    torch._dynamo.reset()
+    assert model.to("meta")(odd.to("meta"), torch.tensor(5)).sample.shape == odd.shape
+
+
 def test_bad_inputs():
     model = small()
     x = torch.randn(2, 3, 8, 8)
     for arguments, message in [
         ((torch.randn(2, 1, 8, 8), 1), r"\(batch, 3, height, width\).*\(2, 1, 8, 8\)"),
         ((torch.randn(2, 3, 8), 1), "shape"),
-        ((torch.randn(2, 3, 8, 9), 1), "8 and 10"),
+        ((torch.randn(2, 3, 8, 0), 1), r"every spatial size must be at least 1, got \(8, 0\)"),
         ((x, torch.arange(3)), r"\(2,\).*\(3,\)"),
         ((x, 1, x), "self_condition=False"),
     ]:

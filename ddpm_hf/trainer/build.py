@@ -175,9 +175,19 @@ def describe(config: TrainConfig, feed, model) -> str:
         f"{config.to_yaml()}"
         f"model: {type(model).__name__}, {parameters:,} parameters\n"
         f"data: {'streamed' if feed.items is None else f'{feed.items:,}'} items of shape {feed.shape}"
-        + "".join(f"\n{note}" for note in feed.notes)
+        + "".join(f"\n{note}" for note in (*_padding_notes(feed, model), *feed.notes))
         + "".join(f"\nwarning: {warning}" for warning in warnings if warning)
     )
+
+
+def _padding_notes(feed, model) -> list[str]:
+    """Return a line that says the size to which the model pads items inside, if it does."""
+    size, factor = feed.shape[1:], getattr(model, "downsample_factor", 1)  # a given model may be another kind
+    padded = tuple(-(-length // factor) * factor for length in size)
+    if padded == tuple(size):
+        return []
+    was, to = (" x ".join(map(str, sizes)) for sizes in (size, padded))
+    return [f"size: the model works at multiples of {factor}: it pads {was} to {to} inside, and crops what it predicts"]
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:

@@ -452,3 +452,22 @@ def test_a_metric_that_is_not_a_number_is_not_the_best_for_ever(tmp_path, monkey
     train(config(tmp_path / "run", max_train_steps=3, eval_cache_dir=str(tmp_path / "cache"), **evaluation))
     (newest,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert json.loads((newest / "progress.json").read_text())["best"] == {"metric": "fid", "value": 2.0, "step": 2}
+
+
+@pytest.mark.parametrize(
+    "options, size, line",
+    [
+        ({"dataset_name": "ecg", "sequence_length": 37, "dim_mults": [1, 2, 2]}, 37, "it pads 37 to 40 inside"),
+        ({"resolution": [9, 7]}, [9, 7], "it pads 9 x 7 to 10 x 8 inside"),
+    ],
+)
+def test_sizes_that_cannot_be_halved(options, size, line, tmp_path, capsys):
+    """They are trained, saved, loaded and sampled as they are, and a line says what the model does."""
+    train(config(tmp_path / "run", max_train_steps=2, **options))
+    assert line in capsys.readouterr().out
+    kind = DDPMPipeline if isinstance(size, list) else DDPMPipeline1D
+    pipeline = kind.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline.unet.config.sample_size == size
+    samples = pipeline(batch_size=2, output_type="np")[0]
+    assert (samples.shape[1:3] if isinstance(size, list) else samples.shape[-1:]) == tuple(np.ravel(size))
+    assert torch.isfinite(torch.as_tensor(samples)).all()
