@@ -357,6 +357,10 @@ class OptimizationOptions:
         "bf16 on a card that computes in it, and no elsewhere",
     )  # fmt: skip
     gradient_checkpointing: bool = option(False, "Save memory by recomputing activations in the backward pass.")
+    release_memory: bool = option(
+        False, "Give freed memory back to the system at once, on a CPU (Linux). With gradient_checkpointing the peak "
+        "is about a quarter lower, and a step takes 35 to 70% longer.", changeable=True,
+    )  # fmt: skip
 
 
 @dataclass

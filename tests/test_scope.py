@@ -22,7 +22,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 # Options that apply with any data, model and other options.
 ALWAYS = {
     "output_dir", "num_cpu_threads", "seed", "resume_from_checkpoint", "dry_run", "dataloader_num_workers",
-    "compile", "deterministic",
+    "compile", "deterministic", "release_memory",
     "self_condition", "learned_variance", "gradient_checkpointing", "ddpm_num_steps", "ddpm_beta_schedule",
     "prediction_type",
     "loss_weighting", "min_snr_gamma", "noise_offset", "timestep_sampling", "immiscible", "rescale_betas_zero_snr",

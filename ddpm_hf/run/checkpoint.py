@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ddpm_hf.reading import is_finite, is_number, is_whole, parse_json, read_json, require
@@ -22,6 +23,7 @@ WAYS_OUT = (
 UNFINISHED = re.compile(PATTERN.pattern + re.escape(ASIDE))
 REPLACED = ".old" + ASIDE  # at the end of the name of a checkpoint that is about to give way to one of the same step
 CHECKSUMS = "checksums.json"
+THREADS = 4  # files that are hashed at a time
 # What may be due after a step beside the checkpoint, in the order in which the trainer makes it.
 LOOKS = ("samples", "evaluation")
 
@@ -84,7 +86,8 @@ def begin(folder: Path, step: int) -> Path:
 def _seal(aside: Path) -> None:
     """Write down the SHA-256 of every file, so that later damage is found."""
     files = sorted(path for path in aside.rglob("*") if path.is_file())
-    digests = {str(path.relative_to(aside)): _digest(path) for path in files}
+    with ThreadPoolExecutor(THREADS) as pool:  # hashing leaves Python to other threads
+        digests = dict(zip((str(path.relative_to(aside)) for path in files), pool.map(_digest, files)))
     (aside / CHECKSUMS).write_text(json.dumps(digests, indent=1))
 
 
@@ -133,6 +136,8 @@ def finish(aside: Path, limit: int | None = None) -> Path:
 
 
 def _rotate(newest: Path, limit: int) -> None:
+    if len(list_checkpoints(newest.parent)) <= limit:  # nothing to delete, so nothing to read again
+        return
     whole = 1  # the newest
     newest_step = int(PATTERN.fullmatch(newest.name)[1])
     for step, path in reversed(list_checkpoints(newest.parent)):

@@ -5,6 +5,7 @@ Paths of the machine are left out: the folder of a pipeline is made to be publis
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -20,9 +21,10 @@ import torch
 
 from ddpm_hf.config import BUNDLED, TrainConfig
 from ddpm_hf.plots import save_loss_plot
-from ddpm_hf.run.checkpoint import MetricsFile
+from ddpm_hf.run.checkpoint import ASIDE, MetricsFile
 from ddpm_hf.version import __version__
 
+PLOT_SECONDS = 60  # a plot of the losses that is older is drawn anew at the next save
 SAMPLES = re.compile(r"step-([0-9]{6,})\.png")
 
 
@@ -126,6 +128,7 @@ class RunRecord:
     def __init__(self, config: TrainConfig, data: dict, command: list[str] | None, options: dict[str, Any]):
         self.config, self.data, self.command, self.options = config, data, command, options
         self._before = 0.0
+        self._drawn: dict[str, float] = {}  # when the losses were drawn, by the name of the folder
         self._started = time.monotonic()
 
     def seconds(self) -> float:
@@ -139,7 +142,12 @@ class RunRecord:
     def write(
         self, folder: Path, metrics: MetricsFile, step: int, device: str, say: Callable[[str], None], **more
     ) -> None:
-        """Write training.json and the pictures into the folder of the pipeline saved at `step`."""
+        """Write training.json and the pictures into the folder of the pipeline saved at `step`.
+
+        Drawing the losses takes longer than the rest of a small pipeline's save. They are drawn at the run's end, where
+        samples are drawn, and where the newest plot is `PLOT_SECONDS` old; other saves take the plot of the earlier
+        pipeline along.
+        """
         run = Path(self.config.output_dir)
         samples_step = None
         with spare(folder / "samples.png", say):
@@ -148,9 +156,16 @@ class RunRecord:
                 shutil.copyfile(pictures[-1][1], folder / "samples.png")
                 samples_step = pictures[-1][0]
         with spare(folder / "loss.png", say):
-            losses = [record for record in metrics.read() if "loss" in record and record["step"] <= step]
-            if len(losses) > 1:
-                save_loss_plot(losses, folder / "loss.png")
+            earlier = folder.with_name(folder.name.removesuffix(ASIDE)) / "loss.png"
+            looked_at = step in (samples_step, self.config.max_train_steps)
+            old = time.monotonic() - self._drawn.get(folder.name, -math.inf) >= PLOT_SECONDS
+            if looked_at or old or not earlier.exists():
+                losses = [record for record in metrics.read() if "loss" in record and record["step"] <= step]
+                if len(losses) > 1:
+                    save_loss_plot(losses, folder / "loss.png")
+                    self._drawn[folder.name] = time.monotonic()
+            else:
+                shutil.copyfile(earlier, folder / "loss.png")
         with spare(folder / "training.json", say):
             facts = {
                 "name": os.fsencode(run.resolve().name).decode(errors="replace"),

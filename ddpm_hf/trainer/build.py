@@ -211,7 +211,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(config.num_cpu_threads or max(1, cores // local))
-        return_freed_memory() if config.gradient_checkpointing else keep_freed_memory()
+        return_freed_memory() if config.release_memory else keep_freed_memory()
     if config.optimizer == "muon" and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("optimizer must be adamw under DeepSpeed, which flattens the matrices, got 'muon'")
     return accelerator

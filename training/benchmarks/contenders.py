@@ -60,7 +60,7 @@ class Task:
         weights: a file of the peer's weights, with which every side begins.
         steps: calls of the model in a sample.
         keep_memory: let the process keep freed memory. Otherwise memory is as it comes; our training step does what
-            our trainer does, which keeps it, or with checkpointing gives it back.
+            our trainer does, which keeps it, or with checkpointing gives it back (release_memory).
     """
 
     side: str
@@ -199,6 +199,7 @@ def _our_step(model, x: torch.Tensor, task: Task) -> Callable[[], Iterable[torch
     config = TrainConfig(
         output_dir="nothing is written", report_to="none", train_batch_size=len(x), num_cpu_threads=task.threads,
         mixed_precision="bf16" if task.dtype == "bfloat16" else "no", gradient_checkpointing=task.checkpointing,
+        release_memory=task.checkpointing,
         learning_rate=1e-4, lr_scheduler="constant", compile="inductor" if task.form == "inductor" else "none",
     )  # fmt: skip
     settings = contextlib.ExitStack()  # they end with the step
