@@ -229,6 +229,11 @@ class ModelOptions:
         None, "Full instead of linear attention: true or false, once or per stage.",
         none="in the last stage for images, in none for sequences", applies=scope.NEW_MODEL,
     )  # fmt: skip
+    mid_full_attn: bool = option(
+        True, "Full attention in the middle of the network, between the last stage down and the first one up. Linear "
+        "attention there (false) lets the cost of a step grow linearly with the length of sequences and the pixels of "
+        "images.", applies=scope.NEW_MODEL,
+    )  # fmt: skip
     num_mem_kv: int | None = option(
         None, "Number of memory key-value pairs in each attention.",
         none="4 for images, 0 for sequences", applies=scope.NEW_MODEL,

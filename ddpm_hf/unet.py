@@ -466,6 +466,7 @@ _RULES = (
     ("fourier_dim", lambda v: v >= 2 and v % 2 == 0, "be even and at least 2"),
     ("num_mem_kv", _is_number, "be a number"),
     ("num_mem_kv", lambda v: v >= 0, "be at least 0"),
+    ("mid_full_attn", lambda v: isinstance(v, bool), "be true or false"),
     ("condition_channels", lambda v: isinstance(v, int) and v >= 0, "be a whole number of at least 0"),
 )
 
@@ -614,9 +615,8 @@ class UNetBody(ModelMixin, ConfigMixin):
             return lambda channels: kind(channels, heads[stage], dim_heads[stage], o.num_mem_kv)
 
         def mid_attention(channels):
-            return FullAttention(
-                channels, o.mid_attn_heads or heads[-1], o.mid_attn_dim_head or dim_heads[-1], o.num_mem_kv
-            )
+            kind = FullAttention if o.mid_full_attn else LinearAttention
+            return kind(channels, o.mid_attn_heads or heads[-1], o.mid_attn_dim_head or dim_heads[-1], o.num_mem_kv)
 
         channels_in = o.in_channels * (2 if o.self_condition else 1) + o.condition_channels
         self.conv_in = conv(channels_in, widths[0], 7, padding=3)
@@ -797,6 +797,8 @@ _OPTIONS_DOC = """
             embedding stands for "no class" (Ho & Salimans, arXiv:2207.12598). None: a model without classes.
         condition_channels: number of further input channels, for models that are told more about a sample, such as the
             part of it that is known (Tashiro et al., arXiv:2107.03502).
+        mid_full_attn: full attention in the middle; False: linear attention, whose cost is linear in positions, for
+            long sequences and large images.
 
     Raises:
         ValueError: an option outside its range; the message has the rule and the value.
@@ -833,6 +835,7 @@ class UNet2D(UNetBody):
         theta: float = 10000,
         num_class_embeds: int | None = None,
         condition_channels: int = 0,
+        mid_full_attn: bool = True,
     ):
         super().__init__()
         self._build(2)
@@ -866,6 +869,7 @@ class UNet1D(UNetBody):
         theta: float = 10000,
         num_class_embeds: int | None = None,
         condition_channels: int = 0,
+        mid_full_attn: bool = True,
     ):
         super().__init__()
         self._build(1)

@@ -44,7 +44,8 @@ VALUES = {
     "shuffle_buffer": (10, {"streaming": True}), "cache_gb": (0.5, {}),
     "dim": (16, {}), "init_dim": (16, {}), "dim_mults": ([1, 2], {}), "norm": ("group", {}), "dropout": (0.1, {}),
     "norm_groups": (4, {"norm": "group"}), "attn_heads": ([2], {}), "attn_dim_head": ([8], {}),
-    "full_attn": (["true"], {}), "num_mem_kv": (2, {}), "time_embedding": ("learned_fourier", {}),
+    "full_attn": (["true"], {}), "mid_full_attn": (False, {}), "num_mem_kv": (2, {}),
+    "time_embedding": ("learned_fourier", {}),
     "fourier_dim": (8, {"time_embedding": "learned_fourier"}), "theta": (100.0, {}),
     "logit_mean": (0.5, {"timestep_sampling": "logit_normal"}),
     "logit_std": (0.5, {"timestep_sampling": "logit_normal"}), "muon_learning_rate": (1e-2, {"optimizer": "muon"}),
@@ -103,7 +104,7 @@ HAS = {
 }
 NEW_MODEL = {
     "dim", "init_dim", "dim_mults", "norm", "norm_groups", "dropout", "attn_heads", "attn_dim_head", "full_attn",
-    "num_mem_kv", "time_embedding", "fourier_dim", "theta",
+    "mid_full_attn", "num_mem_kv", "time_embedding", "fourier_dim", "theta",
 }  # fmt: skip
 
 

@@ -85,6 +85,7 @@ def test_sinusoidal_features():
         {"self_condition": True, "learned_variance": True, "dim_mults": (1, 2, 3), "full_attn": (False, True, False)},
         {"time_embedding": "learned_fourier", "full_attn": True, "attn_dim_head": (4, 6), "attn_heads": (1, 2)},
         {"time_embedding": "random_fourier", "out_channels": 5, "full_attn": False, "mid_attn_heads": 3},
+        {"mid_full_attn": False, "mid_attn_heads": 3, "mid_attn_dim_head": 5, "num_mem_kv": 2},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("ndim", [1, 2])
@@ -103,6 +104,15 @@ def test_options_give_the_right_shapes_and_survive_saving(options, ndim, tmp_pat
         model.save_pretrained(tmp_path)
         again = type(model).from_pretrained(tmp_path)
         assert torch.equal(again(x, torch.tensor([0, 5, 999]), **self_cond, return_dict=False)[0], out)
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_the_middle_attends_linearly_where_asked(ndim):
+    """Then no layer attends fully, and the cost is linear in positions. By default the middle does, in all models."""
+    assert isinstance(small(ndim).mid_stage.attention, FullAttention)
+    model = small(ndim, full_attn=False, mid_full_attn=False).eval()
+    assert isinstance(model.mid_stage.attention, LinearAttention)
+    assert not any(isinstance(module, FullAttention) for module in model.modules())
 
 
 def test_forms_of_timesteps_agree():
@@ -272,6 +282,7 @@ def test_device_map_auto(tmp_path):
         ({"norm": "group", "norm_groups": 3}, "norm_groups=3"),
         ({"time_embedding": "none"}, "'none'"), ({"dropout": 1.0}, "1.0"), ({"attn_heads": (1, 2, 3)}, "one per stage"),
         ({"full_attn": "yes"}, "full_attn"), ({"full_attn": 1}, "full_attn"), ({"num_mem_kv": -1}, "-1"),
+        ({"mid_full_attn": "no"}, "mid_full_attn must be true or false, got 'no'"), ({"mid_full_attn": None}, "None"),
         ({"sample_size": 0}, r"at least 1, got \(0, 0\)"), ({"sample_size": (8, -1)}, r"at least 1, got \(8, -1\)"),
         ({"sample_size": (8,)}, "sample_size"),
         ({"dropout": "a"}, "dropout must be a number"),

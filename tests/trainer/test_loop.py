@@ -267,12 +267,15 @@ def test_muon_is_refused_under_deepspeed(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("checkpointing, chosen", [(False, ["keep"]), (True, ["return"])])
-def test_freed_memory_is_kept_where_memory_is_not_scarce(tmp_path, monkeypatch, checkpointing, chosen):
+@pytest.mark.parametrize(
+    "options, chosen",
+    [({}, ["keep"]), ({"gradient_checkpointing": True}, ["keep"]), ({"release_memory": True}, ["return"])],
+)
+def test_freed_memory_is_kept_unless_asked(tmp_path, monkeypatch, options, chosen):
     found = []
     for name in ("keep", "return"):
         monkeypatch.setattr(f"ddpm_hf.trainer.build.{name}_freed_memory", lambda name=name: found.append(name))
-    train(config(tmp_path, gradient_checkpointing=checkpointing, max_train_steps=1))
+    train(config(tmp_path, max_train_steps=1, **options))
     assert found == chosen
 
 

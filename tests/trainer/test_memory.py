@@ -1,14 +1,9 @@
 """Freed memory is kept: using it again faults in no page; or it is given back, whatever lies between."""
 
 import platform
-from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import ROOT, run_program
-
-from ddpm_hf import TrainConfig
-from ddpm_hf.trainer import build
 
 PROGRAM = """
 import resource, runpy, sys
@@ -63,21 +58,6 @@ def test_memory_between_blocks_in_use_is_given_back(tmp_path):
     freed = 16 * 8 * 1024
     assert given["leave"] < freed / 8
     assert given["return"] > freed * 7 / 8
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [({}, "keep"), ({"gradient_checkpointing": True}, "keep"), ({"release_memory": True}, "return")],
-)
-def test_freed_memory_is_kept_unless_asked(options, expected, monkeypatch, tmp_path):
-    chosen = []
-    for name in ("keep", "return"):
-        monkeypatch.setattr(build, f"{name}_freed_memory", lambda name=name: chosen.append(name))
-    monkeypatch.setattr(build.torch, "set_num_threads", lambda count: None)
-    started = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
-    monkeypatch.setattr(build.launcher, "start", lambda **given: started)
-    build.start_accelerator(TrainConfig(output_dir=str(tmp_path), report_to="none", **options))
-    assert chosen == [expected]
 
 
 @pytest.mark.parametrize("function", ["keep_freed_memory", "return_freed_memory"])
