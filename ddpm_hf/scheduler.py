@@ -4,7 +4,7 @@ Sources: Ho et al., "Denoising Diffusion Probabilistic Models" (DDPM, arXiv:2006
 Diffusion Implicit Models" (DDIM, arXiv:2010.02502); Nichol & Dhariwal (cosine schedule, learned variance,
 arXiv:2102.09672); Jabri et al. (sigmoid schedule, arXiv:2212.11972); Salimans & Ho (v, arXiv:2202.00512);
 Hang et al. (min-SNR, arXiv:2303.09556); Saharia et al. (dynamic thresholding, arXiv:2205.11487);
-Lin et al. (zero terminal SNR, arXiv:2305.08891).
+Lin et al. (zero terminal SNR, arXiv:2305.08891); Hoogeboom et al. (shifted SNR, arXiv:2301.11093).
 
 Notation: t runs from 0 to T - 1, abar_t = alphas_cumprod[t], x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) epsilon, and
 v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x0. The papers count from 1, so that their x_T is our x at t = T - 1.
@@ -43,7 +43,7 @@ MOST_STEPS = 1_000_000  # the configuration lists every beta
 # The betas follow from these options. If one of them changes, betas that a configuration lists are out of date.
 SCHEDULE_OPTIONS = (
     "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "cosine_s",
-    "sigmoid_start", "sigmoid_end", "sigmoid_tau", "rescale_betas_zero_snr",
+    "sigmoid_start", "sigmoid_end", "sigmoid_tau", "snr_shift", "rescale_betas_zero_snr",
 )  # fmt: skip
 # Stock schedulers with the same steps as ours, and the sampler that takes them here.
 STOCK_SAMPLERS = {
@@ -53,7 +53,8 @@ STOCK_SAMPLERS = {
 STOCK_SOLVERS = {kind.name for kind in KarrasDiffusionSchedulers} - set(STOCK_SAMPLERS) - {"EDMEulerScheduler"}
 # Options that no stock scheduler has.
 OWN_OPTIONS = (
-    "cosine_s", "sigmoid_start", "sigmoid_end", "sigmoid_tau", "sampler", "eta", "use_clipped_model_output",
+    "cosine_s", "sigmoid_start", "sigmoid_end", "sigmoid_tau", "snr_shift", "sampler", "eta",
+    "use_clipped_model_output",
 )  # fmt: skip
 
 
@@ -165,6 +166,13 @@ def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - abar / torch.cat((torch.ones(1, dtype=abar.dtype), abar[:-1]))
 
 
+def shift_log_snr(betas: Tensor, shift: float) -> Tensor:
+    """Add `shift` to the log-SNR, log(abar / (1 - abar)), at every timestep (Hoogeboom et al., section 3.1)."""
+    abar = torch.cumprod(1 - betas, 0)
+    abar = torch.sigmoid(torch.logit(abar) + shift)
+    return 1 - abar / torch.cat((torch.ones(1, dtype=abar.dtype), abar[:-1]))
+
+
 def check_betas(betas: Tensor, source: str, zero_snr: bool) -> None:
     """Check that there are signal and noise at each timestep.
 
@@ -199,10 +207,13 @@ def _named_betas(name: str, steps: int, options: dict) -> Tensor:
         "sigmoid": (sigmoid_betas, ("sigmoid_start", "sigmoid_end", "sigmoid_tau")),
     }[name]
     betas = make(steps, *(options[name] for name in names))
-    zero_snr = options["rescale_betas_zero_snr"]
+    zero_snr, shift = options["rescale_betas_zero_snr"], options["snr_shift"]
+    if shift:
+        betas = shift_log_snr(betas, shift)
     if zero_snr:
         betas = rescale_to_zero_terminal_snr(betas)
-    used = {name: options[name] for name in ("beta_schedule", *names, "rescale_betas_zero_snr")}
+    shown = ("beta_schedule", *names, *(["snr_shift"] if shift else []), "rescale_betas_zero_snr")
+    used = {name: options[name] for name in shown}
     source = ", ".join(f"{name}={value!r}" for name, value in {**used, "num_train_timesteps": steps}.items())
     check_betas(betas, source, zero_snr)
     return betas
@@ -252,7 +263,13 @@ def _schedule(options: dict) -> tuple[Tensor, str]:
     if zero_snr and betas[-1] != 1:
         betas = rescale_to_zero_terminal_snr(betas)
         check_betas(betas, "trained_betas with rescale_betas_zero_snr", zero_snr=True)
-    return betas, _name_of_betas(betas, schedule, options)
+    name = _name_of_betas(betas, schedule, options)
+    if name == "trained" and options["snr_shift"]:
+        raise ValueError(
+            "snr_shift must be 0 with trained_betas that are not those of beta_schedule with the shift: they are used "
+            f"as they are; got {options['snr_shift']!r}"
+        )
+    return betas, name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,8 +314,8 @@ OPTION_RULES = (
     _choice("variance_type", VARIANCE_TYPES),
     _choice("sampler", SAMPLERS),
     _choice("timestep_spacing", SPACINGS),
-    *map(_number, ("beta_start", "beta_end", "cosine_s", "sigmoid_start", "sigmoid_end", "sigmoid_tau", "eta",
-                   "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value")),
+    *map(_number, ("beta_start", "beta_end", "cosine_s", "sigmoid_start", "sigmoid_end", "sigmoid_tau", "snr_shift",
+                   "eta", "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value")),
     *map(_switch, ("clip_sample", "use_clipped_model_output", "thresholding", "rescale_betas_zero_snr")),
     (lambda o: o["cosine_s"] >= 0, "cosine_s must be at least 0, got {cosine_s}"),
     (lambda o: _is_eta(o["eta"]), ETA_RULE),
@@ -409,6 +426,7 @@ def _with_own_options(config: dict) -> dict:
         config["timestep_spacing"] = own["timestep_spacing"]
     if config.get("trained_betas") is None and config.get("beta_schedule") != "trained":
         config["trained_betas"] = _stock_betas(config)  # the schedule was changed in a stock scheduler
+        config["snr_shift"] = 0.0
     return config
 
 
@@ -647,6 +665,9 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: added to "leading" timesteps; at least 0.
         rescale_betas_zero_snr: rescale the schedule to abar = 0 at its end (Lin et al.). The last beta is then 1, and
             the target cannot be epsilon.
+        snr_shift: added to the log-SNR of the named schedule at every timestep, before it is rescaled (Hoogeboom et
+            al., section 3.1). Negative values add noise; 2 log(base / size) keeps the noise of `base` pixels a side at
+            `size` pixels: -1.386 for 128 with base 64.
 
     Raises:
         ValueError: an unknown name, or a value outside its range; the message has the rule and the value.
@@ -680,6 +701,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: str = "trailing",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
+        snr_shift: float = 0.0,
     ):
         options = dict(self.config)
         for name, aliases in (("prediction_type", PREDICTION_ALIASES), ("variance_type", VARIANCE_ALIASES)):

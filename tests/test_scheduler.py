@@ -8,6 +8,7 @@ import pytest
 import torch
 from cards import tolerance
 from conftest import exact_abar, optimal_prediction
+from diffusers import DDIMScheduler
 
 from ddpm_hf.scheduler import (
     BETA_SCHEDULES,
@@ -352,3 +353,27 @@ def test_sample_noise():
     alone = s.sample_noise(like[:1], 0.5, [torch.Generator().manual_seed(7)])
     among = s.sample_noise(like[:3], 0.5, [torch.Generator().manual_seed(i) for i in (5, 6, 7)])
     assert torch.equal(alone[0], among[2])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("shift", [-1.386, 2.0])
+def test_the_log_snr_is_shifted_by_a_constant(schedule, shift, tmp_path):
+    """In float64 the log-SNR differs by exactly the shift; stock schedulers and saved copies have these betas."""
+    plain, own = (GaussianScheduler(200, schedule, snr_shift=s) for s in (0.0, shift))
+    difference = own._tables["snr"].log() - plain._tables["snr"].log()
+    torch.testing.assert_close(difference, torch.full_like(difference, shift), rtol=0, atol=1e-8)
+    stock = DDIMScheduler.from_config(own.config)
+    torch.testing.assert_close(stock.alphas_cumprod, own.alphas_cumprod, rtol=1e-5, atol=1e-9)
+    own.save_pretrained(tmp_path)
+    for again in (GaussianScheduler.from_pretrained(tmp_path), GaussianScheduler.from_config(stock.config)):
+        assert again.config.snr_shift == shift and again.config.beta_schedule == schedule
+        assert list(again.config.trained_betas) == list(own.config.trained_betas)
+    back = GaussianScheduler.from_config(own.config, snr_shift=0.0)
+    assert list(back.config.trained_betas) == list(plain.config.trained_betas)
+
+
+def test_a_shift_that_would_change_nothing_or_has_no_number():
+    with pytest.raises(ValueError, match="snr_shift must be 0 with trained_betas.*got 1.0"):
+        GaussianScheduler(trained_betas=[0.1, 0.2], snr_shift=1.0)
+    with pytest.raises(ValueError, match="snr_shift must be a finite number, got 'auto'"):
+        GaussianScheduler(snr_shift="auto")

@@ -61,6 +61,7 @@ BAD = {
     "cosine_s": (*NO_NUMBER, None, -1.0, 1e308),
     "sigmoid_start": (*NO_NUMBER, None, 3.0, -1e308),
     "sigmoid_end": (*NO_NUMBER, None, -3.0, 1e308),
+    "snr_shift": (*NO_NUMBER, None, 1e308, -1e308),
     "sigmoid_tau": (*NO_NUMBER, None, -1.0, 0, 0.07, 5e-324, 1e308),
     **dict.fromkeys(("beta_schedule", "prediction_type", "variance_type", "sampler", "timestep_spacing"), NO_NAME),
     **dict.fromkeys(("clip_sample", "use_clipped_model_output", "thresholding", "rescale_betas_zero_snr"), NO_SWITCH),
