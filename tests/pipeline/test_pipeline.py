@@ -11,7 +11,7 @@ from conftest import load_program, optimal_prediction
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
-from ddpm_hf.pipeline import _X0Estimate, log_snr_timesteps
+from ddpm_hf.pipeline import X0Estimate, log_snr_timesteps
 
 spacing = load_program("studies/spacing")
 SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4}
@@ -174,7 +174,7 @@ def test_the_estimate_for_self_conditioning_is_thresholded_as_configured(name):
     expected = own.clip_x0(own.predict_x0(prediction, 500, x))
     clamped = own.predict_x0(prediction, 500, x).clamp(-1, 1)
     assert (expected - clamped).abs().max() > 0.3
-    torch.testing.assert_close(_X0Estimate(pipe.scheduler)(prediction, x, 500), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(X0Estimate(pipe.scheduler)(prediction, x, 500), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_callback_stops_the_chain():

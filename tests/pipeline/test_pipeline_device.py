@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
-from ddpm_hf.pipeline import GraphedModel, _step_options
+from ddpm_hf.pipeline import GraphedModel, step_options
 
 SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4}
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
@@ -71,7 +71,7 @@ def chain_on_meta(pipe, steps, mode, **options):
     size = (8,) * pipe.unet.ndim
     x = torch.randn(2, pipe.unet.config.in_channels, *size, device="meta")
     with mode:
-        out = pipe._denoise(x, pipe.scheduler.timesteps, _step_options(pipe.scheduler, None, None), **options)
+        out = pipe._denoise(x, pipe.scheduler.timesteps, step_options(pipe.scheduler, None, None), **options)
     assert out.device.type == "meta" and out.shape == x.shape
 
 

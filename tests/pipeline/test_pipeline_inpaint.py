@@ -20,7 +20,7 @@ from test_pipeline_device import DeviceWork, Model, pipeline
 from test_pipeline_guidance import NAMES, mixture
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
-from ddpm_hf.pipeline import GraphedModel, _Repaint, _resampling_plan, _step_options
+from ddpm_hf.pipeline import GraphedModel, Repaint, resampling_plan, step_options
 
 SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4}
 # Data x ~ N(MEAN, COVARIANCE) of four positions, of which the first and the last are known.
@@ -110,7 +110,7 @@ def repaint_law(own, steps, jump_length, jump_n_sample, eta):
     """Mean and covariance of the unknown positions of RePaint's samples; eta None: DDPM steps."""
     abar, eye, unknown = chain_abar(own, steps), torch.eye(4), UNKNOWN.double()
     mean, covariance = torch.zeros(4), eye
-    for start, place in _resampling_plan(steps, jump_length, jump_n_sample):
+    for start, place in resampling_plan(steps, jump_length, jump_n_sample):
         b = abar[start + 1]
         mean, covariance = step_law(mean, covariance, (MEAN, COVARIANCE), abar[start], b, eta)
         mean = torch.where(UNKNOWN, mean, b**0.5 * KNOWN)
@@ -141,14 +141,14 @@ def complete(pipe, known=KNOWN, **options):
 
 def test_the_schedule_of_jumps():
     """Of 6 steps, with jumps of 2 from t = 0 and t = 2 (the paper's appendix): the calls of the model, and its form."""
-    plan = _resampling_plan(6, 2, 2)
+    plan = resampling_plan(6, 2, 2)
     assert [5 - start for start, _ in plan] == [5, 4, 3, 4, 3, 2, 1, 2, 1, 0]
     assert [5 - place for _, place in plan] == [4, 3, 4, 3, 2, 1, 2, 1, 0, -1]
-    assert len(_resampling_plan(250, 10, 10)) == 250 + 24 * 9 * 10
+    assert len(resampling_plan(250, 10, 10)) == 250 + 24 * 9 * 10
     for steps, length, times in ((1, 1, 5), (5, 10, 10), (10, 10, 10), (40, 3, 1)):
-        assert _resampling_plan(steps, length, times) == [(i, i + 1) for i in range(steps)]
+        assert resampling_plan(steps, length, times) == [(i, i + 1) for i in range(steps)]
     # with jumps of one step, every place before the last but x_T is passed jump_n_sample times
-    starts = [start for start, _ in _resampling_plan(5, 1, 3)]
+    starts = [start for start, _ in resampling_plan(5, 1, 3)]
     assert [starts.count(i) for i in range(5)] == [3, 3, 3, 3, 1]
 
 
@@ -158,7 +158,7 @@ def test_repaint_has_the_law_of_its_algorithm(double, steps, eta):
     pipe = series()
     x = complete(pipe, num_samples=20000, num_inference_steps=steps, jump_length=4, jump_n_sample=3, eta=eta)
     assert torch.equal(x[:, 0, ~UNKNOWN], KNOWN[~UNKNOWN].expand(20000, 2))
-    assert len(pipe.unet.calls) == len(_resampling_plan(steps, 4, 3))
+    assert len(pipe.unet.calls) == len(resampling_plan(steps, 4, 3))
     assert_law(x[:, 0, UNKNOWN], *repaint_law(pipe.scheduler, steps, 4, 3, eta))
 
 
@@ -190,7 +190,7 @@ def test_the_table_of_the_page_is_that_of_the_algorithm(double):
         calls, *errors = [float(cell.replace(",", "")) for cell in printed.split("|")]
         m, c = repaint_law(own, steps, jump_length, jump_n_sample, None if steps == 1000 else 0.0)
         computed = ((m - mean) / covariance.diagonal().sqrt()).abs().max(), *(c / covariance)[0]
-        assert calls == len(_resampling_plan(steps, jump_length, jump_n_sample))
+        assert calls == len(resampling_plan(steps, jump_length, jump_n_sample))
         assert all(abs(error - one) <= 0.0051 for error, one in zip(errors, computed))
 
 
@@ -212,10 +212,10 @@ def test_repaint_reads_nothing_back():
     pipe = pipeline(Model().to("meta"), GaussianScheduler(100))
     pipe._set_timesteps(6, None)
     x = torch.randn(2, 3, 8, 8, device="meta")
-    repaint = _Repaint(pipe.scheduler, x, x > 0, 2, 2, None)
+    repaint = Repaint(pipe.scheduler, x, x > 0, 2, 2, None)
     options = {"callback": repaint, "callback_inputs": ("latents",)}
     with DeviceWork(scalars=True) as mode:
-        out = pipe._denoise(x, repaint.timesteps, _step_options(pipe.scheduler, None, None), **options)
+        out = pipe._denoise(x, repaint.timesteps, step_options(pipe.scheduler, None, None), **options)
     assert out.shape == x.shape and mode.copies == 1
 
 

@@ -1,0 +1,167 @@
+"""`DDPMPipeline`: images."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddpm_hf.pipeline.completing import CompletingPipeline
+from ddpm_hf.pipeline.guidance import class_names, number_of_classes
+from ddpm_hf.pipeline.interpolating import InterpolatingPipeline
+from ddpm_hf.pipeline.outputs import IMAGE_MODES, ImageOutput
+from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_parts
+
+
+class DDPMPipeline(InterpolatingPipeline, CompletingPipeline):
+    """Unconditional generation of images.
+
+    Args:
+        unet: a `UNet2D`, or a stock `UNet2DModel`. A `UNet2D` is given channels-last weights, for speed.
+        scheduler: a `GaussianScheduler`, or a stock scheduler.
+        num_inference_steps: number of steps of calls that give none; None: every training step.
+        log_snr_spacing, steps_before_fast: settings of `use_fast_sampler`, which sets them.
+        id2label: names of the classes, by their numbers, of a model with classes; None: they have no names.
+        condition: "known" for a model that is also given the known values and where they are; None for other models.
+
+    Raises:
+        ValueError: the model is one of sequences, the scheduler cannot sample from it, or num_inference_steps is no
+            whole number of at least 1.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _output_types = ("pil", "np", "pt")
+
+    def __init__(
+        self,
+        unet,
+        scheduler,
+        num_inference_steps: int | None = None,
+        log_snr_spacing: bool = False,
+        steps_before_fast: int | None = None,
+        id2label: dict[int, str] | None = None,
+        condition: str | None = None,
+    ):
+        super().__init__()
+        check_parts(self, unet, num_inference_steps, condition, 2, "DDPMPipeline1D")
+        names = class_names(id2label, number_of_classes(unet))
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(
+            num_inference_steps=num_inference_steps,
+            log_snr_spacing=log_snr_spacing,
+            steps_before_fast=steps_before_fast,
+            # other pipelines are saved as they always were
+            **({} if names is None else {"id2label": names}),
+            **({} if condition is None else {"condition": condition}),
+        )
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        eta: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_all_timesteps: bool = False,
+        timesteps: Sequence[int] | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guide=None,
+    ) -> ImageOutput | tuple:
+        """Sample images.
+
+        Args:
+            batch_size: number of images.
+            num_inference_steps: number of steps, 1 to T; None: the pipeline's default.
+            generator: generator of all noise: one, or one per sample (a sample then does not depend on the others).
+            latents: x_T, standard normal, `(B, C, H, W)`; None: it is drawn.
+            eta: share of DDIM's noise, 0 to 1; None: the scheduler's own.
+            output_type: "pil" (8-bit grey, RGB or RGBA by channels), "np" or "pt" (floats in [0, 1]).
+            return_dict: return an `ImageOutput` if true, else the tuple `(images,)`, with the trajectory if asked for.
+            callback_on_step_end: a function that is called as (pipeline, step index, timestep, {"latents": x}) after
+                each step, and may return new latents in such a dictionary.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback is given; only "latents".
+            return_all_timesteps: return the trajectory from x_T to x_0 too.
+            timesteps: explicit timesteps instead of a number of steps, for schedulers that take them.
+            class_labels: number or name of the class, or None for no class, of a model with classes: one for all
+                samples, or a list with one per sample. batch_size may then be left out.
+            guidance_scale: weight of classifier-free guidance, or with a guide of autoguidance, at least 0: 1 is none,
+                more follows the class, or leaves what the guide does wrong, more closely; 0 ignores the class, or is
+                the guide alone. Other values than 1 take a second prediction in each step.
+            guidance_rescale: share, in [0, 1], to which the deviation of a guided prediction is put back to that of the
+                prediction for the class (Lin et al., arXiv:2305.08891, section 3.4).
+            guidance_interval: lowest and highest noise level that is guided, as shares of the training timesteps, from
+                0 (data) to 1 (noise) (Kynkäänniemi et al., arXiv:2404.07724).
+            guide: a worse model of the same data, for autoguidance (Karras et al., arXiv:2406.02507): an earlier
+                checkpoint, or a smaller model that was trained for a shorter time. It is a model or a pipeline with the
+                channels, size, schedule and prediction type of this one; with classes it is given the same labels.
+
+        Raises:
+            ValueError: a value is outside its range, a shape is wrong, the guide is a model of other data, or PIL has
+                no mode for the number of channels.
+        """
+        return self._generate(
+            batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback_on_step_end,
+            callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps, class_labels, guidance_scale,
+            guidance_rescale, guidance_interval, guide,
+        )  # fmt: skip
+
+    def _size(self) -> tuple:
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError(
+                "the model's configuration has no sample_size: give latents, or set it when building the model"
+            )
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def _tensor(self, images, name: str) -> Tensor:
+        """Convert PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) to (B, C, H, W), in their own units."""
+        if isinstance(images, Image.Image):
+            images = [images]
+        if isinstance(images, (list, tuple)) and images and isinstance(images[0], Image.Image):
+            mode = IMAGE_MODES.get(self._channels())
+            arrays = [np.asarray(image.convert(mode) if mode else image) / 255.0 for image in images]
+            images = np.stack([array if array.ndim == 3 else array[..., None] for array in arrays])
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, 1) if images.ndim == 4 else images
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != self._channels():
+            got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
+            raise ValueError(f"{name} must be PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) with "
+                             f"{self._channels()} channels; got {got}")  # fmt: skip
+        return images
+
+    def _encode(self, images, name: str) -> Tensor:
+        """Convert PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to (B, C, H, W) in [-1, 1]."""
+        images = self._tensor(images, name)
+        if len(images) == 0 or not (images.min() >= 0 and images.max() <= 1):  # NaN too
+            if len(images) == 0:
+                raise ValueError(f"{name} must hold at least one image")
+            raise ValueError(f"{name} must lie in [0, 1]; got {images.min():.4g} to {images.max():.4g}")
+        return images.to(self._execution_device, self.unet.dtype) * 2 - 1
+
+    def _decode(self, x: Tensor, output_type: str):
+        """Convert (B, C, H, W) in [-1, 1] to images in the form of `output_type`."""
+        return self._in_form((x.float() / 2 + 0.5).clamp(0, 1), output_type)
+
+    def _in_form(self, images: Tensor, output_type: str):
+        """Convert (B, C, H, W) in [0, 1] to the form of `output_type`."""
+        if output_type == "pt":
+            return images
+        array = images.movedim(1, -1).cpu().numpy()
+        if output_type == "np":
+            return array
+        eight_bit = (array * 255).round().astype(np.uint8)
+        mode = IMAGE_MODES[array.shape[-1]]
+        return [Image.fromarray(image[..., 0] if mode == "L" else image) for image in eight_bit]
+
+    def _output(self, samples, trajectory, return_dict: bool):
+        if not return_dict:
+            return (samples,) if trajectory is None else (samples, trajectory)
+        return ImageOutput(images=samples, trajectory=trajectory)

@@ -1,0 +1,160 @@
+"""`DDPMPipeline1D`: sequences, in the units of the data."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_hf.pipeline.completing import CompletingPipeline
+from ddpm_hf.pipeline.guidance import class_names, number_of_classes
+from ddpm_hf.pipeline.interpolating import InterpolatingPipeline
+from ddpm_hf.pipeline.outputs import SequenceOutput
+from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_parts
+
+
+class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline):
+    """Unconditional generation of sequences, in the units of the data that the model was trained on.
+
+    Args:
+        unet: a `UNet1D`. It is given weights in the memory layout of its activations, for speed.
+        scheduler: a `GaussianScheduler`, or a stock scheduler.
+        num_inference_steps: number of steps of calls that give none; None: every training step.
+        data_shift, data_scale: one number per channel: data = x * scale + shift for the model's x in [-1, 1]; None:
+            the data is x. A channel with the scale 0 is the constant `shift`, and its x is 0.
+        log_snr_spacing, steps_before_fast: settings of `use_fast_sampler`, which sets them.
+        id2label: names of the classes, by their numbers, of a model with classes; None: they have no names.
+        condition: "known" for a model that is also given the known values and where they are; None for other models.
+
+    Raises:
+        ValueError: the model is one of images, the scheduler cannot sample from it, or a value is outside its range.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _output_types = ("np", "pt")
+
+    def __init__(
+        self,
+        unet,
+        scheduler,
+        num_inference_steps: int | None = None,
+        data_shift: Sequence[float] | None = None,
+        data_scale: Sequence[float] | None = None,
+        log_snr_spacing: bool = False,
+        steps_before_fast: int | None = None,
+        id2label: dict[int, str] | None = None,
+        condition: str | None = None,
+    ):
+        super().__init__()
+        check_parts(self, unet, num_inference_steps, condition, 1, "DDPMPipeline")
+        names = class_names(id2label, number_of_classes(unet))
+        channels = unet.config.in_channels
+        for name, values in (("data_shift", data_shift), ("data_scale", data_scale)):
+            if values is not None and (len(values) != channels or not np.isfinite(values).all()):
+                raise ValueError(f"{name} must be one finite number per channel ({channels}), got {values}")
+        if data_scale is not None and not all(scale >= 0 for scale in data_scale):
+            raise ValueError(f"data_scale must be at least 0 (0: a channel that never changes), got {data_scale}")
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(
+            num_inference_steps=num_inference_steps,
+            log_snr_spacing=log_snr_spacing,
+            steps_before_fast=steps_before_fast,
+            data_shift=None if data_shift is None else [float(v) for v in data_shift],
+            data_scale=None if data_scale is None else [float(v) for v in data_scale],
+            # other pipelines are saved as they always were
+            **({} if names is None else {"id2label": names}),
+            **({} if condition is None else {"condition": condition}),
+        )
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        eta: float | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_all_timesteps: bool = False,
+        timesteps: Sequence[int] | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guide=None,
+    ) -> SequenceOutput | tuple:
+        """Sample sequences.
+
+        The arguments are those of a call of `DDPMPipeline`, but `latents` is `(B, C, length)`, and `output_type` is
+        "np" or "pt".
+
+        Returns:
+            A `SequenceOutput`, or with return_dict=False a tuple.
+
+        Raises:
+            ValueError: a value is outside its range, or a shape is wrong.
+        """
+        return self._generate(
+            batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback_on_step_end,
+            callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps, class_labels, guidance_scale,
+            guidance_rescale, guidance_interval, guide,
+        )  # fmt: skip
+
+    def _size(self) -> tuple:
+        if self.unet.config.sample_size is None:
+            raise ValueError(
+                "the model's configuration has no sample_size: give latents, or set it when building the model"
+            )
+        return (self.unet.config.sample_size,)
+
+    def _affine(self) -> tuple:
+        """Return scale and shift of data = x * scale + shift, each (1, C, 1) in float64."""
+        ones = [1.0] * self._channels()
+        scale, shift = self.config.data_scale or ones, self.config.data_shift or [0.0] * self._channels()
+        return tuple(torch.tensor(v, dtype=torch.float64)[None, :, None] for v in (scale, shift))
+
+    def _encode(self, sequences, name: str) -> Tensor:
+        """Convert arrays or tensors (B, C, length) from the units of the data to those of the model."""
+        try:
+            x = torch.as_tensor(sequences, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} must be an array or tensor, got {type(sequences).__name__}") from error
+        if x.ndim != 3 or len(x) == 0 or x.shape[1] != self._channels() or not torch.isfinite(x).all():
+            raise ValueError(f"{name} must be finite, (B, {self._channels()}, length); got the shape {tuple(x.shape)}")
+        scale, shift = self._affine()
+        x = torch.where(scale > 0, x - shift, 0.0) / torch.where(scale > 0, scale, 1.0)
+        return x.to(self._execution_device, self.unet.dtype)
+
+    def _decode(self, x: Tensor, output_type: str):
+        """Convert (B, C, length) from the model's units to the data's; float64 where float32 has too few digits."""
+        scale, shift = self._affine()
+        constant = (scale == 0) & (shift.float() == shift)
+        wide_enough = (scale > 1e-4 * shift.abs()) & (scale > 1e-37)
+        narrow = (constant | wide_enough).all() and (scale + shift.abs()).max() < 1e37
+        exact = x.cpu().double() * scale + shift
+        out = exact.to(torch.promote_types(x.dtype, torch.float32)) if narrow else exact
+        return out.to(x.device) if output_type == "pt" else out.numpy()
+
+    def _tensor(self, sequences, name: str) -> Tensor:
+        """Convert arrays or tensors (B, C, length) to a tensor on the CPU, in the units of the data.
+
+        Lists and whole numbers become float64.
+        """
+        try:
+            x = torch.as_tensor(sequences, device="cpu", dtype=None if hasattr(sequences, "dtype") else torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} must be an array or tensor, got {type(sequences).__name__}") from error
+        if x.ndim != 3 or x.shape[1] != self._channels():
+            raise ValueError(f"{name} must have the shape (B, {self._channels()}, length); got {tuple(x.shape)}")
+        return x if x.is_floating_point() else x.double()
+
+    def _in_form(self, sequences: Tensor, output_type: str):
+        """Convert (B, C, length) to the form of `output_type`."""
+        return sequences if output_type == "pt" else sequences.cpu().numpy()
+
+    def _output(self, samples, trajectory, return_dict: bool):
+        if not return_dict:
+            return (samples,) if trajectory is None else (samples, trajectory)
+        return SequenceOutput(sequences=samples, trajectory=trajectory)
