@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,11 @@ from ddpm_hf.evaluation.classes import DataClasses, has_classes, model_classes, 
 from ddpm_hf.evaluation.settings import EvalSettings
 from ddpm_hf.evaluation.shares import Shares
 from ddpm_hf.randomness import Stream, generator_seeds
+
+
+def sample_generators(seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
+    """Return a generator for each sample, seeded by (seed, its number) alone; it draws all noise of the sample."""
+    return [torch.Generator().manual_seed(s) for s in generator_seeds(seed, Stream.SAMPLES, numbers)]
 
 
 class Sampling:
@@ -79,11 +84,9 @@ class Sampling:
             part = numbers[start : start + size]
             if not part:  # another process has more
                 continue
-            # each sample has a generator of its own, seeded by its number
-            seeds = generator_seeds(self.settings.seed, Stream.SAMPLES, part)
-            generators = [torch.Generator().manual_seed(s) for s in seeds]
             yield pipeline(
-                batch_size=len(part), generator=generators, num_inference_steps=steps, output_type="np",
+                batch_size=len(part), generator=sample_generators(self.settings.seed, part),
+                num_inference_steps=steps, output_type="np",
                 return_dict=False, **self._condition(pipeline, part, guidance_scale),
             )[0]  # fmt: skip
 
