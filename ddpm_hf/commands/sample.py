@@ -207,7 +207,7 @@ def sample(given: argparse.Namespace) -> Path:
         if not files.file.exists():
             save_picture(files, given.output_dir / "grid.png")
         place = files.join()
-        print(f"{given.num_samples:,} samples: {place}")
+        print(f"{given.num_samples:,} samples, {accelerator.num_processes} process(es): {place}")
     accelerator.end_training()
     return given.output_dir
 

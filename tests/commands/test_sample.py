@@ -122,9 +122,11 @@ def test_a_folder_with_other_files_is_left_alone(pipelines, tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_write_the_same_files(pipelines, tmp_path):
     command = ["--pipeline", pipelines / "images", "--num_samples=7", "--batch_size=2", "--num_inference_steps=2"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "-m", "ddpm_hf.commands.sample"]
-    done = run_program(*launch, *command, "--output_dir=two", cwd=tmp_path, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ddpm_hf.commands.sample"]
+    done = run_program(
+        *launch, *command, "--output_dir=two", cwd=tmp_path, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true"
+    )
+    assert done.returncode == 0 and "7 samples, 2 process(es)" in done.stdout, done.stdout + done.stderr
     script = ROOT / "training" / "sample.py"
     assert run_program(script, *command, "--output_dir=one", cwd=tmp_path, OMP_NUM_THREADS="1").returncode == 0
     assert content(tmp_path / "two") == content(tmp_path / "one")
