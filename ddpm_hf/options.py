@@ -49,7 +49,12 @@ class DataOptions:
     train_data_file: str | None = option(
         None, "File of sequences. Array .npy or .npz: (N, channels, length), or (N, length) for one channel. Table "
         ".csv: each row is a sequence; or, with stride, each row is a point in time and each column a channel. Table "
-        ".parquet: as .csv, or columns of lists, each of which is a channel."
+        ".parquet: as .csv, or columns of lists, each of which is a channel. Recordings .wav, .flac, .edf or .hea "
+        "(WFDB), or a folder of them; with stride, of any lengths."
+    )  # fmt: skip
+    channels_last: bool = option(
+        False, "Arrays have their channels last: sequences (N, length, channels).", applies=scope.SEQUENCE_ARRAYS,
+        off=False,
     )  # fmt: skip
     image_column: str | None = option(
         None, "Column of the images in a table.",
@@ -110,6 +115,21 @@ class SequenceOptions:
     """How sequences are read."""
 
     _argument_group_name = "Sequences"
+
+    recording: bool = option(
+        False, "An array (channels, points) is one recording, instead of sequences (N, length) of one channel; stride "
+        "cuts its windows. An array (points,) is one anyway.", applies=scope.SEQUENCE_ARRAYS, off=False,
+    )  # fmt: skip
+    csv_decimal: str | None = option(
+        None, "Decimal mark of a .csv file.", either(".", ","), scope.CSV,
+        none="a comma if semicolons or tabs separate the cells and the numbers have commas, else a point",
+    )  # fmt: skip
+    on_missing: str = option(
+        "stop", "What to do with missing values (NaN, empty cells): 'stop' ends the run and names the first, 'drop' "
+        "leaves out the sequences or windows that have one, 'interpolate' takes the line between the neighbours in "
+        "time, 'mask' trains on what is known, with condition known (which does so by itself).",
+        either("stop", "drop", "interpolate", "mask"), scope.MISSING, off="stop",
+    )  # fmt: skip
 
     sequence_length: int | None = option(
         None, "Length of the sequences, in points: longer ones are cut to their beginning. With stride, and for ecg, "

@@ -18,6 +18,7 @@ KINDS = {
     "sequence table": "a table of sequences",
     "sequence file": "a table of sequences (.csv, .parquet)",
     "array": "an array of sequences (.npy, .npz)",
+    "recordings": "recordings (.wav, .flac, .edf, .hea)",
     "given images": "images given from Python",
     "given ImageDataset": "an ImageDataset given from Python",
     "given sequences": "sequences given from Python",
@@ -93,10 +94,14 @@ KEPT_IMAGES = _data(
 )
 CHECKED_IMAGES = _data("images, but not to tensors given from Python", (*_READ_IMAGES, "given ImageDataset"))
 SEQUENCES = _data(
-    "sequences, but not to a dataset given from Python", ("ecg", "sequence table", "sequence file", "array")
+    "sequences, but not to a dataset given from Python",
+    ("ecg", "sequence table", "sequence file", "array", "recordings"),
 )
 IMAGE_TABLES = _data("tables of images", ("image table", "image stream"))
 SEQUENCE_TABLES = _data("tables of sequences", ("sequence table", "sequence file"))
+MISSING = _data("tables and arrays of sequences", ("sequence table", "sequence file", "array"))
+CSV = _data("tables in .csv files", ("sequence file",))
+SEQUENCE_ARRAYS = _data("arrays of sequences (.npy, .npz)", ("array",))
 CLASSES = _data("all data but the bundled electrocardiogram", [kind for kind in KINDS if kind != "ecg"])
 PAIRS = _data(
     "stored tables, arrays of sequences and datasets given from Python",

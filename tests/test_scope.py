@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import wave
 
 import numpy as np
 import pytest
@@ -40,7 +41,8 @@ VALUES = {
     "class_dropout_prob": (0.2, {"class_labels": "label"}), "mask_strategy": ("blocks", {"condition": "known"}),
     "resolution": ([16], {}), "image_channels": (3, {}), "center_crop": (False, {}),
     "random_flip": (True, {}), "sequence_length": (8, {}), "stride": (2, {"sequence_length": 8}),
-    "sequence_norm": ("meanstd", {}), "on_bad_image": ("skip", {}), "streaming": (True, {}),
+    "sequence_norm": ("meanstd", {}), "channels_last": (True, {}), "recording": (True, {}),
+    "csv_decimal": (",", {}), "on_missing": ("drop", {}), "on_bad_image": ("skip", {}), "streaming": (True, {}),
     "shuffle_buffer": (10, {"streaming": True}), "cache_gb": (0.5, {}),
     "dim": (16, {}), "init_dim": (16, {}), "dim_mults": ([1, 2], {}), "norm": ("group", {}), "dropout": (0.1, {}),
     "norm_groups": (4, {"norm": "group"}), "attn_heads": ([2], {}), "attn_dim_head": ([8], {}),
@@ -86,7 +88,7 @@ FEATURES = {"feature_network", "feature_resolution", "eval_cache_dir"}
 TABLE = {"dataset_config_name", "dataset_split"}
 DATA = IMAGE | SEQUENCE | FEATURES | TABLE | {
     "image_column", "sequence_columns", "streaming", "shuffle_buffer", "cache_gb", "on_bad_image", "class_labels",
-    "condition_column", "class_dropout_prob",
+    "condition_column", "class_dropout_prob", "channels_last", "recording", "csv_decimal", "on_missing",
 }  # fmt: skip
 # Those that apply to each kind of data.
 HAS = {
@@ -95,9 +97,10 @@ HAS = {
     "image table": IMAGE | FEATURES | TABLE | {"image_column", "cache_gb", "on_bad_image"},
     "image stream": IMAGE | TABLE | {"image_column", "on_bad_image", "streaming", "shuffle_buffer"},
     "ecg": SEQUENCE,
-    "sequence table": SEQUENCE | TABLE | {"sequence_columns"},
-    "sequence file": SEQUENCE | {"sequence_columns"},
-    "array": SEQUENCE,
+    "sequence table": SEQUENCE | TABLE | {"sequence_columns", "on_missing"},
+    "sequence file": SEQUENCE | {"sequence_columns", "on_missing", "csv_decimal"},
+    "array": SEQUENCE | {"on_missing", "channels_last", "recording"},
+    "recordings": SEQUENCE,
     "given images": FEATURES,
     "given ImageDataset": FEATURES | {"on_bad_image"},
     "given sequences": set(),
@@ -193,6 +196,10 @@ def sources(tmp_path_factory):
     np.save(folder / "waves.npy", array)
     np.savetxt(folder / "waves.csv", array, delimiter=",")
     table = {"train_data_dir": str(folder / "table")}
+    (folder / "sound").mkdir()
+    with wave.open(str(folder / "sound" / "a.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(np.arange(16, dtype=np.int16).tobytes())
     tensors = list(torch.rand(4, 1, 8, 8))
     return {
         "digits": ({"dataset_name": "digits"}, None),
@@ -203,6 +210,7 @@ def sources(tmp_path_factory):
         "sequence table": ({**table, "sequence_columns": ["wave"]}, None),
         "sequence file": ({"train_data_file": str(folder / "waves.csv")}, None),
         "array": ({"train_data_file": str(folder / "waves.npy")}, None),
+        "recordings": ({"train_data_dir": str(folder / "sound")}, None),
         "given images": ({}, tensors),
         "given ImageDataset": ({}, ImageDataset([np.zeros((8, 8), np.uint8)] * 4, (8, 8), 1)),
         "given sequences": ({}, SequenceDataset(array)),

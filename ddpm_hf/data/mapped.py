@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_hf.data.recordings import RecordingDataset
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.data.tables import ImageColumn, ListColumns
 
@@ -21,7 +22,10 @@ def mapped_files(dataset: Any) -> list[str]:
 
 
 def _paths(source: Any) -> Iterator[str]:
-    if isinstance(source, SequenceDataset):
+    if isinstance(source, RecordingDataset):
+        for recording in source.array.recordings:
+            yield from recording.files
+    elif isinstance(source, SequenceDataset):
         yield from _paths(source.array)
     elif isinstance(source, (ListColumns, ImageColumn)):
         yield from _paths(source.table)

@@ -5,8 +5,12 @@ call leads down: sources (`images`, `tables`, `sequence_files`) -> datasets (`Im
 `ImageStream`) -> `loading` -> `feed`.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from ddpm_hf.config import BUNDLED, SOURCES, TrainConfig
 from ddpm_hf.data import tables
@@ -15,8 +19,9 @@ from ddpm_hf.data.feed import StoredFeed, StreamedFeed
 from ddpm_hf.data.images import ImageDataset, digits, image_folder
 from ddpm_hf.data.labels import Labels, check_column, table_labels
 from ddpm_hf.data.listing import Listing, list_folder
+from ddpm_hf.data.recordings import ENDINGS, RecordingDataset, open_recordings, recording_files, rows_as_recordings
 from ddpm_hf.data.sequence_files import read_condition, read_labels, read_sequences
-from ddpm_hf.data.sequences import SequenceDataset, ecg
+from ddpm_hf.data.sequences import SequenceDataset, ecg, read_scans
 from ddpm_hf.data.streaming import ImageStream
 
 
@@ -51,7 +56,9 @@ def _opened(config: TrainConfig) -> tuple[str, ImageDataset | ImageStream | Sequ
     listing = list_folder(config.train_data_dir) if config.train_data_dir else None  # once: there may be many files
     kind = kind_of_source(config, listing)
     config.check_scope(kind)
-    return kind, _open_folder(config, listing) if kind == "folder" else OPENERS[kind](config)
+    if kind in ("folder", "recordings"):
+        return kind, OPENERS[kind](config, listing)
+    return kind, OPENERS[kind](config)
 
 
 def kind_of_source(config: TrainConfig, listing: Listing | None = None) -> str:
@@ -66,18 +73,29 @@ def kind_of_source(config: TrainConfig, listing: Listing | None = None) -> str:
     if config.dataset_name in BUNDLED:
         return config.dataset_name
     if config.train_data_file:
+        if Path(config.train_data_file).suffix.lower() in ENDINGS or Path(config.train_data_file).is_dir():
+            return "recordings"
         return "array" if Path(config.train_data_file).suffix.lower() in (".npy", ".npz") else "sequence file"
     if config.train_data_dir and not tables.table_folder(config.train_data_dir, listing):
         if config.streaming:
             raise ValueError(
                 f"streaming is for tables; the images of {config.train_data_dir} are read as needed anyway"
             )
+        if holds_recordings(config.train_data_dir, listing):
+            return "recordings"
         return "folder"
     if not (config.train_data_dir or config.dataset_name):
         raise ValueError("no data: give one of dataset_name, train_data_dir, train_data_file, or a dataset from Python")
     if config.streaming:
         return "image stream"
     return "sequence table" if config.sequence_columns else "image table"
+
+
+def holds_recordings(folder: str, listing: Listing | None = None) -> bool:
+    """Return True if a folder holds recordings and nothing that is read as an image."""
+    files = (listing or list_folder(folder)).files
+    endings = {Path(file).suffix.lower() for file in files}
+    return bool(endings & set(ENDINGS)) and not endings & {*Image.registered_extensions(), ".npy"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,17 +154,76 @@ def _open_image_stream(config: TrainConfig) -> ImageStream:
 
 def _open_sequence_file(config: TrainConfig) -> SequenceDataset:
     path, is_table = config.train_data_file, kind_of_source(config) == "sequence file"
-    gaps = config.condition == "known"
-    array = read_sequences(path, config.sequence_columns, config.stride is not None, _left_out(config), gaps)
+    if config.csv_decimal is not None and not path.lower().endswith(".csv"):
+        raise ValueError(f"csv_decimal applies to .csv files; got {config.csv_decimal!r} with {path}: leave it out")
+    gaps, notes = config.condition == "known" or config.on_missing != "stop", []
+    array = read_sequences(
+        path, config.sequence_columns, config.stride is not None, _left_out(config), gaps, config.csv_decimal, notes
+    )
+    if not is_table:
+        array = _arranged(config, array, path)
     labels = None
     if config.class_labels is not None:
         _check_not_recording(config, array, path, is_table)
         labels = read_labels(path, config.class_labels, array.shape[0] if len(array.shape) > 1 else 1)
     data = _cut(config, array, path, labels)
+    data.notes[:0] = notes
     if config.condition_column is not None:
         where = f"{config.condition_column!r} of {path}"
-        data.condition = sequence_conditions(read_condition(path, config.condition_column), data, where)
+        condition = read_condition(path, config.condition_column)
+        condition = np.swapaxes(condition, 1, 2) if config.channels_last and condition.ndim == 3 else condition
+        data.condition = sequence_conditions(condition, data, where)
     return data
+
+
+def _open_recordings(config: TrainConfig, listing: Listing | None = None) -> RecordingDataset:
+    if config.class_labels not in (None, "folder"):
+        raise ValueError(
+            "class_labels of recordings must be 'folder', which takes the names of the subfolders; got "
+            f"{config.class_labels!r}"
+        )
+    path = config.train_data_file or config.train_data_dir
+    if not Path(path).exists():
+        raise ValueError(f"train_data_file must be a file on disk, got {path}: No such file")
+    files = recording_files(path, listing.files if listing else None)
+    labels = None
+    if config.class_labels is not None:
+        labels = Labels.read([Path(file).parent.name for file in files], f"the subfolders of {path}")
+    recordings = open_recordings(files)
+    return RecordingDataset(recordings, path, config.sequence_norm, config.sequence_length, config.stride, labels)
+
+
+def _arranged(config: TrainConfig, array: Any, name: str) -> Any:
+    """Return the array of a file as the options say: its channels first, and a recording as one sequence.
+
+    Raises:
+        ValueError: an option does not fit the number of dimensions.
+    """
+    shape = tuple(array.shape)
+    if config.recording:
+        if len(shape) > 2 or config.stride is None:
+            raise ValueError(
+                f"recording needs an array (channels, points), and stride, which cuts its windows; {name} has the "
+                f"shape {shape}, and stride is {config.stride}"
+            )
+        array = np.atleast_2d(array.T if config.channels_last else array)[None]
+    elif config.channels_last:
+        if len(shape) != 3:
+            raise ValueError(f"channels_last needs an array (N, length, channels); {name} has the shape {shape}")
+        array = np.swapaxes(array, 1, 2)
+    elif len(shape) == 3 and 0 < shape[2] < shape[1]:
+        warnings.warn(
+            f"{name} of shape {shape} is taken for {shape[1]} channels of length {shape[2]}, because its last axis is "
+            "time. A length below the number of channels is rare: if the last axis is the channels, --channels_last",
+            stacklevel=2,
+        )
+    elif len(shape) == 2 and config.stride is not None and shape[0] > 1 and config.class_labels is None:
+        warnings.warn(
+            f"{name} of shape {shape} is taken for {shape[0]:,} sequences of one channel. If it is one recording of "
+            f"{shape[0]:,} channels: --recording",
+            stacklevel=2,
+        )
+    return array
 
 
 def _open_sequence_table(config: TrainConfig) -> SequenceDataset:
@@ -170,6 +247,7 @@ OPENERS = {
     "sequence table": _open_sequence_table,
     "sequence file": _open_sequence_file,
     "array": _open_sequence_file,
+    "recordings": _open_recordings,
 }
 
 
@@ -207,14 +285,25 @@ def _check_not_recording(config: TrainConfig, array: Any, name: str, is_table: b
 
 def _cut(config: TrainConfig, array: Any, name: str, labels: Labels | None = None) -> SequenceDataset:
     """Cut windows if a stride is given; otherwise take whole sequences, or their first `sequence_length` samples."""
-    length, missing = config.sequence_length, config.condition == "known"
+    known = config.condition == "known"
+    if config.on_missing == "mask" and not known:
+        raise ValueError("on_missing 'mask' needs --condition known, which trains the model on what is known; got "
+                         f"condition {config.condition!r}")  # fmt: skip
+    length, missing = config.sequence_length, known
     if length is not None and len(array.shape) >= 1 and array.shape[-1] < length:
         # the rows of a table may as well be points in time
         long = len(array.shape) == 2 and array.shape[0] >= length and config.stride is None
         way_out = f"; to cut windows of {length} from a table whose rows are points in time: --stride" if long else ""
         raise ValueError(f"sequence_length must be at most the data's length {array.shape[-1]}, got {length}{way_out}")
-    if config.stride is not None:
-        return SequenceDataset(array, name, config.sequence_norm, length, config.stride, labels, missing)
+    if config.on_missing == "drop":
+        if config.condition_column is not None:
+            raise ValueError("on_missing must be stop, interpolate or mask with condition_column, got 'drop'")
+        if len(array.shape) < 3:
+            array = np.atleast_2d(array)[:, None] if len(array.shape) == 2 or config.stride else array
+        return RecordingDataset(
+            rows_as_recordings(array, name), name, config.sequence_norm, length, config.stride, labels, drop=True
+        )
     # a stride as long as the sequence leaves room for a single window, at the start
-    stride = None if length is None else array.shape[-1]
-    return SequenceDataset(array, name, config.sequence_norm, length, stride, labels, missing)
+    stride = config.stride or (None if length is None else array.shape[-1])
+    fill, scans = config.on_missing == "interpolate", read_scans(config.output_dir)
+    return SequenceDataset(array, name, config.sequence_norm, length, stride, labels, missing, fill, scans)

@@ -1,19 +1,17 @@
 """Files of sequences: arrays .npy and .npz, and tables .csv and .parquet; and the classes of the sequences."""
 
 import csv
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ddpm_hf.data.csv_files import csv_column, is_number, read_csv
 from ddpm_hf.data.labels import Labels, check_column, table_labels
-from ddpm_hf.data.tables import arrange, choose_columns, open_files, table_condition, table_sequences
+from ddpm_hf.data.tables import arrange, open_files, table_condition, table_sequences
 
 FILE_ENDINGS = (".npy", ".npz", ".csv", ".parquet")
-MISSING = ("", "nan", "na", "n/a", "null")  # cells of a .csv file that stand for a missing value
 LABEL_ENDINGS = (".npy", ".csv", ".txt")
 
 
@@ -23,6 +21,8 @@ def read_sequences(
     as_recording: bool = False,
     leave_out: Mapping[str, str] | None = None,
     missing: bool = False,
+    decimal: str | None = None,
+    notes: list[str] | None = None,
 ) -> Any:
     """Read the array of a file, (N, length) or (N, C, length).
 
@@ -32,7 +32,9 @@ def read_sequences(
         as_recording: each row of a table of numbers is one point in time and each column a channel, and the array is
             (1, C, samples). Otherwise each row is one sequence.
         leave_out: columns, or arrays of a .npz file, that hold no sequences, by the option that names each.
-        missing: cells of a .csv file may be missing (empty, or one of `MISSING`); they become NaN.
+        missing: cells of a .csv file may be missing (empty, or one of `csv_files.MISSING`); they become NaN.
+        decimal: "." or ",", the decimal mark of a .csv file; None: it is found.
+        notes: lines about columns that were left out and a decimal comma that was found are appended to it.
 
     Raises:
         ValueError: the file cannot be read, has another ending, or lacks what was asked for.
@@ -46,7 +48,7 @@ def read_sequences(
     if columns and suffix in (".npy", ".npz"):
         raise ValueError(f"sequence_columns are columns of a table; {path} holds an array")
     if suffix == ".csv":
-        return arrange(_read_csv(path, columns, leave_out, missing), as_recording)
+        return arrange(read_csv(path, columns, leave_out, missing, decimal, notes, as_recording), as_recording)
     if suffix == ".parquet":
         return table_sequences(open_files("parquet", [path]), columns, as_recording, path, leave_out)
     try:
@@ -94,7 +96,7 @@ def read_labels(path: str, class_labels: str, count: int) -> Labels:
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".csv":
-        return _of_texts(_csv_column(path, class_labels), f"the column {class_labels!r} of {path}")
+        return _of_texts(csv_column(path, class_labels), f"the column {class_labels!r} of {path}")
     if suffix == ".parquet":
         return table_labels(open_files("parquet", [path]), class_labels, path)
     if Path(class_labels).suffix.lower() in LABEL_ENDINGS:
@@ -136,124 +138,6 @@ def _of_texts(texts: Sequence[str], where: str) -> Labels:
     try:
         return Labels.read(np.array([float(text) for text in texts]), where)
     except ValueError:
-        if all(map(_is_number, texts)):
+        if all(map(is_number, texts)):
             raise
         return Labels.read(texts, where)
-
-
-def _csv_options(path: str) -> dict[str, Any]:
-    """Return the options with which pandas reads a table."""
-    separator, header = _csv_form(path)
-    return {"sep": separator, "header": 0 if header else None, "index_col": False, "comment": "#",
-               "skipinitialspace": True, "encoding": "utf-8-sig"}  # fmt: skip
-
-
-def _csv_names(path: str, options: dict[str, Any]) -> list[str]:
-    """Return the names of a table's columns."""
-    import pandas
-
-    first = pandas.read_csv(path, nrows=1 if options["header"] is None else 0, **options)
-    return [str(name).strip() for name in first.columns]
-
-
-def _csv_column(path: str, column: str) -> list[str]:
-    """Return the cells of one column of a table."""
-    import pandas
-
-    try:
-        options = _csv_options(path)
-        present = _csv_names(path, options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the table {path}: {error}") from error
-    check_column(column, present, path)
-    options["usecols"] = [present.index(column)]
-    table = pandas.read_csv(path, dtype=str, keep_default_na=False, **options)
-    return [text.strip() for text in table.iloc[:, 0]]
-
-
-def _read_csv(
-    path: str, columns: Sequence[str] | None, leave_out: Mapping[str, str] | None = None, missing: bool = False
-) -> np.ndarray:
-    """Return the numbers of a table, (rows, columns) float64.
-
-    Lines that are blank or begin with # are skipped. The first line that is left is a header if one of its cells has a
-    letter. The cells are separated by comma, semicolon or tab, whichever that line has most of, or by spaces.
-    """
-    import pandas
-
-    try:
-        options = _csv_options(path)
-        if columns or leave_out:
-            present = _csv_names(path, options)
-            columns = choose_columns(columns, present, path, leave_out)
-            options["usecols"] = [present.index(name) for name in columns]
-
-        def read(**more):
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", pandas.errors.ParserWarning)  # rows of more values than names
-                table = pandas.read_csv(path, **options, **more)
-            table.columns = [str(name).strip() for name in table.columns]
-            return table[list(columns)] if columns else table
-
-        try:
-            numbers = read(dtype=np.float64).to_numpy()
-        except ValueError:
-            numbers = np.full((1, 1), np.nan)  # some cell is not a number
-        if not np.isfinite(numbers).all():
-            table = read(dtype=str, keep_default_na=False)
-            cells = pandas.to_numeric(pandas.Series(table.to_numpy().ravel()), errors="coerce").to_numpy(np.float64)
-            numbers = cells.reshape(table.shape)
-    except (OSError, ValueError, Warning) as error:  # pandas' own errors are ValueErrors
-        raise ValueError(f"cannot read the table {path}: {error}") from error
-    if not len(numbers):
-        raise ValueError(f"{path} has no rows")
-    bad = ~np.isfinite(numbers)
-    if missing and bad.any():
-        empty = np.vectorize(lambda cell: str(cell).strip().lower() in MISSING, otypes=[bool])
-        bad &= ~empty(table.to_numpy())
-    wrong = np.argwhere(bad)
-    if len(wrong):
-        row, column = map(int, wrong[0])
-        raise ValueError(
-            f"{path} must hold a finite number in every cell (rows all of one length): row {row} has "
-            f"{str(table.iat[row, column])!r} in column {table.columns[column]!r}, one of {len(wrong)} such cells. "
-            "To leave columns out, name the others: --sequence_columns"
-        )
-    return numbers
-
-
-def _csv_form(path: str) -> tuple[str, bool]:
-    """Return the separator of a table's cells, and True if its first line is a header.
-
-    Raises:
-        ValueError: there are only comments, or the first row has another number of cells than the header.
-    """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = (line for line in file if line.strip() and not line.lstrip().startswith("#"))
-        first, second = next(lines, None), next(lines, None)
-    if first is None:
-        raise ValueError("it has no rows")
-    unquoted = re.sub('"[^"]*"', "", first)
-    separator = max(",;\t", key=unquoted.count)
-    if separator not in unquoted and len(first.split()) > 1 and all(map(_is_number, first.split())):
-        return r"\s+", False
-
-    def cells(line: str) -> list[str]:
-        return next(csv.reader([line], delimiter=separator, skipinitialspace=True))
-
-    # a date or a decimal comma is a wrong cell of the first row, not a name
-    header = any(any(map(str.isalpha, cell)) and not _is_number(cell) for cell in cells(first))
-    if header and second is not None and len(cells(first)) != len(cells(second)):
-        raise ValueError(
-            f"the header must have a name for each value of a row, got {len(cells(first))} names and "
-            f"{len(cells(second))} values"
-        )
-    return separator, header
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

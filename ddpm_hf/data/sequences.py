@@ -5,7 +5,11 @@ in parts and indexed lazily, so a memory-mapped file may be larger than the memo
 """
 
 import copy
+import hashlib
+import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +22,16 @@ from ddpm_hf.data.scaling import Scaling
 from ddpm_hf.options import SEQUENCE_NORMS
 from ddpm_hf.randomness import Stream, derive_seed
 
+MISSING_WAYS = (
+    "For missing values: --on_missing drop (leaves such items out), interpolate (between neighbours), or mask (with "
+    "--condition known)"
+)
+SCANS = "data_scan.json"  # the name, in a run folder, of the file of `SequenceDataset.scans`
+KEPT_FROM = 1 << 26  # bytes of a mapped file from which on the results of a pass over it are kept
 PART = 1 << 22  # numbers that one step of a pass over the data reads, 32 MiB of float64
 
 
+# This class is longer than 250 lines because its windows, scaling and held-out parts all read the same array.
 class SequenceDataset(Dataset):
     """Sequences, or windows of sequences, in model units.
 
@@ -35,9 +46,16 @@ class SequenceDataset(Dataset):
             sequence. None: no classes.
         missing: values may be missing (NaN), for models that are trained to complete sequences; the scaling follows
             from the others.
+        interpolate: missing values (NaN) are interpolated linearly between their neighbours in the same channel of the
+            same sequence; before the first and after the last value, that value is taken.
+        scans: results of earlier passes over the data, as the attribute `scans` has them.
 
     Attributes:
         scaling: the map between data units and model units, a `Scaling`.
+        scans: the lowest and highest value, mean, standard deviation and number of gaps that passes over a mapped file
+            have found, by a digest of the file's path, size and time and of what was read of it. It can be written as
+            JSON.
+        notes: lines to print about the data before training.
         gaps: number of missing values, of those that the windows reach.
         condition: the condition of each sequence, a dataset with the same windows, or None.
         rows, ranges: the sequences, and the (first, last + 1) windows of each, that the items come from. In a part that
@@ -59,6 +77,8 @@ class SequenceDataset(Dataset):
         stride: int | None = None,
         labels: Any = None,
         missing: bool = False,
+        interpolate: bool = False,
+        scans: dict[str, list] | None = None,
     ):
         if norm not in SEQUENCE_NORMS:
             raise ValueError(f"sequence_norm must be one of {', '.join(SEQUENCE_NORMS)}, got {norm!r}")
@@ -79,7 +99,11 @@ class SequenceDataset(Dataset):
             raise ValueError(f"{name} must have at least {self.length} samples a sequence, got {array.shape[2]}")
         self.windows = (array.shape[2] - self.length) // self.stride + 1 if stride else 1
         self.norm, self.rows, self.ranges = norm, range(array.shape[0]), [(0, self.windows)]
-        self.missing = missing
+        self.missing, self.notes, self.scans = missing, [], {} if scans is None else scans
+        self.fills = _interpolations(array, name) if interpolate else {}
+        if self.fills:
+            filled = sum(len(places) for row in self.fills.values() for places, _ in row)
+            self.notes.append(f"missing values of {name}, which are interpolated: {filled:,}")
         self.labels = as_labels(labels, array.shape[0], f"the classes of {name}")
         self.scaling = self.fit()
 
@@ -91,7 +115,39 @@ class SequenceDataset(Dataset):
         return Scaling.meanstd(low, high, mean, deviation)
 
     def _measure(self) -> tuple:
-        """Return the lowest and highest value, mean and standard deviation of each channel, from one pass.
+        """Return the lowest and highest value, mean and standard deviation of each channel.
+
+        They come from one pass over the data, or from an earlier one over the same part of the same file.
+        """
+        key = self._scan_key()
+        if key is None or key not in self.scans:
+            found = self._pass()
+            if key is None:
+                return found
+            self.scans[key] = [*(values.tolist() for values in found), self.gaps]
+        *found, self.gaps = self.scans[key]
+        return tuple(map(np.array, found))
+
+    def _scan_key(self) -> str | None:
+        """Return a digest of the mapped file and the part of it that the items reach; None for other arrays."""
+        source = self.array
+        while isinstance(source, np.ndarray) and not getattr(source, "filename", None):
+            source = source.base
+        if not isinstance(source, np.memmap):
+            return None
+        try:
+            found = os.stat(source.filename)
+        except OSError:
+            return None
+        if found.st_size < KEPT_FROM:
+            return None
+        rows = self.rows if isinstance(self.rows, range) else np.asarray(self.rows).tolist()
+        facts = (str(source.filename), found.st_size, found.st_mtime_ns, self.array.shape, self.array.strides, rows,
+                 self.ranges, self.length, self.stride, self.missing, bool(self.fills))  # fmt: skip
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def _pass(self) -> tuple:
+        """Return what `_measure` returns, from one pass over the data.
 
         The moments of parts are combined by the pairwise formula of Chan, Golub and LeVeque (1983).
         """
@@ -112,13 +168,31 @@ class SequenceDataset(Dataset):
             squares += part_squares + delta**2 * count * n / total
             mean, count = mean + delta * n / total, count + n
         if bad:
-            listed = sorted(bad)
-            more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
-            what = "infinity" if self.missing else "NaN or infinity"
-            raise ValueError(f"{self.name} has {what} in rows {', '.join(map(str, listed[:10]))}{more}")
+            raise ValueError(self._complaint(sorted(bad)))
         if np.isinf(low).any():
             raise ValueError(f"channel {int(np.argmax(np.isinf(low)))} of {self.name} must have a value, got NaN alone")
         return low, high, mean, np.sqrt(squares / count)
+
+    def _complaint(self, rows: list[int]) -> str:
+        """Return the message about sequences that have NaN or infinity; it names the first such value's place."""
+        more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
+        what = "infinity" if self.missing else "NaN or infinity"
+        first = np.asarray(self.array[rows[0] : rows[0] + 1])[0]
+        channel, sample = np.argwhere(np.isinf(first) if self.missing else ~np.isfinite(first))[0]
+        way_out = "" if np.isinf(first).any() else f". {MISSING_WAYS}"
+        return (
+            f"{self.name} has {what} in rows {', '.join(map(str, rows[:10]))}{more}: row {rows[0]} has "
+            f"{first[channel, sample]} in channel {channel}, sample {sample}{way_out}"
+        )
+
+    def _filled(self, part: np.ndarray, rows: np.ndarray, start: int) -> np.ndarray:
+        """Fill interpolated values into numbers (n, C, samples) of the sequences `rows`, from sample `start` on."""
+        if self.fills:
+            for number, row in enumerate(rows.tolist()):
+                for channel, (places, values) in enumerate(self.fills.get(row, ())):
+                    a, b = np.searchsorted(places, (start, start + part.shape[2]))
+                    part[number, channel, places[a:b] - start] = values[a:b]
+        return part
 
     def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (numbers of n sequences, float64 (n, C, samples)) over all samples that the windows reach."""
@@ -137,7 +211,8 @@ class SequenceDataset(Dataset):
             for start, stop in reached:
                 for sample in range(start, stop, samples):
                     part = self.array[own[0] : own[-1] + 1][:, :, sample : min(sample + samples, stop)]
-                    yield own, np.asarray(part[among], dtype=np.float64)
+                    numbers = np.array(part[among], dtype=np.float64, copy=True if self.fills else None)
+                    yield own, self._filled(numbers, own, sample)
 
     def __len__(self) -> int:
         return len(self.rows) * sum(b - a for a, b in self.ranges)
@@ -149,6 +224,8 @@ class SequenceDataset(Dataset):
         row, window = self.place(int(index) % len(self))
         start = window * self.stride
         part = np.asarray(self.array[row : row + 1][0, :, start : start + self.length], dtype=np.float64)
+        if row in self.fills:
+            part = self._filled(part[None].copy(), np.array([row]), start)[0]
         return torch.from_numpy(self.scaling.to_model(part).astype(np.float32))
 
     def place(self, index: int) -> tuple[int, int]:
@@ -230,6 +307,33 @@ def _moments(part: np.ndarray) -> tuple:
     return number, mean, np.nansum((part - mean[:, None]) ** 2, axis=(0, 2))
 
 
+def _interpolations(array: Any, name: str) -> dict[int, list[tuple[np.ndarray, np.ndarray]]]:
+    """Return the places and values of interpolated samples, for each channel of each sequence that has NaN.
+
+    One channel of one sequence is in memory at a time, or several short sequences.
+
+    Raises:
+        ValueError: a channel of a sequence has no value to interpolate between.
+    """
+    count, channels, length = array.shape
+    rows, fills = max(1, PART // (channels * length)), {}
+    for first in range(0, count, rows):
+        part = array[first : first + rows]
+        for channel in range(channels):
+            values = np.asarray(part[:, channel], dtype=np.float64)
+            for row in np.flatnonzero(np.isnan(values).any(axis=1)).tolist():
+                gap = np.isnan(values[row])
+                if gap.all():
+                    raise ValueError(
+                        f"row {first + row} of {name} has NaN alone in channel {channel}, and nothing to interpolate "
+                        "between: --on_missing drop leaves it out"
+                    )
+                places, known = np.flatnonzero(gap), np.flatnonzero(~gap)
+                filled = fills.setdefault(first + row, [(np.empty(0, int), np.empty(0))] * channels)
+                filled[channel] = places, np.interp(places, known, values[row, known])
+    return fills
+
+
 def held_out_stretches(
     windows: int, length: int, stride: int, count: int, seed: int, name: str = "the recording"
 ) -> list[tuple[int, int]]:
@@ -279,6 +383,26 @@ def _apart(held: list[tuple[int, int]], windows: int, length: int, stride: int) 
             ranges.append((start, first - reach))
         start = max(start, stop + reach)
     return ranges
+
+
+def read_scans(folder: str) -> dict[str, list]:
+    """Return the results of passes over mapped files that `write_scans` has written, or {} where there are none."""
+    try:
+        found = json.loads((Path(folder) / SCANS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found = found if isinstance(found, dict) else {}
+    return {key: scan for key, scan in found.items() if isinstance(scan, list) and len(scan) == 5}
+
+
+def write_scans(dataset: Any, folder: str | Path) -> None:
+    """Write the results of passes over a dataset's mapped file into a folder, for the next start there."""
+    scans = getattr(dataset, "scans", None)
+    if scans and scans != read_scans(str(folder)):
+        path = Path(folder) / SCANS
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps(scans), encoding="utf-8")
+        aside.replace(path)
 
 
 def ecg(length: int = 256, stride: int = 2, norm: str = "minmax") -> SequenceDataset:

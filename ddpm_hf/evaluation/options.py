@@ -93,6 +93,10 @@ class EvaluateConfig:
         None, "Distance between the windows of the data to compare with. Default: as in the pipeline's run, if --data "
         "is its data."
     )  # fmt: skip
+    channels_last: bool = _option(False, "Arrays have their channels last.")
+    csv_decimal: str | None = _option(None, "Decimal mark of a .csv file. Default: it is found.")
+    recording: bool = _option(False, "An array (channels, points) is one recording.")
+    on_missing: str = _option("stop", "What to do with missing values: 'stop', 'drop', 'interpolate' or 'mask'.")
     dataloader_num_workers: int = _option(0, "Number of processes that load data.")
     on_bad_image: str = _option(
         "stop", "What to do with an image that cannot be read: 'stop', or 'skip' to leave it out."

@@ -16,7 +16,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from ddpm_hf.config import BUNDLED, TrainConfig
 from ddpm_hf.data.images import BadImageError
 from ddpm_hf.data.loading import fingerprint, hold_out, load_item, split_record, underlying
-from ddpm_hf.data.opening import build_dataset
+from ddpm_hf.data.opening import build_dataset, holds_recordings
+from ddpm_hf.data.recordings import ENDINGS
 from ddpm_hf.data.sequence_files import FILE_ENDINGS
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.data.tables import table_folder
@@ -26,7 +27,8 @@ from ddpm_hf.evaluation.settings import HELD_OUT
 from ddpm_hf.run.record import without_folders
 
 # Options that tell how data is read: those of the data's own run are taken unless others are given.
-READING = ("stride", "sequence_columns", "image_column", "on_bad_image", "class_labels")
+READING = ("stride", "sequence_columns", "image_column", "on_bad_image", "class_labels", "channels_last",
+           "csv_decimal", "recording", "on_missing")  # fmt: skip
 
 
 @dataclass
@@ -106,7 +108,11 @@ def _open(config: EvaluateConfig, run: dict, pipeline) -> tuple[Any, tuple]:
     """Open the data in the shape of the pipeline's samples, scaled as its run scaled it; return it and that shape."""
     path, size = Path(config.data), pipeline._size()
     _check_kind(config.data, is_image=len(size) == 2)
-    if config.data in BUNDLED or not path.exists() or (path.is_dir() and len(size) == 1):
+    if (
+        config.data in BUNDLED
+        or not path.exists()
+        or (path.is_dir() and len(size) == 1 and not holds_recordings(config.data))
+    ):
         source = {"dataset_name": config.data}
     else:
         source = {"train_data_dir" if path.is_dir() else "train_data_file": config.data}
@@ -134,12 +140,12 @@ def _open(config: EvaluateConfig, run: dict, pipeline) -> tuple[Any, tuple]:
 def _check_kind(data: str, is_image: bool) -> None:
     """Check that data that is written as a path exists, and is of the kind that the pipeline generates."""
     path = Path(data)
-    meant = path.suffix.lower() in FILE_ENDINGS or data.startswith((".", "/", "~")) or data.endswith("/")
+    meant = path.suffix.lower() in (*FILE_ENDINGS, *ENDINGS) or data.startswith((".", "/", "~")) or data.endswith("/")
     if meant and not path.exists():
         raise ValueError(f"--data {data}: there is no such file or folder")
     if is_image and path.is_file():
         raise ValueError(f"the pipeline generates images, --data {data} is a file of sequences")
-    if not is_image and path.is_dir() and not table_folder(data):
+    if not is_image and path.is_dir() and not (table_folder(data) or holds_recordings(data)):
         raise ValueError(f"the pipeline generates sequences, --data {data} is a folder of images")
 
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import open_data
 from ddpm_hf.data.loading import Batch
+from ddpm_hf.data.sequences import write_scans
 from ddpm_hf.hub.publish import check_token, make_publisher, target_of
 from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.run import checkpoint
@@ -196,6 +197,7 @@ class Trainer:
         if acc.is_main_process:
             with self.parts.writing(OSError):
                 checkpoint.write_text(self.folder.options, self.config.to_yaml())
+                write_scans(self.feed.units, self.folder.path)
                 self.folder.metrics.rewind(self.progress.step, evaluated="evaluation" not in self.progress.pending)
 
     def _is_complete(self) -> bool:

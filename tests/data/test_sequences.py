@@ -232,7 +232,7 @@ def test_csv(form, tmp_path):
     [
         ("1,2,3\n4,5\n", "row 1 has '' in column '2'"),
         ("1,2\n4,5,6\n", "cannot read the table"),
-        ("t,a\n2024-01-01,1\n2024-01-02,2\n", "row 0 has '2024-01-01' in column 't', one of 2.*--sequence_columns"),
+        ("t,a\n2024-01-01,1\n2024-01-02,\n", "row 1 has '' in column 'a', one of 1.*--on_missing drop.*interpolate"),
         ("1,2\n3,inf\n", "'inf'"),
         ("a,b\n", "no rows"),
         ("", "no rows"),
@@ -242,7 +242,8 @@ def test_csv(form, tmp_path):
         ("a,b,c\n1,2\n", "got 3 names and 2 values"),
         ('1,"2,5"\n3,4\n', "row 0 has '2,5'"),
         ("1,2\n3,true\n", "row 1 has 'true'"),
-        ("2024-01-01,1\n2024-01-02,2\n", "row 0 has '2024-01-01'"),
+        ("2024-01-01\n2024-01-02\n", "must have a column of numbers; 0 hold none"),
+        ("a;b\n1,5;2\n2.5;3,5\n", "row 0 has '1,5' in column 'a', one of 2.*--csv_decimal ,"),
     ],
 )
 def test_bad_csv(text, message, tmp_path):
