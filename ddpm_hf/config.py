@@ -112,6 +112,10 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
                     f"streaming is for tables of images, and not with {', '.join(refused)} "
                     "(evaluate such a run with training/evaluate.py)"
                 )
+        if self.image_norm is not None and self.image_range is not None:
+            raise ValueError(
+                f"image_norm and image_range exclude each other, got {self.image_norm!r} and {self.image_range}"
+            )
         if self.stride is not None and self.sequence_length is None and self.dataset_name != "ecg":
             raise ValueError(f"stride needs sequence_length, the length of its windows; got stride {self.stride} alone")
         if self.deterministic and self.compile == "inductor":

@@ -22,6 +22,7 @@ from ddpm_hf.choices import (
 from ddpm_hf.rules import ABOVE_0, AT_LEAST_0, BELOW_1, FROM_0_TO_1, Rule, either, one_of, option, whole_number
 
 SEQUENCE_NORMS = ("minmax", "meanstd")
+IMAGE_NORMS = ("bits", "minmax", "meanstd")
 OPTIMIZERS = ("adamw", "muon")
 COMPILERS = ("auto", "none", "inductor", "graphs")
 
@@ -44,17 +45,19 @@ class DataOptions:
     )
     train_data_dir: str | None = option(
         None, "Folder of images, searched with its subfolders, in any format that Pillow reads except EPS; or of "
-        "tables of images: a dataset saved to disk, .parquet, .arrow, or webdataset .tar files."
+        "tables of images: a dataset saved to disk, .parquet, .arrow, or webdataset .tar files. TIFF files with values "
+        "of any range and any number of bands, and .npy files with an image each, are images in units of their own."
     )  # fmt: skip
     train_data_file: str | None = option(
-        None, "File of sequences. Array .npy or .npz: (N, channels, length), or (N, length) for one channel. Table "
-        ".csv: each row is a sequence; or, with stride, each row is a point in time and each column a channel. Table "
-        ".parquet: as .csv, or columns of lists, each of which is a channel. Recordings .wav, .flac, .edf or .hea "
+        None, "File of sequences or images. Array .npy or .npz: sequences (N, channels, length), or (N, length) for "
+        "one channel; images (N, channels, height, width), or (N, height, width) where an option of images is given. "
+        "Table .csv: each row is a sequence; or, with stride, each row is a point in time and each column a channel. "
+        "Table .parquet: as .csv, or columns of lists, each of which is a channel. Recordings .wav, .flac, .edf or .hea "
         "(WFDB), or a folder of them; with stride, of any lengths."
     )  # fmt: skip
     channels_last: bool = option(
-        False, "Arrays have their channels last: sequences (N, length, channels).", applies=scope.SEQUENCE_ARRAYS,
-        off=False,
+        False, "Arrays have their channels last: images (N, height, width, channels), also those of .npy files in a "
+        "folder, and sequences (N, length, channels).", applies=scope.ARRAYS, off=False,
     )  # fmt: skip
     image_column: str | None = option(
         None, "Column of the images in a table.",
@@ -96,11 +99,25 @@ class ImageOptions:
         "rest is cropped.",
         Rule(lambda sizes: len(sizes) in (1, 2) and min(sizes) >= 1, "one or two whole numbers of pixels, at least 1"),
         scope.IMAGES,
-        none="64; 8 for digits",
+        none="64; 8 for digits; for an array, the size of its images",
     )  # fmt: skip
     image_channels: int | None = option(
-        None, "1 (grey), 3 (RGB) or 4 (RGBA). With 1 and 3, transparent images are laid on white.",
-        either(1, 3, 4), scope.IMAGES, none="3; 1 for digits",
+        None, "1 (grey), 3 (RGB) or 4 (RGBA). With 1 and 3, transparent images are laid on white. Images in units of "
+        "their own keep the channels that they have, of any number.",
+        whole_number(1), scope.IMAGES, 
+        none="3; 1 for digits; for images in units of their own, the channels of the data",
+    )  # fmt: skip
+    image_norm: str | None = option(
+        None, "Scaling of images in units of their own, which samples have too: 'bits' scales the full range of the "
+        "integer type to [-1, 1], 'minmax' the range of each channel, and 'meanstd' scales each channel to mean 0 and "
+        "standard deviation 1.", one_of(*IMAGE_NORMS), scope.OWN_UNITS,
+        none="pictures of 8 bits, or for arrays and scientific files, bits for whole numbers and minmax for floats",
+    )  # fmt: skip
+    image_range: list[float] | None = option(
+        None, "Two numbers, the lowest and the highest value of images in units of their own, which are scaled to "
+        "[-1, 1], as 0 4095 for 12 bits. Values outside are clipped, and their share is told.",
+        Rule(lambda ends: len(ends) == 2 and ends[0] < ends[1], "two finite numbers, the lower first"),
+        scope.OWN_UNITS, none="image_norm",
     )  # fmt: skip
     center_crop: bool = option(True, "Crop from the centre; false: at a random place.", applies=scope.IMAGES)
     random_flip: bool = option(False, "Mirror half of the images left to right.", applies=scope.IMAGES, off=False)

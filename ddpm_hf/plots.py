@@ -8,6 +8,25 @@ import numpy as np
 from diffusers.utils import make_image_grid
 from PIL import Image
 
+SHOWN_CHANNELS = (1, 3, 4)  # numbers of channels that are one picture: grey, RGB, RGBA
+
+
+def picture_of(levels: np.ndarray) -> Image.Image:
+    """Return an image (C, H, W) of levels from 0 to 1 as a picture of 8 bits.
+
+    The channels lie side by side, in grey, with a white line between them, if there are other than 1, 3 or 4.
+    """
+    values = np.moveaxis((levels * 255).round().astype(np.uint8), 0, -1)
+    if values.shape[2] in SHOWN_CHANNELS:
+        return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
+    return Image.fromarray(side_by_side(np.moveaxis(values, -1, 0), 255))
+
+
+def side_by_side(channels: np.ndarray, line: float) -> np.ndarray:
+    """Lay the channels (C, H, W) of an image side by side, (H, C * (W + 1) - 1), with the value `line` between them."""
+    with_lines = np.pad(channels, ((0, 0), (0, 0), (0, 1)), constant_values=line)
+    return np.concatenate(list(with_lines), axis=1)[:, :-1]
+
 
 def save_image_grid(images: list[Image.Image], path: Path, columns: int | None = None) -> None:
     """Save images as one PNG, in a grid that is as square as possible; small images are enlarged (bicubic).
@@ -211,12 +230,15 @@ def save_completed_images(items: Sequence, path: Path) -> None:
     from matplotlib.figure import Figure
 
     titles = ("known", "completion", "completion", "truth")
-    height, width = items[0].hidden.shape
+    channels, height, width = items[0].truth.shape
+    shown = channels if channels not in SHOWN_CHANNELS else 1
+    width = shown * (width + 1) - 1
     figure = Figure(figsize=(6.4, 1.6 * height / width * len(items) + 0.4), layout="constrained")
     axes = figure.subplots(len(items), len(titles), squeeze=False)
     for row, item in zip(axes, items):
         known, *others = (_as_rgb(image) for image in (item.truth, *item.completions[:2], item.truth))
-        known[item.hidden] = (0.85, 0.35, 0.25)  # a colour that grey images do not have
+        hidden = side_by_side(np.stack([item.hidden] * shown), False)
+        known[hidden] = (0.85, 0.35, 0.25)  # a colour that grey images do not have
         for axis, image in zip(row, (known, *others)):
             axis.imshow(image, interpolation="nearest")
             axis.set_axis_off()
@@ -226,6 +248,11 @@ def save_completed_images(items: Sequence, path: Path) -> None:
 
 
 def _as_rgb(image: np.ndarray) -> np.ndarray:
-    """Return an image (C, H, W) with levels from 0 to 1 as RGB (H, W, 3), without a channel of opacity."""
+    """Return an image (C, H, W) with levels from 0 to 1 as RGB (H, W, 3), without a channel of opacity.
+
+    The channels lie side by side if there are other than 1, 3 or 4.
+    """
+    if len(image) not in SHOWN_CHANNELS:
+        image = side_by_side(image, 1)[None]
     colours = image[:3] if len(image) >= 3 else image[[0, 0, 0]]
     return np.moveaxis(colours, 0, -1).clip(0, 1)

@@ -71,6 +71,10 @@ TYPE_RULES = {
     list[int]: Rule(
         lambda value: isinstance(value, list) and bool(value) and all(map(is_whole, value)), "one or more whole numbers"
     ),
+    list[float]: Rule(
+        lambda value: isinstance(value, list) and bool(value) and all(map(is_finite, value)),
+        "one or more finite numbers",
+    ),
     list[str]: Rule(lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of texts in UTF-8"),
 }
 

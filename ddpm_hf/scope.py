@@ -13,6 +13,8 @@ KINDS = {
     "digits": "the bundled digits",
     "ecg": "the bundled electrocardiogram",
     "folder": "a folder of images",
+    "data folder": "a folder of images in units of their own",
+    "image array": "an array of images (.npy, .npz)",
     "image table": "a table of images",
     "image stream": "a streamed table of images",
     "sequence table": "a table of sequences",
@@ -85,14 +87,23 @@ def _has_features(config: Any) -> bool:
 
 
 _READ_IMAGES = ("digits", "folder", "image table", "image stream")
-_ALL_IMAGES = (*_READ_IMAGES, "given images", "given ImageDataset")
+_OWN_UNITS = ("data folder", "image array")
+_ALL_IMAGES = (*_READ_IMAGES, *_OWN_UNITS, "given images", "given ImageDataset")
 _TABLES = ("image table", "image stream", "sequence table")
 
-IMAGES = _data("images, but not to a dataset given from Python", _READ_IMAGES)
+IMAGES = _data("images, but not to a dataset given from Python", (*_READ_IMAGES, *_OWN_UNITS))
 KEPT_IMAGES = _data(
-    "images that are neither streamed nor given from Python", [kind for kind in _READ_IMAGES if kind != "image stream"]
+    "images of 8 bits that are neither streamed nor given from Python",
+    [kind for kind in _READ_IMAGES if kind != "image stream"],
 )
-CHECKED_IMAGES = _data("images, but not to tensors given from Python", (*_READ_IMAGES, "given ImageDataset"))
+CHECKED_IMAGES = _data(
+    "images, but not to tensors given from Python", (*_READ_IMAGES, *_OWN_UNITS, "given ImageDataset")
+)
+OWN_UNITS = _data(
+    "arrays of images, folders of images and tensors given from Python",
+    (*_OWN_UNITS, "given images", "given sequences"),
+)
+ARRAYS = _data("arrays in .npy and .npz files", ("array", "image array", "data folder"))
 SEQUENCES = _data(
     "sequences, but not to a dataset given from Python",
     ("ecg", "sequence table", "sequence file", "array", "recordings"),

@@ -20,7 +20,7 @@ train_script = load_program("train")
         {"learning_rate": "fast"}, {"use_ema": 1}, {"image_channels": True}, {"output_dir": 5}, {"num_mem_kv": 1.5},
         {"train_batch_size": 0}, {"max_train_steps": 1.5}, {"resolution": [1, 2, 3]},
         {"on_bad_image": "ignore"}, {"mixed_precision": "fp8"}, {"lr_scheduler": "step"}, {"dropout": 1.0},
-        {"image_channels": 2}, {"ema_max_decay": 1.1}, {"seed": -1}, {"full_attn": ["maybe"]}, {"min_snr_gamma": -1},
+        {"image_channels": 0}, {"ema_max_decay": 1.1}, {"seed": -1}, {"full_attn": ["maybe"]}, {"min_snr_gamma": -1},
         {"optimizer": "sgd"}, {"loss_weighting": "sigma"},
         {"muon_learning_rate": 0}, {"timestep_sampling": "cosine"}, {"logit_std": 0.0},
     ],

@@ -39,9 +39,10 @@ VALUES = {
     "dataset_config_name": ("plain", {}), "dataset_split": ("test", {}), "image_column": ("image", {}),
     "sequence_columns": (["wave"], {}), "class_labels": ("label", {}), "condition_column": ("c", {}),
     "class_dropout_prob": (0.2, {"class_labels": "label"}), "mask_strategy": ("blocks", {"condition": "known"}),
+    "channels_last": (True, {}), "image_norm": ("minmax", {}), "image_range": ([-2.0, 5.0], {}),
     "resolution": ([16], {}), "image_channels": (3, {}), "center_crop": (False, {}),
     "random_flip": (True, {}), "sequence_length": (8, {}), "stride": (2, {"sequence_length": 8}),
-    "sequence_norm": ("meanstd", {}), "channels_last": (True, {}), "recording": (True, {}),
+    "sequence_norm": ("meanstd", {}), "recording": (True, {}),
     "csv_decimal": (",", {}), "on_missing": ("drop", {}), "on_bad_image": ("skip", {}), "streaming": (True, {}),
     "shuffle_buffer": (10, {"streaming": True}), "cache_gb": (0.5, {}),
     "dim": (16, {}), "init_dim": (16, {}), "dim_mults": ([1, 2], {}), "norm": ("group", {}), "dropout": (0.1, {}),
@@ -86,14 +87,18 @@ IMAGE = {"resolution", "image_channels", "center_crop", "random_flip"}
 SEQUENCE = {"sequence_length", "stride", "sequence_norm"}
 FEATURES = {"feature_network", "feature_resolution", "eval_cache_dir"}
 TABLE = {"dataset_config_name", "dataset_split"}
-DATA = IMAGE | SEQUENCE | FEATURES | TABLE | {
+UNITS = {"image_norm", "image_range"}
+DATA = IMAGE | SEQUENCE | FEATURES | TABLE | UNITS | {
+    "channels_last",
     "image_column", "sequence_columns", "streaming", "shuffle_buffer", "cache_gb", "on_bad_image", "class_labels",
-    "condition_column", "class_dropout_prob", "channels_last", "recording", "csv_decimal", "on_missing",
+    "condition_column", "class_dropout_prob", "recording", "csv_decimal", "on_missing",
 }  # fmt: skip
 # Those that apply to each kind of data.
 HAS = {
     "digits": IMAGE | FEATURES | {"cache_gb", "on_bad_image"},
     "folder": IMAGE | FEATURES | {"cache_gb", "on_bad_image"},
+    "data folder": IMAGE | FEATURES | UNITS | {"on_bad_image", "channels_last"},
+    "image array": IMAGE | FEATURES | UNITS | {"on_bad_image", "channels_last"},
     "image table": IMAGE | FEATURES | TABLE | {"image_column", "cache_gb", "on_bad_image"},
     "image stream": IMAGE | TABLE | {"image_column", "on_bad_image", "streaming", "shuffle_buffer"},
     "ecg": SEQUENCE,
@@ -101,9 +106,9 @@ HAS = {
     "sequence file": SEQUENCE | {"sequence_columns", "on_missing", "csv_decimal"},
     "array": SEQUENCE | {"on_missing", "channels_last", "recording"},
     "recordings": SEQUENCE,
-    "given images": FEATURES,
+    "given images": FEATURES | UNITS,
     "given ImageDataset": FEATURES | {"on_bad_image"},
-    "given sequences": set(),
+    "given sequences": UNITS,
 }
 NEW_MODEL = {
     "dim", "init_dim", "dim_mults", "norm", "norm_groups", "dropout", "attn_heads", "attn_dim_head", "full_attn",
@@ -193,6 +198,10 @@ def sources(tmp_path_factory):
         picture.save(folder / "photos" / f"{i}.png")
     datasets.Dataset.from_dict({"image": pictures, "wave": [[0.0, 1.0] * 8] * 4}).save_to_disk(str(folder / "table"))
     array = np.random.default_rng(0).normal(size=(4, 16))
+    (folder / "bands").mkdir()
+    for i, image in enumerate(np.random.default_rng(1).normal(size=(4, 5, 8, 8))):
+        np.save(folder / "bands" / f"{i}.npy", image)
+    np.save(folder / "images.npy", np.random.default_rng(2).normal(size=(4, 2, 8, 8)))
     np.save(folder / "waves.npy", array)
     np.savetxt(folder / "waves.csv", array, delimiter=",")
     table = {"train_data_dir": str(folder / "table")}
@@ -205,6 +214,8 @@ def sources(tmp_path_factory):
         "digits": ({"dataset_name": "digits"}, None),
         "ecg": ({"dataset_name": "ecg"}, None),
         "folder": ({"train_data_dir": str(folder / "photos")}, None),
+        "data folder": ({"train_data_dir": str(folder / "bands")}, None),
+        "image array": ({"train_data_file": str(folder / "images.npy")}, None),
         "image table": (table, None),
         "image stream": ({**table, "streaming": True}, None),
         "sequence table": ({**table, "sequence_columns": ["wave"]}, None),
@@ -282,7 +293,7 @@ def test_a_dataset_from_python(tmp_path):
     result = train(TrainConfig(output_dir=str(tmp_path / "run"), max_train_steps=1, **SMALL), dataset=data)
     said = set(json.loads((result.pipeline_dir / "training.json").read_text())["options"])
     effect = {name for name in FIELDS if name not in VALUES or (name not in DATA and name not in AGAINST)}
-    without = DATA - {"class_labels", "condition_column"} | {
+    without = DATA - UNITS - {"class_labels", "condition_column"} | {
         "lr_warmup_steps",
         "logit_std",
         "norm_groups",

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ddpm_hf.data.checking import check_items, check_shared_memory, worker_memory
 from ddpm_hf.data.conditions import GivenConditions, matching
+from ddpm_hf.data.given import GivenUnits, range_warning
 from ddpm_hf.data.images import ImageDataset
 from ddpm_hf.data.labels import Labels, class_notes, given_labels
 from ddpm_hf.data.loading import (
@@ -28,6 +29,7 @@ from ddpm_hf.data.loading import (
 from ddpm_hf.data.mapped import MappedFiles, mapped_files
 from ddpm_hf.data.resident import LEAST_EPOCHS, ResidentData, ResidentView, make_resident, resident_bytes
 from ddpm_hf.data.scaling import scaling_of
+from ddpm_hf.data.scientific_images import ScientificImages
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.data.streaming import ImageStream, Place, StreamingSampler, StreamingView, probe
 from ddpm_hf.data.tables import saved_to_disk
@@ -135,6 +137,8 @@ class StoredFeed:
                 f"channel {channel} of {self.units.name} never changes: samples will have its value, {value:g}"
                 for channel, value in self.scaling.constants().items()
             ]
+        if not isinstance(self.units, (ImageDataset, SequenceDataset, ScientificImages, GivenUnits)):
+            notes += [warning for warning in [range_warning(self.units)] if warning]
         if self.condition_shape is not None:
             notes.append(f"conditions of shape {self.condition_shape}")
         return notes + (class_notes(self.class_names, self.class_counts) if self.class_names else [])
@@ -262,7 +266,9 @@ def _labels(dataset, config, kind: str | None) -> Labels | None:
     """Return the classes of a dataset that `open_data` built (`kind` is known) or that comes from Python."""
     if config.class_labels is None:
         return None
-    return given_labels(dataset, config.class_labels) if kind is None else dataset.labels
+    if kind is not None:
+        return dataset.labels
+    return given_labels(dataset.given if isinstance(dataset, GivenUnits) else dataset, config.class_labels)
 
 
 def _shared_memory(config, shape: tuple, first: Batch) -> int:

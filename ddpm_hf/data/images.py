@@ -324,11 +324,12 @@ class ImageDataset(Dataset):
         return array
 
 
-def find_images(folder: str, listing: Listing | None = None) -> tuple[list[str], list[str]]:
+def find_images(folder: str, listing: Listing | None = None, more: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Find all files below `folder` that have an ending which Pillow reads, in upper or lower case.
 
     Args:
         listing: the content of the folder, if it has been listed already.
+        more: other endings that count as images.
 
     Returns:
         The files, sorted, broken links included (reading them fails later, with their names); and lines about the other
@@ -344,6 +345,7 @@ def find_images(folder: str, listing: Listing | None = None) -> tuple[list[str],
         raise ValueError(printable(f"cannot read the folder {listing.error.filename}: {listing.error.strerror}"))
     # cameras write MPO, which Pillow opens as JPEG
     readable = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN or kind == "MPO"}
+    readable |= set(more)
     paths, others = [], [Path(path).suffix for path in listing.special]
     for path in listing.files:
         ending = os.path.splitext(path)[1]
@@ -375,13 +377,13 @@ def image_folder(
     """
     paths, notes = find_images(folder, listing)
     if subfolder_classes:
-        options["labels"] = _subfolder_labels(Path(folder), paths)
+        options["labels"] = subfolder_labels(Path(folder), paths)
     dataset = ImageDataset(paths, resolution, channels, **options)
     dataset.notes = notes
     return dataset
 
 
-def _subfolder_labels(root: Path, paths: list[str]) -> Labels:
+def subfolder_labels(root: Path, paths: list[str]) -> Labels:
     """Return the classes of images by the first level of subfolders below `root`, sorted by name.
 
     Raises:

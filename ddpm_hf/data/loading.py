@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ddpm_hf.data.conditions import GivenConditions, divisor
+from ddpm_hf.data.given import image_of_bytes, value_of
 from ddpm_hf.data.images import BadImageError, ImageDataset, to_tensor
 from ddpm_hf.data.labels import Labels
 from ddpm_hf.data.scaling import EIGHT_BIT, scaling_of
+from ddpm_hf.data.scientific_images import ScientificImages
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.randomness import Stream, derive_seed
 
@@ -34,34 +36,33 @@ def as_tensor(item: Any, limit: float = 1.0, missing: bool = False) -> Tensor:
     """Convert an item of a dataset to float32 (C, *spatial).
 
     Args:
-        item: a tensor, an array or a PIL image; or a tuple that begins with one, or a dict that has one under "x0",
-            "pixel_values", "image", "images" or "sequence".
+        item: a float tensor or array, a PIL image, or an 8-bit image as `image_of_bytes` takes it; or a tuple that
+            begins with one, or a dict that has one under "x0", "pixel_values", "image", "images" or "sequence".
         limit: the values must lie in [-limit, limit].
         missing: values may be NaN.
 
     Raises:
         ValueError: the item is something else, or a value lies outside.
     """
-    if isinstance(item, dict):
-        names = ("x0", "pixel_values", "image", "images", "sequence")
-        found = [name for name in names if name in item]
-        if not found:
-            raise ValueError(
-                f"an item that is a dict must have one of {', '.join(names)}; got {', '.join(map(str, item))}"
-            )
-        item = item[found[0]]
-    if isinstance(item, (tuple, list)) and item:
-        item = item[0]
+    item = value_of(item)[0]
     if isinstance(item, Image.Image):
         return EIGHT_BIT.to_model(to_tensor(item))
+    if isinstance(item, (np.ndarray, Tensor)) and item.dtype in (np.uint8, torch.uint8) and item.ndim in (2, 3):
+        return EIGHT_BIT.to_model(image_of_bytes(item))
     if isinstance(item, np.ndarray):
         item = torch.from_numpy(item)
     if not isinstance(item, Tensor) or item.ndim not in (2, 3) or not item.is_floating_point():
         got = f"{item.dtype} of shape {tuple(item.shape)}" if isinstance(item, Tensor) else type(item).__name__
-        raise ValueError(f"items must be float tensors (C, H, W) or (C, length) in [-1, 1], or PIL images; got {got}")
+        raise ValueError(
+            "items must be float tensors (C, H, W) or (C, length) in [-1, 1], 8-bit images or PIL images "
+            f"(whole numbers of other types: with data_range or image_norm); got {got}"
+        )
     fits = item.abs() <= limit * (1 + 1e-4)
     if not (fits | item.isnan() if missing else fits).all():
-        raise ValueError(f"items must lie in [-{limit:g}, {limit:g}]; got {item.min():.4g} to {item.max():.4g}")
+        way_out = "; data of another range: train(config, dataset, data_range=(low, high))" if limit == 1 else ""
+        raise ValueError(
+            f"items must lie in [-{limit:g}, {limit:g}]; got {item.min():.4g} to {item.max():.4g}{way_out}"
+        )
     return item.float()
 
 
@@ -100,6 +101,8 @@ def load_item(dataset, index: int, rng: np.random.Generator | None = None, raw: 
         dataset, index = dataset.dataset, int(dataset.indices[index])
     if isinstance(dataset, ImageDataset):
         return dataset.load_8bit(index, rng) if raw else dataset.load(index, rng)
+    if isinstance(dataset, ScientificImages):
+        return dataset.load(index, rng)
     return as_tensor(dataset[index], scaling_of(dataset).limit, getattr(dataset, "missing", False))
 
 
@@ -376,11 +379,12 @@ class StreamSampler(Sampler):
 def fingerprint(dataset, shape: tuple, labels: Labels | None = None, condition: Any = None) -> dict:
     """Return a fingerprint of the data: number of items, shape, and digests of items, classes and conditions.
 
-    The digest is that of up to 16 items of an `ImageDataset` or a `SequenceDataset`, and of the scaling. A dataset of
+    The digest is that of up to 16 items of a dataset of this library, and of the scaling. A dataset of
     another class has the digest of nothing.
     """
     digest = hashlib.sha256()
-    if isinstance(dataset, (ImageDataset, SequenceDataset)):
+    own = (ImageDataset, SequenceDataset, ScientificImages)
+    if isinstance(dataset, own):
         for index in np.linspace(0, len(dataset) - 1, min(16, len(dataset))).astype(int):
             with contextlib.suppress(BadImageError):
                 digest.update(dataset[int(index)].numpy().tobytes())
@@ -388,6 +392,8 @@ def fingerprint(dataset, shape: tuple, labels: Labels | None = None, condition: 
         if isinstance(dataset, SequenceDataset):
             # version 0.2.0 gave channels that never change the scale 1; its runs can be resumed
             shift, scale = list(dataset.scaling.shift), [value or 1.0 for value in dataset.scaling.scale]
+        elif isinstance(dataset, ScientificImages):
+            shift, scale = list(dataset.scaling.shift), list(dataset.scaling.scale)
         digest.update(repr((shift, scale)).encode())
     found = {"items": len(dataset), "shape": list(shape), "digest": digest.hexdigest()}
     if labels is not None:

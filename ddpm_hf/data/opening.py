@@ -5,6 +5,7 @@ call leads down: sources (`images`, `tables`, `sequence_files`) -> datasets (`Im
 `ImageStream`) -> `loading` -> `feed`.
 """
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from ddpm_hf.config import BUNDLED, SOURCES, TrainConfig
 from ddpm_hf.data import tables
 from ddpm_hf.data.conditions import image_conditions, sequence_conditions
 from ddpm_hf.data.feed import StoredFeed, StreamedFeed
-from ddpm_hf.data.images import ImageDataset, digits, image_folder
+from ddpm_hf.data.given import GivenUnits
+from ddpm_hf.data.images import ImageDataset, digits, find_images, image_folder, subfolder_labels
 from ddpm_hf.data.labels import Labels, check_column, table_labels
 from ddpm_hf.data.listing import Listing, list_folder
 from ddpm_hf.data.recordings import ENDINGS, RecordingDataset, open_recordings, recording_files, rows_as_recordings
+from ddpm_hf.data.scientific_images import ScientificImages, array_shape, dark_warning, is_scientific
 from ddpm_hf.data.sequence_files import read_condition, read_labels, read_sequences
 from ddpm_hf.data.sequences import SequenceDataset, ecg, read_scans
 from ddpm_hf.data.streaming import ImageStream
@@ -37,6 +40,16 @@ def open_data(config: TrainConfig, dataset: Any = None) -> StoredFeed | Streamed
     kind = None
     if dataset is None:
         kind, dataset = _opened(config)
+    elif config.image_norm is not None or config.image_range is not None:
+        if isinstance(dataset, (ImageDataset, SequenceDataset, ScientificImages, ImageStream)):
+            option = "image_norm" if config.image_norm else "image_range"
+            raise ValueError(
+                f"{option} is for tensors and arrays given from Python, and {type(dataset).__name__} has a scaling of "
+                f"its own; got {getattr(config, option)!r}"
+            )
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
+            StoredFeed(dataset, config)  # refuses it
+        dataset = GivenUnits(dataset, config.image_norm, config.image_range)
     feed = (StreamedFeed if isinstance(dataset, ImageStream) else StoredFeed)(dataset, config, kind)
     config.check_scope(feed.kind)
     return feed
@@ -56,9 +69,7 @@ def _opened(config: TrainConfig) -> tuple[str, ImageDataset | ImageStream | Sequ
     listing = list_folder(config.train_data_dir) if config.train_data_dir else None  # once: there may be many files
     kind = kind_of_source(config, listing)
     config.check_scope(kind)
-    if kind in ("folder", "recordings"):
-        return kind, OPENERS[kind](config, listing)
-    return kind, OPENERS[kind](config)
+    return kind, OPENERS[kind](config, listing) if kind in LISTED else OPENERS[kind](config)
 
 
 def kind_of_source(config: TrainConfig, listing: Listing | None = None) -> str:
@@ -73,9 +84,7 @@ def kind_of_source(config: TrainConfig, listing: Listing | None = None) -> str:
     if config.dataset_name in BUNDLED:
         return config.dataset_name
     if config.train_data_file:
-        if Path(config.train_data_file).suffix.lower() in ENDINGS or Path(config.train_data_file).is_dir():
-            return "recordings"
-        return "array" if Path(config.train_data_file).suffix.lower() in (".npy", ".npz") else "sequence file"
+        return _kind_of_file(config)
     if config.train_data_dir and not tables.table_folder(config.train_data_dir, listing):
         if config.streaming:
             raise ValueError(
@@ -83,7 +92,7 @@ def kind_of_source(config: TrainConfig, listing: Listing | None = None) -> str:
             )
         if holds_recordings(config.train_data_dir, listing):
             return "recordings"
-        return "folder"
+        return "data folder" if _has_own_units(config, listing or list_folder(config.train_data_dir)) else "folder"
     if not (config.train_data_dir or config.dataset_name):
         raise ValueError("no data: give one of dataset_name, train_data_dir, train_data_file, or a dataset from Python")
     if config.streaming:
@@ -98,6 +107,34 @@ def holds_recordings(folder: str, listing: Listing | None = None) -> bool:
     return bool(endings & set(ENDINGS)) and not endings & {*Image.registered_extensions(), ".npy"}
 
 
+def _kind_of_file(config: TrainConfig) -> str:
+    """Return the kind of data in a file: an array of four dimensions holds images, and so does one of three where an
+    option of images is given."""
+    path = config.train_data_file
+    if Path(path).suffix.lower() in ENDINGS or Path(path).is_dir():
+        return "recordings"
+    if Path(path).suffix.lower() not in (".npy", ".npz"):
+        return "sequence file"
+    shape = array_shape(path, _left_out(config).values())
+    asked = (config.resolution, config.image_channels, config.image_norm, config.image_range)
+    images = shape is not None and (len(shape) == 4 or len(shape) == 3 and any(each is not None for each in asked))
+    return "image array" if images else "array"
+
+
+def _has_own_units(config: TrainConfig, listing: Listing) -> bool:
+    """Return True if the images of a folder are in units of their own.
+
+    They are if an option says so, by image_norm, image_range or image_channels; if the first image is scientific; or if
+    there are .npy files and no other images.
+    """
+    if config.image_norm is not None or config.image_range is not None or config.image_channels not in (None, 1, 3, 4):
+        return True
+    try:
+        return is_scientific(find_images(config.train_data_dir, listing)[0][0])
+    except ValueError:  # there are no images, which is told when they are opened
+        return any(path.lower().endswith(".npy") for path in listing.files)
+
+
 # ---------------------------------------------------------------------------------------------
 # One function for each kind
 
@@ -105,6 +142,21 @@ def holds_recordings(folder: str, listing: Listing | None = None) -> bool:
 def _resolution(config: TrainConfig, default: int) -> tuple[int, int]:
     given = config.resolution or [default]
     return tuple(given * 2 if len(given) == 1 else given)
+
+
+def _picture_channels(config: TrainConfig, default: int = 3) -> int:
+    """Return the channels of pictures of 8 bits.
+
+    Raises:
+        ValueError: another number is asked for.
+    """
+    if config.image_channels not in (None, 1, 3, 4):
+        raise ValueError(f"image_channels must be 1, 3 or 4 for {_name(config)}, got {config.image_channels}")
+    return config.image_channels or default
+
+
+def _name(config: TrainConfig) -> str:
+    return config.dataset_name or config.train_data_dir
 
 
 def _crops(config: TrainConfig) -> dict[str, Any]:
@@ -115,21 +167,59 @@ def _open_digits(config: TrainConfig) -> ImageDataset:
     if config.class_labels not in (None, "label"):
         raise ValueError(f"class_labels of the digits must be 'label', got {config.class_labels!r}")
     classes = config.class_labels is not None
-    return digits(_resolution(config, 8), config.image_channels or 1, classes, **_crops(config))
+    return digits(_resolution(config, 8), _picture_channels(config, 1), classes, **_crops(config))
 
 
 def _open_ecg(config: TrainConfig) -> SequenceDataset:
     return ecg(config.sequence_length or 256, config.stride or 2, config.sequence_norm)
 
 
-def _open_folder(config: TrainConfig, listing: Listing | None = None) -> ImageDataset:
+def _check_folder_classes(config: TrainConfig) -> None:
     if config.class_labels not in (None, "folder"):
         raise ValueError(
             "class_labels of a folder of images must be 'folder', which takes the names of its subfolders; got "
             f"{config.class_labels!r}"
         )
+
+
+def _open_folder(config: TrainConfig, listing: Listing | None = None) -> ImageDataset:
+    _check_folder_classes(config)
     classes, size = config.class_labels is not None, _resolution(config, 64)
-    return image_folder(config.train_data_dir, size, config.image_channels or 3, classes, listing, **_crops(config))
+    data = image_folder(config.train_data_dir, size, _picture_channels(config), classes, listing, **_crops(config))
+    data.notes = [*data.notes, *(warning for warning in [dark_warning(data)] if warning)]
+    return data
+
+
+def _own_units(config: TrainConfig) -> dict[str, Any]:
+    """Return the options of `ScientificImages` that a configuration has."""
+    return {
+        "channels": config.image_channels, "norm": config.image_norm, "value_range": config.image_range,
+        "center_crop": config.center_crop, "random_flip": config.random_flip, "channels_last": config.channels_last,
+        "skip_bad": config.on_bad_image == "skip",
+    }  # fmt: skip
+
+
+def _open_data_folder(config: TrainConfig, listing: Listing | None = None) -> ScientificImages:
+    _check_folder_classes(config)
+    folder = config.train_data_dir
+    listing = listing or list_folder(folder)
+    try:
+        paths, notes = find_images(folder, listing)
+    except ValueError:
+        paths, notes = find_images(folder, listing, more=(".npy",))
+    labels = None if config.class_labels is None else subfolder_labels(Path(folder), paths)
+    name = os.path.basename(os.path.normpath(folder))
+    data = ScientificImages(paths, _resolution(config, 64), labels=labels, name=name, **_own_units(config))
+    data.notes = [*notes, *data.notes]
+    return data
+
+
+def _open_image_array(config: TrainConfig) -> ScientificImages:
+    path = config.train_data_file
+    array = read_sequences(path, leave_out=_left_out(config))
+    labels = None if config.class_labels is None else read_labels(path, config.class_labels, len(array))
+    size = None if config.resolution is None else _resolution(config, 64)
+    return ScientificImages(array, size, labels=labels, name=path, **_own_units(config))
 
 
 def _open_image_table(config: TrainConfig) -> ImageDataset:
@@ -137,7 +227,7 @@ def _open_image_table(config: TrainConfig) -> ImageDataset:
     column = tables.image_column(tables.features(table), config.image_column, name)
     images, labels = tables.ImageColumn(table, column), _table_labels(config, table, name)
     size = _resolution(config, 64)
-    data = ImageDataset(images, size, config.image_channels or 3, labels=labels, **_crops(config))
+    data = ImageDataset(images, size, _picture_channels(config), labels=labels, **_crops(config))
     if config.condition_column is not None:
         check_column(config.condition_column, table.column_names, name, option="condition_column")
         where = f"the column {config.condition_column!r} of {name}"
@@ -148,7 +238,7 @@ def _open_image_table(config: TrainConfig) -> ImageDataset:
 def _open_image_stream(config: TrainConfig) -> ImageStream:
     table, name = open_table(config)
     column = tables.image_column(tables.features(table), config.image_column, name)
-    form = ImageDataset((), _resolution(config, 64), config.image_channels or 3, config.center_crop, config.random_flip)
+    form = ImageDataset((), _resolution(config, 64), _picture_channels(config), config.center_crop, config.random_flip)
     return ImageStream(table, column, form, config.shuffle_buffer, name, config.class_labels)
 
 
@@ -242,6 +332,8 @@ OPENERS = {
     "digits": _open_digits,
     "ecg": _open_ecg,
     "folder": _open_folder,
+    "data folder": _open_data_folder,
+    "image array": _open_image_array,
     "image table": _open_image_table,
     "image stream": _open_image_stream,
     "sequence table": _open_sequence_table,
@@ -249,6 +341,7 @@ OPENERS = {
     "array": _open_sequence_file,
     "recordings": _open_recordings,
 }
+LISTED = ("folder", "data folder", "recordings")  # kinds that are given the listing of their folder
 
 
 def open_table(config: TrainConfig) -> tuple[Any, str]:

@@ -61,6 +61,11 @@ class Scaling:
         _, shift, scale = self._columns(x)
         return x * scale + shift
 
+    def to_levels(self, images: np.ndarray) -> np.ndarray:
+        """Return images (B, C, H, W) in data units as levels from 0 to 1, where -limit and limit in model units lie."""
+        flat = images.reshape(*images.shape[:2], -1)
+        return (self.to_model(flat) / self.limit / 2 + 0.5).clip(0, 1).reshape(images.shape)
+
     def _columns(self, values: Array) -> tuple[Any, Array, Array]:
         """Return the array library of `values`, and shift and scale as its float64 arrays (C, 1)."""
         library = torch if isinstance(values, Tensor) else np
@@ -74,9 +79,10 @@ class Scaling:
     def to_json(self) -> dict[str, list[float]]:
         """Return shift and scale under the names that saved pipelines of sequences have for them.
 
-        `MODEL_UNITS` has an empty form: such data has no units of its own.
+        `MODEL_UNITS` and `EIGHT_BIT` have an empty form: such data has no units of its own, and samples of pictures
+        are levels from 0 to 1.
         """
-        return {} if self is MODEL_UNITS else {"data_shift": list(self.shift), "data_scale": list(self.scale)}
+        return {} if not has_own_units(self) else {"data_shift": list(self.shift), "data_scale": list(self.scale)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Sequence[float]]) -> "Scaling":
@@ -98,6 +104,11 @@ class EightBitScaling(Scaling):
 
 EIGHT_BIT = EightBitScaling()
 MODEL_UNITS = Scaling()  # for data that already is in model units
+
+
+def has_own_units(scaling: Scaling) -> bool:
+    """Return True if samples have the units of the data, and not those of the model or levels of pictures."""
+    return scaling is not MODEL_UNITS and scaling is not EIGHT_BIT
 
 
 def scaling_of(dataset: Any) -> Scaling:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_hf.data.loading import Part, underlying
+from ddpm_hf.data.scaling import has_own_units, scaling_of
 from ddpm_hf.evaluation.classes import DataClasses, has_classes, model_classes
 from ddpm_hf.evaluation.completion_scores import (
     find_season,
@@ -109,7 +110,7 @@ class CompletionSettings:
 
 
 class Completed(NamedTuple):
-    """An item with its completions, in the data's own units: images have levels from 0 to 1.
+    """An item with its completions, in the data's own units; images have levels from 0 to 1.
 
     Attributes:
         truth: the item (C, *spatial).
@@ -224,10 +225,19 @@ class Completion:
     # -- data ----------------------------------------------------------------------------------
 
     def _natural(self, items: Tensor) -> np.ndarray:
-        """Return items (B, C, *spatial) in the data's own units, float64; images have levels from 0 to 1."""
+        """Return items (B, C, *spatial) in the units of samples, float64; pictures have levels from 0 to 1."""
+        if self.is_image and has_own_units(scaling_of(self.data)):
+            return natural_units(items.flatten(2), self.data).view(items.shape).numpy()
         if self.is_image:
             return ((items.double() + 1) / 2).numpy()
         return natural_units(items, self.data).numpy()
+
+    def _drawn(self, item: Completed) -> Completed:
+        """Return an item whose values, if it is an image, are levels from 0 to 1."""
+        scaling = scaling_of(self.data)
+        if not (self.is_image and has_own_units(scaling)):
+            return item
+        return Completed(scaling.to_levels(item.truth[None])[0], item.hidden, scaling.to_levels(item.completions))
 
     def _items(self, part: Part, batch_size: int) -> Items:
         return Items(part, self.settings.on_bad_image, batch_size, self.settings.workers)
@@ -289,7 +299,7 @@ class Completion:
             sums = [score_sums(truth, each, counted) for each in ensembles.values()]
             rows.append(torch.from_numpy(np.stack(sums, axis=1)))  # (n, methods, C, sums)
             found = zip(numbers, truth, hidden, completions)
-            shown += [(number, Completed(*each)) for number, *each in found if number in wanted]
+            shown += [(number, self._drawn(Completed(*each))) for number, *each in found if number in wanted]
         gathered = self.shares.gather(torch.cat(rows) if rows else None)
         names = max(self.shares.gather_objects([names]), key=len)  # a process without items knows no baselines
         self.shown = [each for _, each in sorted(self.shares.gather_objects(shown), key=lambda pair: pair[0])]

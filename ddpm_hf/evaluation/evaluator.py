@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpm_hf.data.checking import check_shared_memory, worker_memory
 from ddpm_hf.data.images import ImageDataset
 from ddpm_hf.data.loading import Part, underlying
+from ddpm_hf.data.scaling import has_own_units, scaling_of
 from ddpm_hf.evaluation.classes import DataClasses, has_classes, model_classes
 from ddpm_hf.evaluation.classifier import Classifier
 from ddpm_hf.evaluation.groups import ClassGroups
@@ -243,13 +244,23 @@ class Evaluator:
 
     def _of_images(self, pipeline, batches: Iterator[np.ndarray]) -> dict[str, float]:
         looks: list[Callable] = []
+        scaling = scaling_of(underlying(self.dataset))
+        own_units = has_own_units(scaling)
+
+        def levels(images: np.ndarray) -> np.ndarray:
+            """Return samples (B, H, W, C) as levels from 0 to 1."""
+            return np.moveaxis(scaling.to_levels(np.moveaxis(images, -1, 1)), 1, -1) if own_units else images
+
+        def model_units(images: np.ndarray) -> Tensor:
+            """Return samples (B, H, W, C) in model units, (B, C, H, W)."""
+            images = torch.from_numpy(images).movedim(-1, 1)
+            return scaling.to_model(images.flatten(2)).view(images.shape) if own_units else images * 2 - 1
+
         if self.pictures is not None:
-            looks.append(self.pictures.of_samples)
+            looks.append(lambda images: self.pictures.of_samples(levels(images)))
         if self.classifier is not None:
-            looks.append(self.classifier)
+            looks.append(lambda images: self.classifier(levels(images)))
         if self.memorization is not None:
-            # samples come as (B, H, W, C) in [0, 1]
-            model_units = lambda images: torch.from_numpy(images).movedim(-1, 1) * 2 - 1  # noqa: E731
             looks.append(self.memorization.look(lambda images: neighbour_vectors(model_units(images))))
         found = self.shares.collect(batches, *looks)
         values = {}

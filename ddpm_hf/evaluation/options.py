@@ -88,12 +88,15 @@ class EvaluateConfig:
     dataset_config_name: str | None = _option(None, "Configuration of a dataset on the Hub.")
     dataset_split: str = _option("train", "Split of a dataset on the Hub, or of a folder of tables.")
     image_column: str | None = _option(None, "Column of the images in a table.")
+    channels_last: bool = _option(
+        False,
+        "Arrays have their channels last, as in training; the arrays of the pipeline's run may be so anyway.",
+    )
     sequence_columns: list[str] | None = _option(None, "Columns of the sequences in a table.")
     stride: int | None = _option(
         None, "Distance between the windows of the data to compare with. Default: as in the pipeline's run, if --data "
         "is its data."
     )  # fmt: skip
-    channels_last: bool = _option(False, "Arrays have their channels last.")
     csv_decimal: str | None = _option(None, "Decimal mark of a .csv file. Default: it is found.")
     recording: bool = _option(False, "An array (channels, points) is one recording.")
     on_missing: str = _option("stop", "What to do with missing values: 'stop', 'drop', 'interpolate' or 'mask'.")

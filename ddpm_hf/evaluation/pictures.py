@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.data.loading import Part, underlying
+from ddpm_hf.data.scaling import scaling_of
 from ddpm_hf.evaluation import feature_cache
 from ddpm_hf.evaluation.features import FeatureNetwork
 from ddpm_hf.evaluation.fidelity import Fidelity
@@ -40,7 +41,9 @@ class PictureDistances:
         self, real: Part, shape: tuple, settings: EvalSettings, shares: Shares, network: FeatureNetwork | None = None
     ):
         if shape[0] not in (1, 3, 4):
-            raise ValueError(f"features need images of 1, 3 or 4 channels, the data has {shape[0]}")
+            raise ValueError(
+                f"features need images of 1, 3 or 4 channels, the data has {shape[0]}: name the other metrics"
+            )
         self.real, self.shape, self.settings, self.shares = real, shape, settings, shares
         self.fidelity: Fidelity | None = None
         self.needs_all = bool(set(settings.metrics or ()) & set(FIDELITY))  # all features, beside those for KID
@@ -76,8 +79,9 @@ class PictureDistances:
         return False
 
     def of_real(self, x0: Tensor) -> Tensor:
-        """Return the features (B, D) of real pictures (B, C, H, W) in [-1, 1]."""
-        return self.network(eight_bit(x0))
+        """Return the features (B, D) of real pictures (B, C, H, W) in model units."""
+        limit = scaling_of(underlying(self.real)).limit  # 1, but for pictures of mean 0 and deviation 1
+        return self.network(eight_bit(x0 / limit if limit > 1 else x0))
 
     def fit(self, features: Tensor, bad: list[str]) -> None:
         """Keep the statistics of the features (N, D) of all real pictures, in memory and in the cache.

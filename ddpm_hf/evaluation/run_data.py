@@ -18,6 +18,8 @@ from ddpm_hf.data.images import BadImageError
 from ddpm_hf.data.loading import fingerprint, hold_out, load_item, split_record, underlying
 from ddpm_hf.data.opening import build_dataset, holds_recordings
 from ddpm_hf.data.recordings import ENDINGS
+from ddpm_hf.data.scaling import Scaling, has_own_units, scaling_of
+from ddpm_hf.data.scientific_images import ScientificImages
 from ddpm_hf.data.sequence_files import FILE_ENDINGS
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.data.tables import table_folder
@@ -108,6 +110,7 @@ def _open(config: EvaluateConfig, run: dict, pipeline) -> tuple[Any, tuple]:
     """Open the data in the shape of the pipeline's samples, scaled as its run scaled it; return it and that shape."""
     path, size = Path(config.data), pipeline._size()
     _check_kind(config.data, is_image=len(size) == 2)
+    own_units = pipeline.config.get("data_scale") is not None
     if (
         config.data in BUNDLED
         or not path.exists()
@@ -124,6 +127,8 @@ def _open(config: EvaluateConfig, run: dict, pipeline) -> tuple[Any, tuple]:
         pass  # bundled data of the other kind is refused by its shape, below
     elif len(size) == 2:
         options |= {"resolution": list(size), "image_channels": pipeline.unet.config.in_channels}
+        if "train_data_file" in source or path.is_dir() and not table_folder(config.data):
+            options |= _image_units(config, run, own_units)
     else:
         options |= {"sequence_length": size[0]}
         if norm := run.get("options", {}).get("sequence_norm"):
@@ -131,10 +136,27 @@ def _open(config: EvaluateConfig, run: dict, pipeline) -> tuple[Any, tuple]:
         if pipeline.config.get("condition") == "known":  # its data may have missing values
             options["condition"] = "known"
     dataset = build_dataset(TrainConfig(**source, **options, cache_gb=0))
+    if len(size) == 2 and own_units and isinstance(dataset, ScientificImages):
+        scaling = Scaling.from_json(pipeline.config)  # other data is seen as the model sees its own
+        dataset.scaling = replace(scaling, limit=float(pipeline.scheduler.config.get("clip_sample_range") or 1.0))
+    elif len(size) == 2 and (own_units or has_own_units(scaling_of(dataset))):
+        units = "in units of the data" if own_units else "in [0, 1]"
+        raise ValueError(f"the pipeline's samples are {units}, and {config.data} has other units")
     shape, expected = _first_shape(dataset, config.on_bad_image), (pipeline.unet.config.in_channels, *size)
     if shape != expected:
         raise ValueError(f"the pipeline generates {expected}, the data has {shape}")
     return dataset, shape
+
+
+def _image_units(config: EvaluateConfig, run: dict, own_units: bool) -> dict[str, Any]:
+    """Return the options by which images of a file or folder are read in the units of the pipeline."""
+    options = {}
+    given = run.get("options", {})
+    if given.get("image_range") is not None:
+        options["image_range"] = given["image_range"]
+    elif own_units:
+        options["image_norm"] = given.get("image_norm") or "meanstd"  # the scaling is the pipeline's
+    return options
 
 
 def _check_kind(data: str, is_image: bool) -> None:
@@ -143,7 +165,7 @@ def _check_kind(data: str, is_image: bool) -> None:
     meant = path.suffix.lower() in (*FILE_ENDINGS, *ENDINGS) or data.startswith((".", "/", "~")) or data.endswith("/")
     if meant and not path.exists():
         raise ValueError(f"--data {data}: there is no such file or folder")
-    if is_image and path.is_file():
+    if is_image and path.is_file() and path.suffix.lower() not in (".npy", ".npz"):
         raise ValueError(f"the pipeline generates images, --data {data} is a file of sequences")
     if not is_image and path.is_dir() and not (table_folder(data) or holds_recordings(data)):
         raise ValueError(f"the pipeline generates sequences, --data {data} is a folder of images")

@@ -104,7 +104,7 @@ class Frames:
         return {}
 
     def _keep(self, x: torch.Tensor) -> None:
-        frame = self.page.pipe._decode(x, "np")
+        frame = self.page.levels(self.page.pipe._decode(x, "np"))
         self.kept.append((frame * 255).round().astype(np.uint8) if self.page.is_image else frame)
 
 
@@ -116,12 +116,16 @@ class Page:
         # use_fast_sampler sets these; code that a folder carries may be older than this page and lack some
         settings = ("num_inference_steps", "log_snr_spacing", "steps_before_fast")
         self.own_settings = {name: pipe.config[name] for name in settings if name in pipe.config}
-        self.is_image = "data_scale" not in pipe.config
+        self.is_image = len(pipe._size()) == 2
+        # images in units of their own
+        self.has_units = self.is_image and pipe.config.get("data_scale") is not None
         self.steps = pipe.config.num_inference_steps or len(self.own)
         self.classes = self._class_names()
         self.is_told = pipe.config.get("condition") == "known"  # it was trained to complete
         conditions = getattr(pipe.unet.config, "condition_channels", 0)  # of a paired condition, which the page has not
-        self.completes = hasattr(pipe, "inpaint") and (self.is_told or not conditions)
+        # a picture that is uploaded has no other channels
+        fits = not self.is_image or pipe.unet.config.in_channels in (1, 2, 3, 4)
+        self.completes = hasattr(pipe, "inpaint") and (self.is_told or not conditions) and fits
         self.shape = (pipe.unet.config.in_channels, *pipe._size())
         self.most_samples = max(1, min(MOST_SAMPLES, MOST_VALUES // math.prod(self.shape)))
         self.most_points = max(2, min(MOST_POINTS, self.most_samples))
@@ -232,7 +236,7 @@ class Page:
             )  # fmt: skip
         last = len(frames.kept) - 1
         label = "Steps done" if last == frames.total else f"Frame ({last + 1} kept of {frames.total} steps)"
-        picture = self.picture(samples)
+        picture = self.picture(self.levels(samples))
         slider = gr.Slider(0, last, last, step=1, label=label, interactive=True)
         return picture, np.stack(frames.kept, axis=1), slider, picture
 
@@ -255,9 +259,23 @@ class Page:
         condition = self._condition(points, 0 if chosen == EVERY_CLASS else chosen, scale)
         with self.sampler(sampler, steps, 0.0) as options:
             (samples,) = self.pipe(batch_size=points, latents=latents, generator=generators, **condition, **options)
-        return self.picture(samples, columns=points)
+        return self.picture(self.levels(samples), columns=points)
 
     # -- pictures --------------------------------------------------------------------------------
+
+    def levels(self, samples: np.ndarray) -> np.ndarray:
+        """Return images (N, H, W, C) as levels from 0 to 1; sequences are returned as they are."""
+        if not self.has_units:
+            return samples
+        scale, shift = np.asarray(self.pipe.config["data_scale"]), np.asarray(self.pipe.config["data_shift"])
+        return (((samples - shift) / scale + 1) / 2).clip(0, 1)
+
+    def units(self, levels: np.ndarray) -> np.ndarray:
+        """Return images (..., C) of levels from 0 to 1 in the units of the pipeline."""
+        if not self.has_units:
+            return levels
+        scale, shift = np.asarray(self.pipe.config["data_scale"]), np.asarray(self.pipe.config["data_shift"])
+        return (levels * 2 - 1) * scale + shift
 
     def picture(self, samples: np.ndarray, columns: int | None = None) -> Image.Image:
         """Return one picture of images (N, H, W, C) in [0, 1], or of sequences (N, C, length)."""
@@ -265,6 +283,8 @@ class Page:
         return self._grid(samples, columns) if self.is_image else self._plots(samples, min(columns, 4))
 
     def _grid(self, images: np.ndarray, columns: int) -> Image.Image:
+        if images.shape[3] not in (1, 2, 3, 4):  # the channels lie side by side
+            images = np.concatenate(np.split(images, images.shape[3], axis=3), axis=2)
         rows = math.ceil(len(images) / columns)
         height, width = images.shape[1:3]
         zoom = max(1, WIDTH // (columns * width))
@@ -327,7 +347,8 @@ class Completing:
             alpha = layer.convert("RGBA").getchannel("A").point(lambda value: 255 * (value > 0))
             painted |= np.asarray(ImageOps.fit(alpha, size, Image.Resampling.BOX)) > 0
         known = np.where(painted[..., None], np.nan, known.reshape(*painted.shape, channels))
-        samples = self._complete(known, count, steps, sampler, seed, eta, chosen, scale)
+        samples = self._complete(self.page.units(known), count, steps, sampler, seed, eta, chosen, scale)
+        samples = self.page.levels(samples)
         shown = np.where(np.isnan(known), 0.5, known)
         return self.page.picture(np.concatenate([shown[None], samples]))
 

@@ -15,7 +15,6 @@ from ddpm_hf.evaluation.classes import DataClasses
 from ddpm_hf.evaluation.evaluator import EvalSettings, Evaluator
 from ddpm_hf.losses import first_step_warning
 from ddpm_hf.masks import check_strategy
-from ddpm_hf.pipeline import IMAGE_MODES
 from ddpm_hf.scheduler import GaussianScheduler
 from ddpm_hf.trainer import launcher
 from ddpm_hf.trainer.device import precision_warning
@@ -72,8 +71,6 @@ def check_model(config: TrainConfig, feed, model, given: bool) -> None:
     channels, *own = feed.shape
     if model_config.in_channels != channels:
         raise ValueError(f"the model takes {model_config.in_channels} channels, the data has {channels}")
-    if len(own) == 2 and channels not in IMAGE_MODES:
-        raise ValueError(f"images must have 1, 2, 3 or 4 channels, the data has {channels}")
     size = model_config.sample_size
     expected = list(size) if isinstance(size, (tuple, list)) else [size] * len(own)
     if expected != own:

@@ -10,10 +10,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_hf.data.loading import load_item
+from ddpm_hf.data.scaling import has_own_units
 from ddpm_hf.evaluation.evaluator import Evaluator
 from ddpm_hf.evaluation.settings import HIGHER_IS_BETTER
 from ddpm_hf.evaluation.shares import Shares
-from ddpm_hf.plots import save_image_grid, save_sequence_plot
+from ddpm_hf.plots import SHOWN_CHANNELS, picture_of, save_image_grid, save_sequence_plot
 from ddpm_hf.randomness import Stream, generator_seeds
 from ddpm_hf.run.checkpoint import LOOKS
 from ddpm_hf.run.record import spare
@@ -99,6 +100,10 @@ class Looks:
         self.run, self.saver, self.evaluator, self.between = run, saver, evaluator, between
         names = run.feed.class_names
         self._classes = None if names is None else picture_classes(run.config.num_samples, len(names))
+        # pictures of 8 bits are drawn as the pipeline gives them, and other images by their values
+        shape, self._own_units = run.feed.shape, has_own_units(run.feed.scaling)
+        self._by_values = len(shape) == 3 and (self._own_units or shape[0] not in SHOWN_CHANNELS)
+        self._form = {"output_type": "np"} if self._by_values else {}
 
     def due(self) -> list[str]:
         """Return what is to be made after this step, of `LOOKS`."""
@@ -138,7 +143,7 @@ class Looks:
                 generators = [torch.Generator().manual_seed(s) for s in seeds]
                 classes = None if self._classes is None else [self._classes[number] for number in part]
                 named = {"generator": generators, "class_labels": classes, "return_dict": False}
-                samples += list(pipeline(batch_size=len(part), **named)[0])
+                samples += list(pipeline(batch_size=len(part), **named, **self._form)[0])
         samples = gather_object(samples)
         if not acc.is_main_process:
             return
@@ -152,6 +157,13 @@ class Looks:
     def _draw(self, samples: list, path) -> None:
         path.parent.mkdir(exist_ok=True)
         feed, a_class = self.run.feed, 1 if self._classes is None else self._classes.count(0)
+        if self._by_values:
+            values = np.moveaxis(np.stack(samples), -1, 1)
+            if self._own_units:
+                np.save(path.with_suffix(".npy"), values)
+                samples = [picture_of(levels) for levels in feed.scaling.to_levels(values)]
+            else:
+                samples = [picture_of(levels) for levels in values]
         if len(feed.shape) == 3:
             save_image_grid(samples, path, columns=a_class if a_class > 1 else None)
             return

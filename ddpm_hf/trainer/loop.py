@@ -4,7 +4,8 @@ Progress is counted in optimizer steps. Noise, timesteps and data order follow f
 batch), so a resumed run goes on as if it had not been stopped.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,16 +52,22 @@ class TrainResult:
     already_complete: bool = False
 
 
-def train(config: TrainConfig, dataset=None, model=None, command: list[str] | None = None) -> TrainResult | None:
+def train(
+    config: TrainConfig, dataset=None, model=None, command: list[str] | None = None,
+    data_range: Sequence[float] | None = None,
+) -> TrainResult | None:  # fmt: skip
     """Train as `config` says. The command-line program is this function and a parser.
 
     Args:
         config: the options.
-        dataset: a map-style dataset of float tensors (C, H, W) or (C, length) in [-1, 1], of PIL images, or an
-            `ImageDataset` or `SequenceDataset`. Defaults to the data that `config` names.
+        dataset: a map-style dataset of float tensors (C, H, W) or (C, length) in [-1, 1], of 8-bit images (H, W, C) or
+            (C, H, W), of PIL images, or an `ImageDataset` or `SequenceDataset`. Defaults to the data that `config`
+            names. Tensors and arrays may have any range with `data_range`, or with the option image_norm.
         model: a model to train: called as model(x_t, t), with the output in `.sample` and a diffusers configuration.
             Defaults to a new `UNet2D` or `UNet1D`, by the data.
         command: the command line of the run, for the model card.
+        data_range: lowest and highest value of a dataset from Python, which become -1 and 1 for the model; samples are
+            in the units of the data. It is the option image_range of the run.
 
     Returns:
         The result, or None after a dry run.
@@ -70,7 +77,31 @@ def train(config: TrainConfig, dataset=None, model=None, command: list[str] | No
         TrainingError: training had to end in the middle: a loss that is not finite, data that cannot be read, a full
             disk, or a signal.
     """
-    return Trainer(config, dataset, model, command).run()
+    return Trainer(_with_range(config, dataset, data_range), dataset, model, command).run()
+
+
+def _with_range(config: TrainConfig, dataset, data_range: Sequence[float] | None) -> TrainConfig:
+    """Return the options with the range of a dataset from Python.
+
+    Raises:
+        ValueError: there is no such dataset, the range is none, or the options have a range or a norm.
+    """
+    if data_range is None:
+        return config
+    given = config.image_range if config.image_norm is None else config.image_norm
+    if dataset is None or given is not None:
+        got = "no dataset" if dataset is None else f"data_range {data_range!r} with image_norm or image_range {given!r}"
+        raise ValueError(
+            "data_range is the range of a dataset given from Python, in place of the options image_norm and "
+            f"image_range; got {got}"
+        )
+    config = copy.copy(config)
+    config.image_range = list(data_range)
+    try:
+        config.__post_init__()
+    except ValueError as error:
+        raise ValueError(f"data_range: {error}") from error
+    return config
 
 
 class Trainer:

@@ -79,7 +79,7 @@ class Run:
             options["condition"] = self.config.condition
         scheduler = GaussianScheduler.from_config(self.scheduler.config)
         if len(self.feed.shape) == 3:
-            pipeline = DDPMPipeline(model, scheduler, **options)
+            pipeline = DDPMPipeline(model, scheduler, **options, **self.feed.scaling.to_json())
         else:
             pipeline = DDPMPipeline1D(model, scheduler, **options, **self.feed.scaling.to_json())
         pipeline.set_progress_bar_config(disable=True)
