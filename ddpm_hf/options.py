@@ -52,8 +52,8 @@ class DataOptions:
         None, "File of sequences or images. Array .npy or .npz: sequences (N, channels, length), or (N, length) for "
         "one channel; images (N, channels, height, width), or (N, height, width) where an option of images is given. "
         "Table .csv: each row is a sequence; or, with stride, each row is a point in time and each column a channel. "
-        "Table .parquet: as .csv, or columns of lists, each of which is a channel. Recordings .wav, .flac, .edf or .hea "
-        "(WFDB), or a folder of them; with stride, of any lengths."
+        "Table .parquet: as .csv, or columns of lists, each of which is a channel. Recordings .wav, .flac, .edf or "
+        "WFDB's .hea, or a folder of them; with stride, of any lengths."
     )  # fmt: skip
     channels_last: bool = option(
         False, "Arrays have their channels last: images (N, height, width, channels), also those of .npy files in a "

@@ -128,7 +128,7 @@ def _open(config: EvaluateConfig, run: dict, pipeline) -> tuple[Any, tuple]:
     elif len(size) == 2:
         options |= {"resolution": list(size), "image_channels": pipeline.unet.config.in_channels}
         if "train_data_file" in source or path.is_dir() and not table_folder(config.data):
-            options |= _image_units(config, run, own_units)
+            options |= _image_units(run, own_units)
     else:
         options |= {"sequence_length": size[0]}
         if norm := run.get("options", {}).get("sequence_norm"):
@@ -148,7 +148,7 @@ def _open(config: EvaluateConfig, run: dict, pipeline) -> tuple[Any, tuple]:
     return dataset, shape
 
 
-def _image_units(config: EvaluateConfig, run: dict, own_units: bool) -> dict[str, Any]:
+def _image_units(run: dict, own_units: bool) -> dict[str, Any]:
     """Return the options by which images of a file or folder are read in the units of the pipeline."""
     options = {}
     given = run.get("options", {})

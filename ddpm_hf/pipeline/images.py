@@ -12,6 +12,7 @@ from ddpm_hf.pipeline.guidance import class_names, number_of_classes
 from ddpm_hf.pipeline.interpolating import InterpolatingPipeline
 from ddpm_hf.pipeline.outputs import IMAGE_MODES, ImageOutput
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_parts
+from ddpm_hf.pipeline.units import checked_units, from_units, to_units
 
 
 class DDPMPipeline(InterpolatingPipeline, CompletingPipeline):
@@ -24,10 +25,12 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline):
         log_snr_spacing, steps_before_fast: settings of `use_fast_sampler`, which sets them.
         id2label: names of the classes, by their numbers, of a model with classes; None: they have no names.
         condition: "known" for a model that is also given the known values and where they are; None for other models.
+        data_shift, data_scale: one number per channel, for images in units of their own: data = x * scale + shift for
+            the model's x in [-1, 1]. "np" and "pt" are in these units then, and "pil" shows x. None: the images are
+            pictures, levels from 0 to 1.
 
     Raises:
-        ValueError: the model is one of sequences, the scheduler cannot sample from it, or num_inference_steps is no
-            whole number of at least 1.
+        ValueError: the model is one of sequences, the scheduler cannot sample from it, or a value is outside its range.
     """
 
     model_cpu_offload_seq = "unet"
@@ -42,10 +45,13 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline):
         steps_before_fast: int | None = None,
         id2label: dict[int, str] | None = None,
         condition: str | None = None,
+        data_shift: Sequence[float] | None = None,
+        data_scale: Sequence[float] | None = None,
     ):
         super().__init__()
         check_parts(self, unet, num_inference_steps, condition, 2, "DDPMPipeline1D")
         names = class_names(id2label, number_of_classes(unet))
+        units = checked_units(unet, data_shift, data_scale)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(
             num_inference_steps=num_inference_steps,
@@ -54,6 +60,7 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline):
             # other pipelines are saved as they always were
             **({} if names is None else {"id2label": names}),
             **({} if condition is None else {"condition": condition}),
+            **({} if data_shift is None and data_scale is None else units),
         )
 
     def __call__(
@@ -83,7 +90,8 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline):
             generator: generator of all noise: one, or one per sample (a sample then does not depend on the others).
             latents: x_T, standard normal, `(B, C, H, W)`; None: it is drawn.
             eta: share of DDIM's noise, 0 to 1; None: the scheduler's own.
-            output_type: "pil" (8-bit grey, RGB or RGBA by channels), "np" or "pt" (floats in [0, 1]).
+            output_type: "pil" (8-bit grey, RGB or RGBA by channels), "np" or "pt" (floats in [0, 1], or in
+                the units of the data for a pipeline with data_scale).
             return_dict: return an `ImageOutput` if true, else the tuple `(images,)`, with the trajectory if asked for.
             callback_on_step_end: a function that is called as (pipeline, step index, timestep, {"latents": x}) after
                 each step, and may return new latents in such a dictionary.
@@ -129,17 +137,24 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline):
             mode = IMAGE_MODES.get(self._channels())
             arrays = [np.asarray(image.convert(mode) if mode else image) / 255.0 for image in images]
             images = np.stack([array if array.ndim == 3 else array[..., None] for array in arrays])
+            if self._has_units():
+                images = to_units(self, torch.from_numpy(images * 2 - 1).movedim(-1, 1))
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, 1) if images.ndim == 4 else images
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != self._channels():
             got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
             raise ValueError(f"{name} must be PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) with "
                              f"{self._channels()} channels; got {got}")  # fmt: skip
-        return images
+        return images.double() if self._has_units() and not images.is_floating_point() else images
 
     def _encode(self, images, name: str) -> Tensor:
-        """Convert PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to (B, C, H, W) in [-1, 1]."""
+        """Convert PIL images, arrays (B, H, W, C) or tensors (B, C, H, W), in [0, 1] or in the units of the data, to
+        (B, C, H, W) in the model's units."""
         images = self._tensor(images, name)
+        if self._has_units():
+            if len(images) == 0 or not images.isfinite().all():
+                raise ValueError(f"{name} must hold finite images, got the shape {tuple(images.shape)}")
+            return from_units(self, images).to(self._execution_device, self.unet.dtype)
         if len(images) == 0 or not (images.min() >= 0 and images.max() <= 1):  # NaN too
             if len(images) == 0:
                 raise ValueError(f"{name} must hold at least one image")
@@ -147,19 +162,27 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline):
         return images.to(self._execution_device, self.unet.dtype) * 2 - 1
 
     def _decode(self, x: Tensor, output_type: str):
-        """Convert (B, C, H, W) in [-1, 1] to images in the form of `output_type`."""
+        """Convert (B, C, H, W) in the model's units to images in the form of `output_type`."""
+        if self._has_units():
+            return self._in_form(to_units(self, x).to(x.device), output_type)
         return self._in_form((x.float() / 2 + 0.5).clamp(0, 1), output_type)
 
     def _in_form(self, images: Tensor, output_type: str):
-        """Convert (B, C, H, W) in [0, 1] to the form of `output_type`."""
+        """Convert (B, C, H, W), in [0, 1] or in the units of the data, to the form of `output_type`."""
         if output_type == "pt":
             return images
+        if output_type == "pil" and self._has_units():
+            images = (from_units(self, images) / 2 + 0.5).clamp(0, 1)
         array = images.movedim(1, -1).cpu().numpy()
         if output_type == "np":
             return array
         eight_bit = (array * 255).round().astype(np.uint8)
         mode = IMAGE_MODES[array.shape[-1]]
         return [Image.fromarray(image[..., 0] if mode == "L" else image) for image in eight_bit]
+
+    def _has_units(self) -> bool:
+        """Return True if the images have units of their own."""
+        return self.config.get("data_scale") is not None or self.config.get("data_shift") is not None
 
     def _output(self, samples, trajectory, return_dict: bool):
         if not return_dict:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from ddpm_hf.pipeline.guidance import class_names, number_of_classes
 from ddpm_hf.pipeline.interpolating import InterpolatingPipeline
 from ddpm_hf.pipeline.outputs import SequenceOutput
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_parts
+from ddpm_hf.pipeline.units import checked_units, from_units, to_units
 
 
 class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline):
@@ -48,19 +48,13 @@ class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline):
         super().__init__()
         check_parts(self, unet, num_inference_steps, condition, 1, "DDPMPipeline")
         names = class_names(id2label, number_of_classes(unet))
-        channels = unet.config.in_channels
-        for name, values in (("data_shift", data_shift), ("data_scale", data_scale)):
-            if values is not None and (len(values) != channels or not np.isfinite(values).all()):
-                raise ValueError(f"{name} must be one finite number per channel ({channels}), got {values}")
-        if data_scale is not None and not all(scale >= 0 for scale in data_scale):
-            raise ValueError(f"data_scale must be at least 0 (0: a channel that never changes), got {data_scale}")
+        units = checked_units(unet, data_shift, data_scale)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(
             num_inference_steps=num_inference_steps,
             log_snr_spacing=log_snr_spacing,
             steps_before_fast=steps_before_fast,
-            data_shift=None if data_shift is None else [float(v) for v in data_shift],
-            data_scale=None if data_scale is None else [float(v) for v in data_scale],
+            **units,
             # other pipelines are saved as they always were
             **({} if names is None else {"id2label": names}),
             **({} if condition is None else {"condition": condition}),
@@ -109,12 +103,6 @@ class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline):
             )
         return (self.unet.config.sample_size,)
 
-    def _affine(self) -> tuple:
-        """Return scale and shift of data = x * scale + shift, each (1, C, 1) in float64."""
-        ones = [1.0] * self._channels()
-        scale, shift = self.config.data_scale or ones, self.config.data_shift or [0.0] * self._channels()
-        return tuple(torch.tensor(v, dtype=torch.float64)[None, :, None] for v in (scale, shift))
-
     def _encode(self, sequences, name: str) -> Tensor:
         """Convert arrays or tensors (B, C, length) from the units of the data to those of the model."""
         try:
@@ -123,18 +111,11 @@ class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline):
             raise ValueError(f"{name} must be an array or tensor, got {type(sequences).__name__}") from error
         if x.ndim != 3 or len(x) == 0 or x.shape[1] != self._channels() or not torch.isfinite(x).all():
             raise ValueError(f"{name} must be finite, (B, {self._channels()}, length); got the shape {tuple(x.shape)}")
-        scale, shift = self._affine()
-        x = torch.where(scale > 0, x - shift, 0.0) / torch.where(scale > 0, scale, 1.0)
-        return x.to(self._execution_device, self.unet.dtype)
+        return from_units(self, x).to(self._execution_device, self.unet.dtype)
 
     def _decode(self, x: Tensor, output_type: str):
         """Convert (B, C, length) from the model's units to the data's; float64 where float32 has too few digits."""
-        scale, shift = self._affine()
-        constant = (scale == 0) & (shift.float() == shift)
-        wide_enough = (scale > 1e-4 * shift.abs()) & (scale > 1e-37)
-        narrow = (constant | wide_enough).all() and (scale + shift.abs()).max() < 1e37
-        exact = x.cpu().double() * scale + shift
-        out = exact.to(torch.promote_types(x.dtype, torch.float32)) if narrow else exact
+        out = to_units(self, x)
         return out.to(x.device) if output_type == "pt" else out.numpy()
 
     def _tensor(self, sequences, name: str) -> Tensor:
