@@ -13,9 +13,10 @@ from ddpm_hf.pipeline.interpolating import InterpolatingPipeline
 from ddpm_hf.pipeline.outputs import IMAGE_MODES, ImageOutput
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_parts
 from ddpm_hf.pipeline.units import checked_units, from_units, to_units
+from ddpm_hf.pipeline.varying import VaryingPipeline
 
 
-class DDPMPipeline(InterpolatingPipeline, CompletingPipeline):
+class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
     """Unconditional generation of images.
 
     Args:
@@ -63,6 +64,7 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline):
             **({} if data_shift is None and data_scale is None else units),
         )
 
+    # This function is longer than 60 lines because it documents every option of a call.
     def __call__(
         self,
         batch_size: int = 1,
@@ -81,6 +83,9 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline):
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] = (0.0, 1.0),
         guide=None,
+        image=None,
+        strength: float | None = None,
+        num_samples: int = 1,
     ) -> ImageOutput | tuple:
         """Sample images.
 
@@ -110,15 +115,21 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline):
             guide: a worse model of the same data, for autoguidance (Karras et al., arXiv:2406.02507): an earlier
                 checkpoint, or a smaller model that was trained for a shorter time. It is a model or a pipeline with the
                 channels, size, schedule and prediction type of this one; with classes it is given the same labels.
+            image: images to start from instead of noise (SDEdit, Meng et al., arXiv:2108.01073): PIL images, an array
+                `(B, H, W, C)` or a tensor `(B, C, H, W)`, in the units of the samples. batch_size is then left out;
+                generators and classes may be one per image.
+            strength: share of the chain that is run on noised images, from 0 (they come back as they are) to 1 (noise
+                alone: ordinary sampling); None: 0.5. It needs `image`.
+            num_samples: number of variations of each image, those of the first one first.
 
         Raises:
-            ValueError: a value is outside its range, a shape is wrong, the guide is a model of other data, or PIL has
-                no mode for the number of channels.
+            ValueError: a value is outside its range, a shape is wrong, the guide is a model of other data, the
+                scheduler cannot start from images, or PIL has no mode for the number of channels.
         """
-        return self._generate(
-            batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback_on_step_end,
-            callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps, class_labels, guidance_scale,
-            guidance_rescale, guidance_interval, guide,
+        return self._vary_or_generate(
+            "image", image, strength, num_samples, batch_size, num_inference_steps, generator, latents, eta,
+            output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs, return_all_timesteps,
+            timesteps, class_labels, guidance_scale, guidance_rescale, guidance_interval, guide,
         )  # fmt: skip
 
     def _size(self) -> tuple:

@@ -219,17 +219,25 @@ class SamplingPipeline(SavedWithCode):
             shape = (batch_size, self._channels(), *self._size())
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         x = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        return self._run(
+            x, self.scheduler.timesteps, options, guidance, output_type, return_dict, callback_on_step_end,
+            callback_inputs, return_all_timesteps,
+        )  # fmt: skip
+
+    def _run(
+        self, x: Tensor, chain, options: dict, guidance: Guidance | None, output_type: str, return_dict: bool, callback,
+        callback_inputs, return_all_timesteps: bool,
+    ):  # fmt: skip
+        """Run the chain from x, and return its samples as a call does; the arguments are those of `_denoise`."""
         trajectory = [x] if return_all_timesteps else None
-        x = self._denoise(
-            x, self.scheduler.timesteps, options, trajectory, callback_on_step_end, callback_inputs, guidance
-        )
+        x = self._denoise(x, chain, options, trajectory, callback, callback_inputs, guidance)
         self.maybe_free_model_hooks()
         samples = self._decode(x, output_type)
         if trajectory is not None:
             n = len(trajectory)
             flat = self._decode(torch.stack(trajectory, dim=1).flatten(0, 1), output_type)  # the steps of each sample
             if isinstance(flat, list):
-                trajectory = [flat[i * n : (i + 1) * n] for i in range(batch_size)]
+                trajectory = [flat[i * n : (i + 1) * n] for i in range(len(x))]
             else:
-                trajectory = flat.reshape(batch_size, n, *flat.shape[1:])
+                trajectory = flat.reshape(len(x), n, *flat.shape[1:])
         return self._output(samples, trajectory, return_dict)

@@ -11,9 +11,10 @@ from ddpm_hf.pipeline.interpolating import InterpolatingPipeline
 from ddpm_hf.pipeline.outputs import SequenceOutput
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_parts
 from ddpm_hf.pipeline.units import checked_units, from_units, to_units
+from ddpm_hf.pipeline.varying import VaryingPipeline
 
 
-class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline):
+class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
     """Unconditional generation of sequences, in the units of the data that the model was trained on.
 
     Args:
@@ -78,11 +79,14 @@ class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline):
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] = (0.0, 1.0),
         guide=None,
+        sequence=None,
+        strength: float | None = None,
+        num_samples: int = 1,
     ) -> SequenceOutput | tuple:
         """Sample sequences.
 
-        The arguments are those of a call of `DDPMPipeline`, but `latents` is `(B, C, length)`, and `output_type` is
-        "np" or "pt".
+        The arguments are those of a call of `DDPMPipeline`, but `latents` is `(B, C, length)`, `output_type` is
+        "np" or "pt", and the items to start from are called `sequence`, `(B, C, length)` in the units of the data.
 
         Returns:
             A `SequenceOutput`, or with return_dict=False a tuple.
@@ -90,10 +94,10 @@ class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline):
         Raises:
             ValueError: a value is outside its range, or a shape is wrong.
         """
-        return self._generate(
-            batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback_on_step_end,
-            callback_on_step_end_tensor_inputs, return_all_timesteps, timesteps, class_labels, guidance_scale,
-            guidance_rescale, guidance_interval, guide,
+        return self._vary_or_generate(
+            "sequence", sequence, strength, num_samples, batch_size, num_inference_steps, generator, latents, eta,
+            output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs, return_all_timesteps,
+            timesteps, class_labels, guidance_scale, guidance_rescale, guidance_interval, guide,
         )  # fmt: skip
 
     def _size(self) -> tuple:
