@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddpm_hf.pipeline.graphs import GraphedModel
 from ddpm_hf.pipeline.guidance import Guidance, as_list, make_guidance
+from ddpm_hf.pipeline.pieces import check_max_batch_size, in_pieces
 from ddpm_hf.pipeline.rules import check_call, check_steps
 from ddpm_hf.pipeline.saving import SavedWithCode
 from ddpm_hf.pipeline.schedulers import (
@@ -27,8 +28,16 @@ from ddpm_hf.pipeline.steps import X0Estimate, use_channels_last, without_known
 
 
 class SamplingPipeline(SavedWithCode):
-    """The sampling loop. `_size`, `_encode`, `_decode` and `_output` of the subclasses say what the data is."""
+    """The sampling loop. `_size`, `_encode`, `_decode` and `_output` of the subclasses say what the data is.
 
+    Attributes:
+        max_batch_size: the most samples that one call of the model is given; larger batches are split inside of each
+            step. None: about 128 MiB of activations on a CPU and 4 GiB on a card, estimated from the model's width
+            (`suggested_batch`). All noise is drawn for the whole batch, so samples do not depend on it, but for
+            rounding. A saved pipeline does not keep it.
+    """
+
+    max_batch_size: int | None = None
     _output_types: tuple
     _callback_tensor_inputs = ["latents"]
     _interrupt = False
@@ -46,11 +55,14 @@ class SamplingPipeline(SavedWithCode):
         The fast sampler's spacing then goes, and the number of steps that the pipeline had before returns.
 
         Raises:
-            ValueError: the scheduler cannot sample from the model; the message has the reason.
+            ValueError: the scheduler cannot sample from the model, or max_batch_size is no whole number of at least 1;
+                the message has the reason.
         """
         if name == "scheduler":
             unet, trained = self.__dict__.get("unet"), self.__dict__.get("_trained")
             self.__dict__["_trained"] = check_scheduler(value, unet, trained)
+        if name == "max_batch_size":
+            check_max_batch_size(value)
         super().__setattr__(name, value)
         if name == "unet":
             use_channels_last(value)
@@ -142,13 +154,15 @@ class SamplingPipeline(SavedWithCode):
 
     def _model_to_call(self, device: torch.device, guide=None) -> Callable[..., Tensor]:
         """Return the function that predicts in one chain: the model or a guide, or the graphs of its calls."""
+        model = self.unet if guide is None else guide
         if self._graphs is None:
-            model = self.unet if guide is None else guide
-            return lambda *inputs, **optional: model(*inputs, **optional).sample
-        if guide is None:
-            return self._graphs.prepare(self.unet, device)
-        self._guide_graphs = self._guide_graphs or GraphedModel(self._graphs.make_backend, self._graphs.most)
-        return self._guide_graphs.prepare(guide, device)
+            call = lambda *inputs, **optional: model(*inputs, **optional).sample  # noqa: E731
+        elif guide is None:
+            call = self._graphs.prepare(model, device)
+        else:
+            self._guide_graphs = self._guide_graphs or GraphedModel(self._graphs.make_backend, self._graphs.most)
+            call = self._guide_graphs.prepare(model, device)
+        return in_pieces(call, model, self.max_batch_size)
 
     @torch.no_grad()
     def _denoise(
