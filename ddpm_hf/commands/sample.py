@@ -12,23 +12,33 @@ import argparse
 import contextlib
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import diffusers
 import numpy as np
 import torch
-from accelerate import Accelerator
-from diffusers import SchedulerMixin
-from PIL import Image
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ddpm_hf import DDPMPipeline1D, GaussianScheduler
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.arguments import SuggestingParser
+from ddpm_hf.commands.sample_choices import (
+    Known,
+    check_numbers,
+    choose_format,
+    choose_labels,
+    choose_scheduler,
+    has_own_units,
+    is_label_file,
+    read_known,
+)  # fmt: skip
 from ddpm_hf.commands.sample_files import IMAGE_FORMATS, SEQUENCE_FORMATS, SampleFiles
-from ddpm_hf.evaluation.classes import has_classes
+from ddpm_hf.data.scaling import Scaling
 from ddpm_hf.evaluation.sampling import sample_generators
 from ddpm_hf.hub.publish import load_pipeline
-from ddpm_hf.plots import save_image_grid
+from ddpm_hf.plots import picture_of, save_image_grid
 from ddpm_hf.run.record import without_folders
 from ddpm_hf.version import __version__
 
@@ -44,17 +54,25 @@ def make_parser() -> SuggestingParser:
     what.add_argument("--pipeline", required=True, help="Folder or Hub name of a saved pipeline.")
     what.add_argument("--num_samples", type=int, required=True, help="Number of samples.")
     what.add_argument("--output_dir", type=Path, required=True, help="New folder, or that of a run that was stopped.")
-    what.add_argument("--format", help=f"Images: {', '.join(IMAGE_FORMATS)} (png). Sequences: "
-                      f"{', '.join(SEQUENCE_FORMATS)} (npy). png and webp are a file for each sample.")  # fmt: skip
+    what.add_argument("--format", help=f"Images: {', '.join(IMAGE_FORMATS)} (png; npy for units of the data). "
+                      f"Sequences: {', '.join(SEQUENCE_FORMATS)} (npy). png and webp: a file a sample.")  # fmt: skip
     what.add_argument("--seed", type=int, default=0, help="Seed of all samples. Default: %(default)s.")
     what = parser.add_argument_group("classes and guidance")
     what.add_argument("--class_labels", nargs="+", help="Names or numbers of classes, which the samples take in turn; "
-                      "'all' means every class. Default: all, for a model with classes.")  # fmt: skip
+                      "'all' means every class, and a .csv or .txt file gives one a row. Default: all.")  # fmt: skip
     what.add_argument("--guidance_scale", type=float, default=1.0, help="Scale of guidance; 1 is none.")
     what.add_argument("--guidance_rescale", type=float, default=0.0, help="Share of the rescaling of guidance.")
     what.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 1.0],
                       help="Lowest and highest noise level with guidance. Default: 0 1.")  # fmt: skip
     what.add_argument("--guide", help="Folder or Hub name of a pipeline of a worse model, for autoguidance.")
+    what = parser.add_argument_group("completing")
+    what.add_argument("--known", help="Items to complete, in turn: .npy, .npz, .csv or .parquet of sequences; .npy, "
+                      ".npz, a picture or a folder of pictures for images. NaN is unknown.")  # fmt: skip
+    what.add_argument("--mask", help="File of the same kinds: 1 or white where the items are unknown; one mask for all "
+                      "items, or one for each.")  # fmt: skip
+    what.add_argument("--jump_length", type=int, default=10, help="Steps of a jump of RePaint. Default: %(default)s.")
+    what.add_argument("--jump_n_sample", type=int, default=10, help="Passes of RePaint through each place that it "
+                      "jumps from, for models that were not trained to complete. Default: %(default)s.")  # fmt: skip
     what = parser.add_argument_group("sampler")
     what.add_argument(
         "--scheduler", help="ddpm, ddim, fast, or a scheduler class of diffusers. Default: the pipeline's."
@@ -67,70 +85,6 @@ def make_parser() -> SuggestingParser:
     return parser
 
 
-def choose_scheduler(pipeline, name: str | None) -> None:
-    """Give the pipeline the scheduler of this name; None keeps its own.
-
-    Raises:
-        ValueError: there is no such scheduler, or it does not fit the pipeline.
-    """
-    if name is None:
-        return
-    if name == "fast":
-        pipeline.use_fast_sampler()
-        return
-    if name in ("ddpm", "ddim"):
-        pipeline.scheduler = GaussianScheduler.from_config(pipeline.scheduler.config, sampler=name)
-        return
-    kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        raise ValueError(f"--scheduler must be ddpm, ddim, fast or a scheduler class of diffusers, got {name!r}")
-    try:
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
-    except TypeError as error:  # its constructor needs more than a configuration
-        raise ValueError(f"--scheduler {name} cannot be made for this pipeline: {error}") from error
-
-
-def choose_labels(pipeline, asked: list[str] | None, count: int) -> list | None:
-    """Return the class of each sample, a name where the classes have names and else a number.
-
-    Raises:
-        ValueError: the model has no classes, or does not know one of those that are asked for.
-    """
-    if not has_classes(pipeline):
-        if asked:
-            raise ValueError(f"--class_labels needs a model with classes, and this one has none; got {asked}")
-        return None
-    number = pipeline.unet.config.num_class_embeds
-    names = pipeline.config.get("id2label") or {}
-    known = [names.get(str(i), names.get(i, i)) for i in range(number)]
-    if asked in (None, ["all"]):
-        chosen = known
-    else:
-        by_text = {**{str(i): each for i, each in enumerate(known)}, **{str(each): each for each in known}}
-        wrong = [each for each in asked if each not in by_text]
-        if wrong:
-            raise ValueError(f"--class_labels must be of {', '.join(map(str, known[:20]))}; got {', '.join(wrong)}")
-        chosen = [by_text[each] for each in asked]
-    return [chosen[i % len(chosen)] for i in range(count)]
-
-
-def choose_format(pipeline, form: str | None) -> str:
-    """Return the format of the files, checked against the kind of the samples."""
-    sequences = isinstance(pipeline, DDPMPipeline1D)
-    fitting, kind = (SEQUENCE_FORMATS, "sequences") if sequences else (IMAGE_FORMATS, "images")
-    form = form or fitting[0]
-    if form not in fitting:
-        raise ValueError(f"--format of {kind} must be one of {', '.join(fitting)}; got {form!r}")
-    channels = pipeline.unet.config.in_channels
-    if form == "csv" and channels != 1:
-        raise ValueError(f"--format csv holds sequences of one channel, and these have {channels}: take npy or parquet")
-    if not sequences and form in ("png", "webp", "parquet") and channels not in (1, 3, 4):
-        raise ValueError(f"--format {form} holds images of 1, 3 or 4 channels, and these have {channels}: take npy")
-    if form == "webp" and channels == 1:
-        raise ValueError("--format webp has no grey images, and these have one channel: take png")
-    return form
-
-
 def digest(pipeline) -> str:
     """Return a digest of the pipeline's weights and of the configuration of its model."""
     found = hashlib.sha256(repr(sorted((k, str(v)) for k, v in pipeline.unet.config.items() if k[0] != "_")).encode())
@@ -139,11 +93,17 @@ def digest(pipeline) -> str:
     return found.hexdigest()
 
 
-def make_settings(given: argparse.Namespace, pipeline, guide, form: str) -> dict:
+def make_settings(given: argparse.Namespace, pipeline, guide, form: str, labels, known: Known | None) -> dict:
     """Return everything that the samples depend on, for settings.json; without folders of this machine."""
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     settings = {name: value for name, value in vars(given).items() if name != "output_dir"}
     steps = given.num_inference_steps or pipeline.config.num_inference_steps
+    if is_label_file(given.class_labels):
+        of_file = hashlib.sha256(repr(labels).encode()).hexdigest()
+        settings.update(class_labels=without_folders(given.class_labels[0]), labels=of_file)
+    if known is not None:
+        settings.update(known=without_folders(given.known), known_items=known.digest())
+        settings["mask"] = given.mask and without_folders(given.mask)
     return {
         **settings, "pipeline": without_folders(given.pipeline), "format": form, "num_inference_steps": steps,
         "guide": given.guide and without_folders(given.guide), "weights": digest(pipeline),
@@ -153,22 +113,53 @@ def make_settings(given: argparse.Namespace, pipeline, guide, form: str) -> dict
     }  # fmt: skip
 
 
-def check_numbers(given: argparse.Namespace, pipeline) -> None:
-    """Check the numbers among the options.
+class SharedError(ValueError):
+    """An error that all processes raise together."""
+
+
+def together(accelerator: Accelerator, do: Callable[[], Any]) -> Any:
+    """Call a function on each process, and let all of them fail where one does, so that none waits for it.
 
     Raises:
-        ValueError: one lies outside of its range.
+        SharedError: the function raised ValueError on a process; the message is that of the first one.
     """
-    for name in ("num_samples", "batch_size"):
-        if getattr(given, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(given, name)}")
-    most, steps = pipeline.scheduler.config.num_train_timesteps, given.num_inference_steps
-    if steps is not None and not 1 <= steps <= most:
-        raise ValueError(f"--num_inference_steps must lie in 1 to {most}, got {steps}")
-    if given.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {given.seed}")
-    if given.eta is not None and not 0 <= given.eta <= 1:
-        raise ValueError(f"--eta must lie in 0 to 1, got {given.eta}")
+    result, failure = None, None
+    try:
+        result = do()
+    except ValueError as error:
+        failure = error
+    messages = gather_object([None if failure is None else str(failure)])
+    for message in messages:
+        if message is not None:
+            raise SharedError(message) from failure
+    return result
+
+
+class Work(NamedTuple):
+    """All that a process needs to generate its share."""
+
+    pipeline: DDPMPipeline | DDPMPipeline1D
+    guide: DDPMPipeline | DDPMPipeline1D | None
+    known: Known | None
+    files: SampleFiles
+    settings: dict
+
+
+def prepare(given: argparse.Namespace) -> Work:
+    """Load the pipeline and check all options, before anything is written.
+
+    Raises:
+        ValueError: options and pipeline do not fit.
+    """
+    pipeline = load_pipeline(given.pipeline)
+    guide = load_pipeline(given.guide) if given.guide else None
+    choose_scheduler(pipeline, given.scheduler, given.num_inference_steps)
+    form = choose_format(pipeline, given.format)
+    labels = choose_labels(pipeline, given.class_labels, given.num_samples)
+    check_numbers(given, pipeline, labels, guide)
+    known = read_known(pipeline, given.known, given.mask)
+    files = SampleFiles(given.output_dir, form, given.num_samples, given.batch_size, labels)
+    return Work(pipeline, guide, known, files, make_settings(given, pipeline, guide, form, labels, known))
 
 
 def sample(given: argparse.Namespace) -> Path:
@@ -178,57 +169,52 @@ def sample(given: argparse.Namespace) -> Path:
         ValueError: options, pipeline or folder do not fit.
     """
     accelerator = Accelerator()
-    pipeline = load_pipeline(given.pipeline)
-    guide = load_pipeline(given.guide) if given.guide else None
-    check_numbers(given, pipeline)
-    choose_scheduler(pipeline, given.scheduler)
-    form = choose_format(pipeline, given.format)
-    labels = choose_labels(pipeline, given.class_labels, given.num_samples)
-    if given.guidance_scale != 1 and labels is None and guide is None:
-        raise ValueError(f"--guidance_scale needs a model with classes or --guide, got {given.guidance_scale}")
-    files = SampleFiles(given.output_dir, form, given.num_samples, given.batch_size, labels)
-    settings = make_settings(given, pipeline, guide, form)
-    for turn in (True, False):  # the main process makes the folder, which the others then find
-        if accelerator.is_main_process == turn:
-            files.open(settings)
-        accelerator.wait_for_everyone()
+    work = together(accelerator, lambda: prepare(given))
+    pipeline, files = work.pipeline, work.files
+    is_main = accelerator.is_main_process
+    together(accelerator, lambda: files.open(work.settings) if is_main else None)
+    together(accelerator, lambda: None if is_main else files.open(work.settings))  # it is there now
     missing = files.missing()
     accelerator.wait_for_everyone()  # before any process writes
     pipeline.set_progress_bar_config(disable=True)
-    for each in (pipeline, guide):
+    for each in (pipeline, work.guide):
         if each is not None:
             each.to(accelerator.device)
             each.unet.eval()
     if accelerator.device.type == "cuda":
         pipeline.use_cuda_graphs()
-    draw_missing(given, pipeline, guide, files, missing, accelerator)
+    draw_missing(given, work, missing, accelerator)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if is_main:
         if not files.file.exists():
-            save_picture(files, given.output_dir / "grid.png")
+            save_picture(work, given.output_dir / "grid.png")
         place = files.join()
         print(f"{given.num_samples:,} samples, {accelerator.num_processes} process(es): {place}")
     accelerator.end_training()
     return given.output_dir
 
 
-def draw_missing(given, pipeline, guide, files: SampleFiles, missing: list[int], accelerator) -> None:
+def draw_missing(given: argparse.Namespace, work: Work, missing: list[int], accelerator: Accelerator) -> None:
     """Generate and write this process' share of the missing blocks."""
+    pipeline, files = work.pipeline, work.files
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     dtype = DTYPES[given.mixed_precision]
     precision = contextlib.nullcontext() if dtype is None else torch.autocast(accelerator.device.type, dtype)
     options = {"guidance_scale": given.guidance_scale, "guidance_rescale": given.guidance_rescale,
-               "guidance_interval": tuple(given.guidance_interval), "guide": guide}  # fmt: skip
+               "guidance_interval": tuple(given.guidance_interval), "guide": work.guide, "eta": given.eta,
+               "num_inference_steps": given.num_inference_steps, "output_type": "np", "return_dict": False}  # fmt: skip
+    jumps = {"jump_length": given.jump_length, "jump_n_sample": given.jump_n_sample}
     total = sum(len(files.numbers(block)) for block in missing)
     with tqdm(total=total, desc="sampling", unit="sample", disable=not accelerator.is_main_process) as bar, precision:
         for turn, block in enumerate(mine):
             numbers = files.numbers(block)
             if files.labels is not None:
                 options["class_labels"] = [files.labels[n] for n in numbers]
-            samples = pipeline(
-                batch_size=len(numbers), generator=sample_generators(given.seed, numbers), eta=given.eta,
-                num_inference_steps=given.num_inference_steps, output_type="np", return_dict=False, **options,
-            )[0]  # fmt: skip
+            options["generator"] = sample_generators(given.seed, numbers)
+            if work.known is None:
+                samples = pipeline(batch_size=len(numbers), **options)[0]
+            else:
+                samples = pipeline.inpaint(*work.known.part(numbers), **jumps, **options)[0]
             files.write(block, in_form(samples, files.form))
             processes = accelerator.num_processes
             round_ = missing[turn * processes : (turn + 1) * processes]
@@ -244,16 +230,19 @@ def in_form(samples: np.ndarray, form: str) -> np.ndarray:
     return (samples * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def save_picture(files: SampleFiles, path: Path) -> None:
+def save_picture(work: Work, path: Path) -> None:
     """Draw the first samples, by class if there are classes."""
+    files = work.files
     first = list(files.read(range(min(SHOWN, files.count))))
     if first[0].ndim == 2:
         draw_sequences(first, files, path)
         return
-    if files.form == "npy":
-        first = [(np.moveaxis(x, 0, -1) * 255).round().clip(0, 255).astype(np.uint8) for x in first]
-    if first[0].shape[-1] in (1, 3, 4):
-        save_image_grid([Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in first], path)
+    levels = np.stack(first)
+    if files.form != "npy":
+        levels = np.moveaxis(levels, -1, 1) / 255
+    elif has_own_units(work.pipeline):
+        levels = Scaling.from_json(work.pipeline.config).to_levels(levels)
+    save_image_grid([picture_of(each) for each in levels], path)
 
 
 def draw_sequences(samples: list[np.ndarray], files: SampleFiles, path: Path) -> None:
@@ -274,7 +263,13 @@ def main(arguments: list) -> int:
     given = make_parser().parse_args(arguments)
     try:
         sample(given)
-    except ValueError as error:
+    except SharedError as error:
+        process = PartialState()
+        if process.is_main_process:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        process.wait_for_everyone()  # a launcher ends the other processes once one has ended
+        return 2
+    except ValueError as error:  # of this process alone: the launcher ends the others
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,16 +1,24 @@
 """The program sample.py: files of every format, going on after a stop, refusals, and several processes."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, load_program, run_program
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
 from ddpm_hf.data.sequence_files import read_sequences
+from ddpm_hf.evaluation.sampling import sample_generators
+from ddpm_hf.hub.publish import load_pipeline
 
 program = load_program("sample")
 
@@ -25,6 +33,10 @@ def pipelines(tmp_path_factory):
     images = DDPMPipeline(UNet2D(num_class_embeds=2, **small), scheduler, id2label={0: "zero", 1: "one"})
     images.save_pretrained(folder / "images")
     DDPMPipeline1D(UNet1D(**small), scheduler).save_pretrained(folder / "sequences")
+    bands, units = {**small, "in_channels": 2}, {"data_shift": [0, 100], "data_scale": [1, 1000]}
+    DDPMPipeline(UNet2D(**bands), scheduler, **units).save_pretrained(folder / "units")
+    colours = DDPMPipeline(UNet2D(**{**small, "in_channels": 3}), scheduler)
+    colours.save_pretrained(folder / "colours")
     return folder
 
 
@@ -96,18 +108,26 @@ def test_parts_of_a_stopped_run_are_kept(pipelines, tmp_path, monkeypatch):
     ("kind", "option", "message"),
     [
         ("images", "--format=csv", "--format of images must be one of"),
-        ("images", "--class_labels=two", "must be of zero, one; got two"),
+        ("images", "--class_labels=two", "must be of zero, one, or a file"),
         ("sequences", "--class_labels=1", "needs a model with classes"),
-        ("sequences", "--guidance_scale=2", "--guidance_scale needs"),
+        ("sequences", "--guidance_scale=2", "guidance_scale needs"),
         ("sequences", "--format=png", "--format of sequences must be one of npy, csv, parquet"),
         ("sequences", "--num_samples=0", "--num_samples must be at least 1, got 0"),
-        ("sequences", "--num_inference_steps=11", "1 to 10, got 11"),
+        ("sequences", "--num_inference_steps=11", "1 to 10; got 11"),
         ("sequences", "--scheduler=Nothing", "got 'Nothing'"),
         ("nothing", "--seed=0", "cannot be loaded"),
+        ("sequences", "--eta=2", "eta must be a number from 0 to 1, got 2.0"),
+        ("images", "--guidance_rescale=2", "guidance_rescale must be a number from 0 to 1, got 2.0"),
+        ("images", "--mask=a.npy", "--known is missing"),
+        ("sequences", "--known=none.npy", "--known: the file must be a file on disk, got none.npy"),
+        ("units", "--format=png", "--format png holds levels of pictures, and this pipeline's images are in units"),
+        ("images", "--format=webp", "--format webp has no grey images"),
+        ("images", "--guide={}/sequences", "--guide must be a pipeline of the same kind"),
+        ("images", "--guide={}/images", "with a --guidance_scale other than 1; got a DDPMPipeline and 1"),
     ],
 )
 def test_refusals_come_before_anything_is_written(pipelines, tmp_path, capsys, kind, option, message):
-    assert run(pipelines, kind, tmp_path / "a", option) == 2
+    assert run(pipelines, kind, tmp_path / "a", option.format(pipelines)) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
@@ -119,13 +139,173 @@ def test_a_folder_with_other_files_is_left_alone(pipelines, tmp_path, capsys):
     assert content(tmp_path) == {"mine.txt": b"mine"}
 
 
+def saved(folder):
+    return json.loads((folder / "settings.json").read_text())
+
+
+def images_of(folder, count=5):
+    return np.stack([np.asarray(Image.open(folder / f"{n:06d}.png")) for n in range(count)]).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (["all"], ["zero", "one", "zero", "one", "zero"]),
+        (["one"], ["one"] * 5),
+        (["one", "0", "one"], ["one", "zero", "one", "one", "zero"]),
+        (["{}/labels.csv"], ["one", "one", "zero", "one", "one"]),
+        (["{}/labels.txt"], ["zero", "one", "zero", "one", "zero"]),
+    ],
+)
+def test_classes_are_taken_in_turn(pipelines, tmp_path, asked, expected):
+    (tmp_path / "labels.csv").write_text("label\none\none\nzero\n")
+    (tmp_path / "labels.txt").write_text("0\n1\n")
+    labels = ["--class_labels", *(each.format(tmp_path) for each in asked)]
+    assert run(pipelines, "images", tmp_path / "a", *labels, "--batch_size=5") == 0
+    assert (tmp_path / "a" / "labels.csv").read_text().split() == ["label", *expected]
+    pipe = load_pipeline(str(pipelines / "images"))
+    options = {"num_inference_steps": 2, "class_labels": expected, "output_type": "np"}
+    images = pipe(batch_size=5, generator=sample_generators(0, range(5)), **options).images
+    assert np.array_equal(images_of(tmp_path / "a"), (images[..., 0] * 255).round())
+    if "csv" in asked[0]:
+        (tmp_path / "labels.csv").write_text("label\nzero\n")
+        assert run(pipelines, "images", tmp_path / "a", *labels, "--batch_size=5") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "change"),
+    [
+        (["--scheduler=ddim", "--eta=0.5"], "GaussianScheduler", {"eta": 0.5}),
+        (["--scheduler=fast"], "DPMSolverMultistepScheduler", {}),
+        (["--scheduler=EulerDiscreteScheduler"], "EulerDiscreteScheduler", {}),
+        (["--guidance_scale=3", "--guidance_rescale=0.5"], "GaussianScheduler",
+         {"guidance_scale": 3.0, "guidance_rescale": 0.5}),
+        (["--guidance_scale=2", "--guide={}/images"], "GaussianScheduler", {}),
+    ],
+)  # fmt: skip
+def test_sampler_and_guidance_reach_the_pipeline(pipelines, tmp_path, options, name, change):
+    assert run(pipelines, "images", tmp_path / "a", *(each.format(pipelines) for each in options)) == 0
+    pipe = load_pipeline(str(pipelines / "images"))
+    if name == "DPMSolverMultistepScheduler":
+        pipe.use_fast_sampler(2)
+    elif name == "EulerDiscreteScheduler":
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    elif "ddim" in options[0]:
+        pipe.scheduler = GaussianScheduler.from_config(pipe.scheduler.config, sampler="ddim")
+    found = []
+    for numbers, labels in (((0, 1), [0, 1]), ((2, 3), [0, 1]), ((4,), [0])):
+        named = {"generator": sample_generators(0, numbers), "class_labels": labels, "output_type": "np"}
+        found += list(pipe(batch_size=len(labels), num_inference_steps=2, **named, **change).images[..., 0])
+    assert np.array_equal(images_of(tmp_path / "a"), (np.stack(found) * 255).round())
+    assert saved(tmp_path / "a")["scheduler"] == name
+
+
+def test_sequences_with_gaps_are_completed_in_turn(pipelines, tmp_path):
+    known = np.linspace(-1, 1, 16).reshape(2, 1, 8).astype(np.float32)
+    known[0, 0, 3:] = np.nan
+    known[1, 0, :2] = np.nan
+    np.save(tmp_path / "known.npy", known)
+    options = [f"--known={tmp_path}/known.npy", "--jump_n_sample=2"]
+    assert run(pipelines, "sequences", tmp_path / "a", *options) == 0
+    samples = np.load(tmp_path / "a" / "samples.npy")
+    for number, sample in enumerate(samples):
+        item = known[number % 2]
+        assert np.array_equal(sample[~np.isnan(item)], item[~np.isnan(item)])
+    assert np.isfinite(samples).all() and len(np.unique(samples[::2, 0, 5])) == 3
+    np.save(tmp_path / "known.npy", known[:1])
+    assert run(pipelines, "sequences", tmp_path / "a", *options) == 2  # the items are another's
+    np.save(tmp_path / "known.npy", np.zeros((2, 8), np.float32))
+    assert run(pipelines, "sequences", tmp_path / "b", *options) == 2 and not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("form", ["pictures", "arrays"])
+def test_the_known_part_of_pictures_is_kept(pipelines, tmp_path, form):
+    colours = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    hole = np.zeros((8, 8), np.uint8)
+    hole[2:5, 3:6] = 1
+    if form == "pictures":
+        (tmp_path / "pictures").mkdir()
+        for number, each in enumerate(colours):
+            Image.fromarray(each).save(tmp_path / "pictures" / f"{number}.png")
+        Image.fromarray(hole * 255).save(tmp_path / "mask.png")
+        options = [f"--known={tmp_path}/pictures", f"--mask={tmp_path}/mask.png"]
+    else:
+        np.savez(tmp_path / "known.npz", colours)
+        np.save(tmp_path / "mask.npy", hole)
+        options = [f"--known={tmp_path}/known.npz", f"--mask={tmp_path}/mask.npy"]
+    assert run(pipelines, "colours", tmp_path / "a", *options, "--jump_n_sample=1", "--format=webp") == 0
+    for number in range(5):
+        found = np.asarray(Image.open(tmp_path / "a" / f"{number:06d}.webp"))
+        assert np.array_equal(found[hole == 0], colours[number % 2][hole == 0])
+        assert not np.array_equal(found, colours[number % 2])
+
+
+def test_images_in_units_of_the_data(pipelines, tmp_path):
+    assert run(pipelines, "units", tmp_path / "a") == 0
+    samples = np.load(tmp_path / "a" / "samples.npy")
+    assert samples.shape == (5, 2, 8, 8) and np.abs(samples[:, 0]).max() <= 1 < np.abs(samples[:, 1]).max()
+    grid = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
+    assert len(np.unique(grid)) > 20
+
+
+def test_more_than_a_thousand_pictures_lie_in_folders(tmp_path):
+    files = program.SampleFiles(tmp_path, "png", 2001, 500)
+    assert [str(files.picture(n).relative_to(tmp_path)) for n in (0, 999, 1000, 2000)] == [
+        "00000/000000.png", "00000/000999.png", "00001/001000.png", "00002/002000.png",
+    ]  # fmt: skip
+    files.write(4, np.zeros((1, 8, 8, 1), np.uint8))
+    assert files.missing() == [0, 1, 2, 3] and [p.name for p in tmp_path.rglob("*.png")] == ["002000.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_a_killed_run_goes_on(pipelines, tmp_path, form):
+    command = [ROOT / "training" / "sample.py", "--pipeline", pipelines / "images", "--num_samples=60"]
+    command += ["--batch_size=3", f"--format={form}"]
+    assert run_program(*command, "--output_dir=whole", cwd=tmp_path).returncode == 0
+    parts = tmp_path / "a" / "parts" if form == "parquet" else tmp_path / "a"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, *map(str, command), "--output_dir=a"], cwd=tmp_path, env=env) as process:
+        while process.poll() is None and len(list(parts.glob("000*"))) < 6:
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -9
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("000*") if path.suffix in (".png", ".npy")}
+    assert 3 <= len(kept) < 60
+    assert run_program(*command, "--output_dir=a", cwd=tmp_path).returncode == 0
+    whole = {name: data for name, data in content(tmp_path / "whole").items() if not name.endswith(".parquet")}
+    assert {name: data for name, data in content(tmp_path / "a").items() if name in whole} == whole
+    if form == "png":
+        assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    else:
+        tables = [pq.read_table(tmp_path / run / "samples.parquet") for run in ("a", "whole")]
+        assert tables[0].equals(tables[1]) and tables[0].num_rows == 60
+
+
+def two_processes(*command, cwd):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ddpm_hf.commands.sample"]
+    return run_program(*launch, *command, cwd=cwd, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", ["folder", "option"])
+def test_two_processes_refuse_together(pipelines, tmp_path, problem):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.txt").write_text("mine")
+    command = ["--pipeline", pipelines / "images", "--num_samples=4", "--num_inference_steps=2"]
+    output = "mine" if problem == "folder" else "new"
+    start = time.monotonic()
+    done = two_processes(*command, f"--output_dir={output}", *["--eta=2"] * (problem == "option"), cwd=tmp_path)
+    message = "output_dir must be a new or empty folder" if problem == "folder" else "eta must be a number from 0 to 1"
+    assert done.returncode != 0 and done.stderr.count(message) == 1, done.stderr
+    assert "Traceback (most recent call last)" not in done.stderr.split(message)[0]
+    assert time.monotonic() - start < 120 and not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_same_files(pipelines, tmp_path):
     command = ["--pipeline", pipelines / "images", "--num_samples=7", "--batch_size=2", "--num_inference_steps=2"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ddpm_hf.commands.sample"]
-    done = run_program(
-        *launch, *command, "--output_dir=two", cwd=tmp_path, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true"
-    )
+    done = two_processes(*command, "--output_dir=two", cwd=tmp_path)
     assert done.returncode == 0 and "7 samples, 2 process(es)" in done.stdout, done.stdout + done.stderr
     script = ROOT / "training" / "sample.py"
     assert run_program(script, *command, "--output_dir=one", cwd=tmp_path, OMP_NUM_THREADS="1").returncode == 0

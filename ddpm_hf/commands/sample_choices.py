@@ -1,0 +1,242 @@
+"""Choices of sample.py that depend on the pipeline: scheduler, classes, format of the files, and what is known.
+
+All of them are checked before anything is written.
+"""
+
+import argparse
+import csv
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from PIL import Image
+from torch import Tensor
+
+from ddpm_hf import DDPMPipeline1D, GaussianScheduler
+from ddpm_hf.commands.sample_files import IMAGE_FORMATS, SEQUENCE_FORMATS
+from ddpm_hf.data.images import find_images
+from ddpm_hf.data.sequence_files import read_sequences
+from ddpm_hf.evaluation.classes import has_classes
+from ddpm_hf.pipeline.guidance import make_guidance
+from ddpm_hf.pipeline.schedulers import step_options
+
+LABEL_FILES = (".csv", ".txt")
+TO_EIGHT_BIT = ("png", "webp", "npz", "parquet")  # formats of images that hold 8-bit values
+
+
+def choose_scheduler(pipeline, name: str | None, steps: int | None) -> None:
+    """Give the pipeline the scheduler of this name; None keeps its own.
+
+    Args:
+        steps: the number of steps of the fast sampler; None: its default.
+
+    Raises:
+        ValueError: there is no such scheduler, or it does not fit the pipeline.
+    """
+    if name is None:
+        return
+    if name == "fast":
+        pipeline.use_fast_sampler(**{} if steps is None else {"num_inference_steps": steps})
+        return
+    if name in ("ddpm", "ddim"):
+        pipeline.scheduler = GaussianScheduler.from_config(pipeline.scheduler.config, sampler=name)
+        return
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ValueError(f"--scheduler must be ddpm, ddim, fast or a scheduler class of diffusers, got {name!r}")
+    try:
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    except ValueError:
+        raise
+    except Exception as error:  # constructors raise many kinds: TypeError, NotImplementedError, ImportError, ...
+        raise ValueError(f"--scheduler {name} cannot be made for this pipeline: {error}") from error
+
+
+def is_label_file(asked: list[str] | None) -> bool:
+    """Return True if the classes that are asked for are the name of a file of labels."""
+    return bool(asked) and len(asked) == 1 and Path(asked[0]).suffix in LABEL_FILES and Path(asked[0]).is_file()
+
+
+def read_label_file(path: str) -> list[str]:
+    """Read one class a line; a first line "label", as in the labels.csv of samples, is a heading.
+
+    Raises:
+        ValueError: the file cannot be read, has several columns, or is empty.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file) if row] if path.endswith(".csv") else [[line] for line in file]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"--class_labels: cannot read {path}: {error}") from error
+    texts = [row[0].strip() for row in rows if len(row) == 1 and row[0].strip()]
+    texts = texts[1:] if texts[:1] == ["label"] else texts
+    if any(len(row) > 1 for row in rows) or not texts:
+        raise ValueError(f"--class_labels: {path} must have one column, with a class in each row")
+    return texts
+
+
+def choose_labels(pipeline, asked: list[str] | None, count: int) -> list | None:
+    """Return the class of each sample, a name where the classes have names and else a number.
+
+    Raises:
+        ValueError: the model has no classes, or does not know one of those that are asked for.
+    """
+    if not has_classes(pipeline):
+        if asked:
+            raise ValueError(f"--class_labels needs a model with classes, and this one has none; got {asked}")
+        return None
+    number = pipeline.unet.config.num_class_embeds
+    names = pipeline.config.get("id2label") or {}
+    known = [names.get(str(i), names.get(i, i)) for i in range(number)]
+    if asked in (None, ["all"]):
+        chosen = known
+    else:
+        by_text = {**{str(i): each for i, each in enumerate(known)}, **{str(each): each for each in known}}
+        asked = read_label_file(asked[0]) if is_label_file(asked) else asked
+        wrong = list(dict.fromkeys(each for each in asked if each not in by_text))
+        if wrong:
+            raise ValueError(
+                f"--class_labels must be of {', '.join(map(str, known[:20]))}, or a file ({', '.join(LABEL_FILES)}) "
+                f"with one of them in each row; got {', '.join(wrong[:20])}"
+            )
+        chosen = [by_text[each] for each in asked]
+    return [chosen[i % len(chosen)] for i in range(count)]
+
+
+def has_own_units(pipeline) -> bool:
+    """Return True for images in units of the data instead of levels from 0 to 1."""
+    return not isinstance(pipeline, DDPMPipeline1D) and pipeline.config.get("data_scale") is not None
+
+
+def choose_format(pipeline, form: str | None) -> str:
+    """Return the format of the files, checked against the kind of the samples.
+
+    Raises:
+        ValueError: the format cannot hold the samples.
+    """
+    sequences = isinstance(pipeline, DDPMPipeline1D)
+    fitting, kind = (SEQUENCE_FORMATS, "sequences") if sequences else (IMAGE_FORMATS, "images")
+    form = form or ("npy" if sequences or has_own_units(pipeline) else "png")
+    if form not in fitting:
+        raise ValueError(f"--format of {kind} must be one of {', '.join(fitting)}; got {form!r}")
+    channels = pipeline.unet.config.in_channels
+    if form == "csv" and channels != 1:
+        raise ValueError(f"--format csv holds sequences of one channel, and these have {channels}: take npy or parquet")
+    if sequences:
+        return form
+    if form in TO_EIGHT_BIT and has_own_units(pipeline):
+        raise ValueError(
+            f"--format {form} holds levels of pictures, and this pipeline's images are in units of the data "
+            "(data_scale): take npy"
+        )
+    if form in ("png", "webp", "parquet") and channels not in (1, 3, 4):
+        raise ValueError(f"--format {form} holds images of 1, 3 or 4 channels, and these have {channels}: take npy")
+    if form == "webp" and channels == 1:
+        raise ValueError("--format webp has no grey images, and these have one channel: take png")
+    return form
+
+
+def check_numbers(given: argparse.Namespace, pipeline, labels: list | None, guide) -> None:
+    """Check the numbers among the options, with the pipeline that has its scheduler, and the guide.
+
+    Raises:
+        ValueError: one lies outside of its range, or the guide does not fit.
+    """
+    for name in ("num_samples", "batch_size", "jump_length", "jump_n_sample"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(given, name)}")
+    if given.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {given.seed}")
+    step_options(pipeline.scheduler, None, given.eta)
+    pipeline._set_timesteps(given.num_inference_steps, None)
+    if guide is not None and (type(guide) is not type(pipeline) or given.guidance_scale == 1):
+        raise ValueError(
+            f"--guide must be a pipeline of the same kind, with a --guidance_scale other than 1; got a "
+            f"{type(guide).__name__} and {given.guidance_scale:g}"
+        )
+    make_guidance(
+        pipeline, 1, labels and labels[:1], given.guidance_scale, given.guidance_rescale,
+        tuple(given.guidance_interval), guide,
+    )  # fmt: skip
+
+
+class Known(NamedTuple):
+    """The items that samples complete.
+
+    Attributes:
+        data: the items, (N, C, ...), with 0 where they are unknown.
+        unknown: bools of the same shape.
+    """
+
+    data: Tensor
+    unknown: Tensor
+
+    def part(self, numbers: range) -> "Known":
+        """Return the items of these samples: the items in turn."""
+        chosen = [number % len(self.data) for number in numbers]
+        return Known(self.data[chosen], self.unknown[chosen])
+
+    def digest(self) -> str:
+        """Return a digest of the items."""
+        found = hashlib.sha256(repr((tuple(self.data.shape), str(self.data.dtype))).encode())
+        for values in self:
+            found.update(values.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+
+def read_known(pipeline, known: str | None, mask: str | None) -> Known | None:
+    """Read the items that samples complete, and check them; None without --known.
+
+    Raises:
+        ValueError: a file cannot be read or does not fit the pipeline, or an item has nothing unknown.
+    """
+    if known is None:
+        if mask is not None:
+            raise ValueError(f"--mask says which part of --known is unknown, and --known is missing; got {mask}")
+        return None
+    items = Known(*pipeline._read_known(_read(pipeline, known, "--known"), mask and _read(pipeline, mask, "--mask")))
+    for number, unknown in enumerate(items.unknown.flatten(1)):
+        if not unknown.any() or unknown.all():
+            raise ValueError(
+                f"--known: a part of each item must be unknown, by NaN or --mask, and a part known; item {number} "
+                f"(from 0) has {'all' if unknown.all() else 'nothing'} unknown"
+            )
+    pipeline._encode(items.data, "known")  # checks the range
+    return items
+
+
+def _read(pipeline, path: str, option: str):
+    """Return the content of a file of items or masks, in a form that `inpaint` takes."""
+    if isinstance(pipeline, DDPMPipeline1D):
+        array = _read_array(path, option)
+        dims = array.ndim
+        array = array[:, None] if dims == 2 and pipeline.unet.config.in_channels == 1 else array
+        return array if array.ndim == 3 or option == "--mask" and dims == 1 else array.reshape(1, -1, array.shape[-1])
+    if Path(path).suffix.lower() not in (".npy", ".npz"):
+        try:
+            return [_picture(each) for each in (find_images(path)[0] if Path(path).is_dir() else [path])]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{option}: cannot read the pictures of {path}: {error}") from error
+    array, channels = _read_array(path, option), pipeline.unet.config.in_channels
+    if array.ndim == 4 and array.shape[1] != channels and array.shape[-1] in (1, channels):
+        array = array.movedim(-1, 1)
+    eight_bit = array.dtype == torch.uint8 and option == "--known" and not has_own_units(pipeline)
+    return array / 255 if eight_bit else array
+
+
+def _picture(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+    return image
+
+
+def _read_array(path: str, option: str) -> Tensor:
+    try:
+        array = np.array(read_sequences(path, missing=True))  # a copy that may be written to
+        return torch.from_numpy(array)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{option}: {str(error).replace('train_data_file', 'the file')}") from error
