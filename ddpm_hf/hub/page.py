@@ -1,6 +1,7 @@
-"""A Gradio page to try a pipeline: samples, their way from noise, interpolation, completing of the visitor's data.
+"""A Gradio page to try a pipeline: samples, their way from noise, interpolation, and the visitor's own data.
 
-This file imports nothing of ddpm_hf, because the Spaces that `ddpm_hf.hub.publish` writes carry a copy of it.
+Visitors complete, vary and score images and series that they upload. This file imports nothing of ddpm_hf, because the
+Spaces that `ddpm_hf.hub.publish` writes carry a copy of it. For that reason it is longer than 600 lines.
 """
 
 import contextlib
@@ -126,6 +127,9 @@ class Page:
         # a picture that is uploaded has no other channels
         fits = not self.is_image or pipe.unet.config.in_channels in (1, 2, 3, 4)
         self.completes = hasattr(pipe, "inpaint") and (self.is_told or not conditions) and fits
+        # code that a folder carries may be older than this page
+        self.varies = "strength" in inspect.signature(type(pipe).__call__).parameters and fits and not conditions
+        self.scores = self.varies and hasattr(pipe, "score")
         self.shape = (pipe.unet.config.in_channels, *pipe._size())
         self.most_samples = max(1, min(MOST_SAMPLES, MOST_VALUES // math.prod(self.shape)))
         self.most_points = max(2, min(MOST_POINTS, self.most_samples))
@@ -315,59 +319,30 @@ def drawn_figure(figure: Figure) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-class Completing:
-    """Completing of the visitor's own data: the answers of the page's last tab.
+class Uploads:
+    """Reading of what visitors upload, in the form that the pipeline takes.
 
     Args:
-        page: the page, whose pipeline completes.
+        page: the page of the pipeline.
     """
 
     def __init__(self, page: Page):
         self.page = page
 
-    def complete_image(self, drawn, count, steps, sampler, seed, eta, chosen=EVERY_CLASS, scale=1.0):
-        """Return the picture of the visitor's image without what was painted over, and of its completions.
+    def _image(self, image: Image.Image) -> np.ndarray:
+        """Return an uploaded image, cut to the size of the model's, as levels from 0 to 1, (H, W, C).
 
-        Args:
-            drawn: the value of an image editor: its `background` and its `layers`, as PIL images.
-            count, steps, sampler, seed, eta, chosen, scale: the fields.
+        Raises:
+            gr.Error: if an image cannot have the channels of the model's.
         """
-        if not drawn or drawn.get("background") is None:
-            raise refused("there is no image yet: upload one first")
         size, channels = self.page.shape[:0:-1], self.page.shape[0]  # (width, height)
-        image = drawn["background"]
         mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}.get(channels)
         if mode is None:
             raise refused(f"the model's images have {channels} channels, and an uploaded image cannot have them")
         if channels in (1, 3):  # what is transparent becomes white
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        known = np.asarray(ImageOps.fit(image.convert(mode), size), dtype=np.float32) / 255
-        painted = np.zeros((size[1], size[0]), dtype=bool)
-        for layer in drawn.get("layers") or ():
-            alpha = layer.convert("RGBA").getchannel("A").point(lambda value: 255 * (value > 0))
-            painted |= np.asarray(ImageOps.fit(alpha, size, Image.Resampling.BOX)) > 0
-        known = np.where(painted[..., None], np.nan, known.reshape(*painted.shape, channels))
-        samples = self._complete(self.page.units(known), count, steps, sampler, seed, eta, chosen, scale)
-        samples = self.page.levels(samples)
-        shown = np.where(np.isnan(known), 0.5, known)
-        return self.page.picture(np.concatenate([shown[None], samples]))
-
-    def forecast(self, file, columns, points, count, steps, sampler, seed, eta, chosen=EVERY_CLASS, scale=1.0):
-        """Return the plot of the values that follow the end of columns of a table: median, 50% and 90% bands.
-
-        Missing values among the last rows are filled too.
-
-        Args:
-            file: the path of a CSV file.
-            columns: the names of the model's channels, separated by commas; empty: the first columns of numbers.
-            points: the number of values after the end of the table.
-            count, steps, sampler, seed, eta, chosen, scale: the fields.
-        """
-        points = whole("new values", points, 1, self.page.shape[1] - 1)
-        history = self._history(file, columns, self.page.shape[1] - points)
-        known = np.concatenate([history, np.full((self.page.shape[0], points), np.nan)], axis=1)
-        samples = self._complete(known, count, steps, sampler, seed, eta, chosen, scale)
-        return self._fan(known, samples)
+        levels = np.asarray(ImageOps.fit(image.convert(mode), size), dtype=np.float32) / 255
+        return levels.reshape(size[1], size[0], channels)
 
     def _history(self, file, columns, rows: int) -> np.ndarray:
         """Return the last rows of a table's columns, (C, rows), where missing values are NaN.
@@ -404,6 +379,48 @@ class Completing:
             raise refused(f"each of the columns {', '.join(names)} must have a number among its last {rows} rows")
         return np.where(np.isfinite(history), history, np.nan)
 
+
+class Completing(Uploads):
+    """Completing of the visitor's own data: the answers of one of the page's tabs."""
+
+    def complete_image(self, drawn, count, steps, sampler, seed, eta, chosen=EVERY_CLASS, scale=1.0):
+        """Return the picture of the visitor's image without what was painted over, and of its completions.
+
+        Args:
+            drawn: the value of an image editor: its `background` and its `layers`, as PIL images.
+            count, steps, sampler, seed, eta, chosen, scale: the fields.
+        """
+        if not drawn or drawn.get("background") is None:
+            raise refused("there is no image yet: upload one first")
+        size = self.page.shape[:0:-1]  # (width, height)
+        known = self._image(drawn["background"])
+        painted = np.zeros((size[1], size[0]), dtype=bool)
+        for layer in drawn.get("layers") or ():
+            alpha = layer.convert("RGBA").getchannel("A").point(lambda value: 255 * (value > 0))
+            painted |= np.asarray(ImageOps.fit(alpha, size, Image.Resampling.BOX)) > 0
+        known = np.where(painted[..., None], np.nan, known)
+        samples = self._complete(self.page.units(known), count, steps, sampler, seed, eta, chosen, scale)
+        samples = self.page.levels(samples)
+        shown = np.where(np.isnan(known), 0.5, known)
+        return self.page.picture(np.concatenate([shown[None], samples]))
+
+    def forecast(self, file, columns, points, count, steps, sampler, seed, eta, chosen=EVERY_CLASS, scale=1.0):
+        """Return the plot of the values that follow the end of columns of a table: median, 50% and 90% bands.
+
+        Missing values among the last rows are filled too.
+
+        Args:
+            file: the path of a CSV file.
+            columns: the names of the model's channels, separated by commas; empty: the first columns of numbers.
+            points: the number of values after the end of the table.
+            count, steps, sampler, seed, eta, chosen, scale: the fields.
+        """
+        points = whole("new values", points, 1, self.page.shape[1] - 1)
+        history = self._history(file, columns, self.page.shape[1] - points)
+        known = np.concatenate([history, np.full((self.page.shape[0], points), np.nan)], axis=1)
+        samples = self._complete(known, count, steps, sampler, seed, eta, chosen, scale)
+        return self._fan(known, samples)
+
     def _complete(self, known, count, steps, sampler, seed, eta, chosen, scale) -> np.ndarray:
         """Return completions (count, ...) of one item, which is NaN where it is unknown."""
         passes = 1 if self.page.is_told else PASSES
@@ -432,6 +449,81 @@ class Completing:
             axis.plot(times, known[channel], color="tab:blue", linewidth=1.4, label="known")
             axis.grid(alpha=0.25)
         axes[0].legend(loc="upper left", fontsize=8)
+        return drawn_figure(figure)
+
+
+class Varying(Uploads):
+    """Variations and scores of the visitor's own data: the answers of one of the page's tabs."""
+
+    def vary(self, given, columns, strength, count, steps, sampler, seed, eta, chosen=EVERY_CLASS, scale=1.0):
+        """Return the picture of the visitor's item and of variations of it (SDEdit).
+
+        Args:
+            given: an image, or the path of a CSV file with a series.
+            columns: the names of the model's channels in the file, as in `Completing.forecast`.
+            strength: the share of the way to noise that each variation begins at: 0 is the item, 1 ordinary sampling.
+            count, steps, sampler, seed, eta, chosen, scale: the fields.
+        """
+        if strength is None or not 0 <= strength <= 1:
+            raise refused(f"strength must lie in 0 to 1, got {strength}")
+        count, steps, condition, generators = self.page.asked(count, steps, seed, chosen, scale)
+        item = self._item(given, columns)
+        with self.page.sampler(sampler, steps, eta) as options:
+            (samples,) = self.page.pipe(
+                **{"image" if self.page.is_image else "sequence": item[None]}, strength=float(strength),
+                num_samples=count, generator=generators, **condition, **options,
+            )  # fmt: skip
+        return self.page.picture(self.page.levels(np.concatenate([item[None], samples])))
+
+    def score(self, given, columns, seed):
+        """Return the picture of the visitor's item with the map of its score, and its score in words.
+
+        Args:
+            given, columns: as in `vary`.
+            seed: the field.
+        """
+        generators, item = [generator_of(whole("seed", seed, 0, LARGEST_SEED), 0)], self._item(given, columns)
+        try:
+            found = self.page.pipe.score(item[None], generator=generators)
+        except ValueError as error:
+            raise refused(str(error)) from error
+        heat, text = np.asarray(found.maps)[0], f"Score: {float(np.asarray(found.scores)[0]):.4g}"
+        return self._heat(self.page.levels(item[None])[0], heat), f"{text} (higher is stranger to the model)"
+
+    def _item(self, given, columns) -> np.ndarray:
+        """Return the uploaded item in the units of the pipeline, (H, W, C) or (C, length).
+
+        Raises:
+            gr.Error: if there is none, or it does not fit the model.
+        """
+        if given is None:
+            raise refused("there is nothing yet: upload an image or a CSV file first")
+        if self.page.is_image:
+            return self.page.units(self._image(given))
+        series = self._history(given, columns, self.page.shape[1])
+        if not np.isfinite(series).all():
+            raise refused(f"each of the last {self.page.shape[1]} rows must have a number in each column")
+        return series
+
+    def _heat(self, item: np.ndarray, heat: np.ndarray) -> Image.Image:
+        """Return one picture of an item and of the map (C, *spatial) of its score."""
+        if self.page.is_image:
+            figure = Figure(figsize=(9, 4.5), layout="constrained", dpi=80)
+            image, below = figure.subplots(1, 2)
+            channels = item.shape[-1]
+            shown = item if channels in (3, 4) else item[..., 0]
+            image.imshow(shown, cmap="gray", vmin=0, vmax=1)
+            figure.colorbar(below.imshow(heat.mean(axis=0), cmap="inferno", vmin=0), ax=below, shrink=0.8)
+            for axis in (image, below):
+                axis.set_axis_off()
+            return drawn_figure(figure)
+        figure = Figure(figsize=(12, 2.6 * len(item) + 0.5), layout="constrained", dpi=80)
+        ratios = {"height_ratios": [3, 1] * len(item)}
+        axes = figure.subplots(2 * len(item), 1, sharex=True, squeeze=False, **ratios).ravel()
+        for channel, values in enumerate(item):
+            axes[2 * channel].plot(values, color="tab:blue", linewidth=1.2)
+            axes[2 * channel].grid(alpha=0.25)
+            axes[2 * channel + 1].fill_between(np.arange(len(values)), heat[channel], color="tab:red", linewidth=0)
         return drawn_figure(figure)
 
 
@@ -474,10 +566,12 @@ def build_page(pipe, title: str) -> gr.Blocks:
         fields = [count, steps, sampler, seed, eta, chosen, scale]
         if page.completes:
             _add_completing(page, fields)
+        if page.varies:
+            _add_varying(page, fields)
         button.click(page.generate, fields, [samples, trajectory, step, frame])
         step.input(page.look_back, [trajectory, step], frame, trigger_mode="always_last", show_progress="hidden")
         walk.click(page.interpolate, [seed, other, points, steps, sampler, chosen, scale], line)
-    blocks.takes_files = page.completes
+    blocks.takes_files = page.completes or page.varies
     return blocks.queue(default_concurrency_limit=1, max_size=MOST_WAITING)  # one pipeline, one sampler at a time
 
 
@@ -504,6 +598,32 @@ def _add_completing(page: Page, fields: list) -> None:
         button = gr.Button("Complete", variant="primary", elem_id="complete")
         completed = gr.Image(show_label=False, format="png", elem_id="completed")
         button.click(answer, inputs + fields, completed)
+
+
+def _add_varying(page: Page, fields: list) -> None:
+    """Add the tab in which visitors vary and score their own data to the page that is being built."""
+    varying = Varying(page)
+    with gr.Tab("Vary an image" if page.is_image else "Vary a series"):
+        with gr.Row():
+            if page.is_image:
+                given = gr.Image(type="pil", image_mode="RGBA", sources=["upload"], label="Image", elem_id="given")
+            else:
+                text = f"CSV file, of which the last {page.shape[1]} rows are taken"
+                given = gr.File(file_types=[".csv"], label=text, elem_id="given")
+            with gr.Column():
+                text = "Columns of the channels, separated by commas (empty: the first columns of numbers)"
+                shown = {"visible": not page.is_image}
+                columns = gr.Textbox("", label=text, max_length=1000, elem_id="given_columns", **shown)
+                text = "Strength (0 is the item itself, 1 is a new sample)"
+                strength = gr.Slider(0, 1, 0.4, step=0.05, label=text, elem_id="strength")
+        vary = gr.Button("Vary", variant="primary", elem_id="vary")
+        varied = gr.Image(show_label=False, format="png", elem_id="varied")
+        vary.click(varying.vary, [given, columns, strength, *fields], varied)
+        if page.scores:
+            score = gr.Button("Score", elem_id="score")
+            words = gr.Markdown("", elem_id="score_words")
+            heat = gr.Image(label="Where it is strange to the model", format="png", elem_id="heat")
+            score.click(varying.score, [given, columns, fields[3]], [heat, words])
 
 
 class SmallRequests:

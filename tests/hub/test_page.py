@@ -35,6 +35,7 @@ from ddpm_hf.hub.page import (
     STOCK,
     Completing,
     Page,
+    Varying,
     between,
     build_page,
     generator_of,
@@ -193,6 +194,16 @@ def test_a_visit(kind, browser, port, tmp_path):
             page.wait(lambda: page.find("#known input[type=file]"))[0].send_keys(str(tmp_path / "table.csv"))
             page.wait(lambda: "table" in drop.text)
             assert page.press("complete", "completed").std() > 5
+
+        page.tab(4)
+        given = tmp_path / ("given.png" if kind == "images" else "given.csv")
+        if kind == "images":
+            Image.new("L", (16, 16), 90).save(given)
+        else:
+            np.savetxt(given, np.random.default_rng(0).normal(size=(16, 2)), delimiter=",")
+        page.wait(lambda: page.find("#given input[type=file]"))[0].send_keys(str(given))
+        page.wait(lambda: page.find("#given img") or "given" in page.find("#given")[0].text)
+        assert page.press("vary", "varied").std() > 5
         assert "Traceback" not in server.text()
 
 
@@ -565,3 +576,29 @@ def test_between_two_noises():
 def test_seeds_share_no_noise():
     last, first = (torch.randn(4, generator=generator_of(*which)) for which in ((0, MOST_SAMPLES - 1), (1, 0)))
     assert not torch.equal(last, first)
+
+
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_an_item_is_varied(kind, tmp_path):
+    """Strength 0 shows the item again, strength 1 does not depend on it; the same seed gives the same picture."""
+    varying = Varying(Page(make(kind)))
+    if kind == "images":
+        given = [Image.new("RGBA", (16, 16), (level, level, level, 255)) for level in (90, 200)]
+    else:
+        given = [str(tmp_path / f"{name}.csv") for name in "ab"]
+        for number, path in enumerate(given):
+            np.savetxt(path, np.random.default_rng(number).normal(size=(20, 2)), delimiter=",")
+
+    def halves(item, strength, seed=0):
+        picture = np.asarray(varying.vary(item, "", strength, 1, 2, OWN, seed, 0)).astype(int)
+        return picture, (picture[:, : picture.shape[1] // 2], picture[:, -(picture.shape[1] // 2) :])
+
+    if kind == "images":
+        first, second = halves(given[0], 0)[1]
+        assert np.array_equal(first, second)
+        assert np.array_equal(halves(given[0], 1)[1][1], halves(given[1], 1)[1][1])
+    pictures = [halves(given[0], 0.5, seed)[0] for seed in (3, 3, 4)]
+    assert np.array_equal(*pictures[:2]) and not np.array_equal(pictures[0], pictures[2])
+    for wrong, says in (((None, "", 0.5), "upload an image"), ((given[0], "", 1.5), "strength must lie in 0 to 1")):
+        with pytest.raises(gr.Error, match=says):
+            varying.vary(*wrong, 1, 2, OWN, 0, 0)
