@@ -26,6 +26,7 @@ from ddpm_hf import DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.arguments import SuggestingParser
 from ddpm_hf.commands.sample_choices import (
     Known,
+    Start,
     check_numbers,
     choose_format,
     choose_labels,
@@ -33,6 +34,7 @@ from ddpm_hf.commands.sample_choices import (
     has_own_units,
     is_label_file,
     read_known,
+    read_start,
 )  # fmt: skip
 from ddpm_hf.commands.sample_files import IMAGE_FORMATS, SEQUENCE_FORMATS, SampleFiles
 from ddpm_hf.data.scaling import Scaling
@@ -73,6 +75,12 @@ def make_parser() -> SuggestingParser:
     what.add_argument("--jump_length", type=int, default=10, help="Steps of a jump of RePaint. Default: %(default)s.")
     what.add_argument("--jump_n_sample", type=int, default=10, help="Passes of RePaint through each place that it "
                       "jumps from, for models that were not trained to complete. Default: %(default)s.")  # fmt: skip
+    what = parser.add_argument_group("variations of given items")
+    what.add_argument("--init_image", help="Images to vary, in turn: a picture, a folder of pictures, .npy or .npz. "
+                      "Pictures are cropped and resized to the size of the model's images.")  # fmt: skip
+    what.add_argument("--init_sequence", help="Sequences to vary, in turn: .npy, .npz, .csv or .parquet.")
+    what.add_argument("--strength", type=float, help="Share of the way to noise that samples begin at: 0 is the given "
+                      "item, 1 an ordinary sample. Default: 0.5, with --init_image or --init_sequence.")  # fmt: skip
     what = parser.add_argument_group("sampler")
     what.add_argument(
         "--scheduler", help="ddpm, ddim, fast, or a scheduler class of diffusers. Default: the pipeline's."
@@ -93,7 +101,9 @@ def digest(pipeline) -> str:
     return found.hexdigest()
 
 
-def make_settings(given: argparse.Namespace, pipeline, guide, form: str, labels, known: Known | None) -> dict:
+def make_settings(
+    given: argparse.Namespace, pipeline, guide, form: str, labels, known: Known | None, start: Start | None
+) -> dict:
     """Return everything that the samples depend on, for settings.json; without folders of this machine."""
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     settings = {name: value for name, value in vars(given).items() if name != "output_dir"}
@@ -104,6 +114,8 @@ def make_settings(given: argparse.Namespace, pipeline, guide, form: str, labels,
     if known is not None:
         settings.update(known=without_folders(given.known), known_items=known.digest())
         settings["mask"] = given.mask and without_folders(given.mask)
+    if start is not None:
+        settings.update(start.settings())
     return {
         **settings, "pipeline": without_folders(given.pipeline), "format": form, "num_inference_steps": steps,
         "guide": given.guide and without_folders(given.guide), "weights": digest(pipeline),
@@ -141,6 +153,7 @@ class Work(NamedTuple):
     pipeline: DDPMPipeline | DDPMPipeline1D
     guide: DDPMPipeline | DDPMPipeline1D | None
     known: Known | None
+    start: Start | None
     files: SampleFiles
     settings: dict
 
@@ -158,8 +171,10 @@ def prepare(given: argparse.Namespace) -> Work:
     labels = choose_labels(pipeline, given.class_labels, given.num_samples)
     check_numbers(given, pipeline, labels, guide)
     known = read_known(pipeline, given.known, given.mask)
+    start = read_start(pipeline, given)
     files = SampleFiles(given.output_dir, form, given.num_samples, given.batch_size, labels)
-    return Work(pipeline, guide, known, files, make_settings(given, pipeline, guide, form, labels, known))
+    settings = make_settings(given, pipeline, guide, form, labels, known, start)
+    return Work(pipeline, guide, known, start, files, settings)
 
 
 def sample(given: argparse.Namespace) -> Path:
@@ -211,7 +226,9 @@ def draw_missing(given: argparse.Namespace, work: Work, missing: list[int], acce
             if files.labels is not None:
                 options["class_labels"] = [files.labels[n] for n in numbers]
             options["generator"] = sample_generators(given.seed, numbers)
-            if work.known is None:
+            if work.start is not None:
+                samples = pipeline(**work.start.part(numbers), **options)[0]
+            elif work.known is None:
                 samples = pipeline(batch_size=len(numbers), **options)[0]
             else:
                 samples = pipeline.inpaint(*work.known.part(numbers), **jumps, **options)[0]

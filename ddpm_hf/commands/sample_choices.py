@@ -1,4 +1,4 @@
-"""Choices of sample.py that depend on the pipeline: scheduler, classes, format of the files, and what is known.
+"""Choices of sample.py that depend on the pipeline: scheduler, classes, format of the files, and given items.
 
 All of them are checked before anything is written.
 """
@@ -13,7 +13,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ddpm_hf import DDPMPipeline1D, GaussianScheduler
@@ -22,7 +22,11 @@ from ddpm_hf.data.images import find_images
 from ddpm_hf.data.sequence_files import read_sequences
 from ddpm_hf.evaluation.classes import has_classes
 from ddpm_hf.pipeline.guidance import make_guidance
+from ddpm_hf.pipeline.outputs import IMAGE_MODES
+from ddpm_hf.pipeline.rules import check_rules
 from ddpm_hf.pipeline.schedulers import step_options
+from ddpm_hf.pipeline.varying import VARYING_RULES
+from ddpm_hf.run.record import without_folders
 
 LABEL_FILES = (".csv", ".txt")
 TO_EIGHT_BIT = ("png", "webp", "npz", "parquet")  # formats of images that hold 8-bit values
@@ -209,6 +213,67 @@ def read_known(pipeline, known: str | None, mask: str | None) -> Known | None:
     return items
 
 
+class Start(NamedTuple):
+    """The items that samples are variations of.
+
+    Attributes:
+        name: the argument of the pipeline's call, "image" or "sequence".
+        file: the file or folder of the items.
+        items: the items, (N, C, *spatial), in the units of the pipeline.
+        strength: the share of the way to noise that samples begin at.
+    """
+
+    name: str
+    file: str
+    items: Tensor
+    strength: float
+
+    def part(self, numbers: range) -> dict:
+        """Return the arguments of a call for these samples: the items in turn."""
+        chosen = [number % len(self.items) for number in numbers]
+        return {self.name: self.items[chosen], "strength": self.strength}
+
+    def settings(self) -> dict:
+        """Return what the samples depend on, without folders of this machine."""
+        items = Known(self.items, torch.zeros(0)).digest()
+        return {f"init_{self.name}": without_folders(self.file), "init_items": items, "strength": self.strength}
+
+
+def read_start(pipeline, given: argparse.Namespace) -> Start | None:
+    """Read the items that samples are variations of, and check them; None where there are none.
+
+    Raises:
+        ValueError: a file cannot be read or does not fit the pipeline, or the strength is out of its range.
+    """
+    name = "sequence" if isinstance(pipeline, DDPMPipeline1D) else "image"
+    file, other = getattr(given, f"init_{name}"), "init_image" if name == "sequence" else "init_sequence"
+    if getattr(given, other) is not None:
+        raise ValueError(f"--{other} does not apply to a pipeline of {name}s: --init_{name}")
+    if file is None:
+        if given.strength is not None:
+            raise ValueError(f"--strength needs --init_{name}, the items to start from; got {given.strength}")
+        return None
+    if given.known is not None:
+        raise ValueError(f"--known and --init_{name} exclude each other; got {given.known} and {file}")
+    strength = 0.5 if given.strength is None else given.strength
+    check_rules(
+        VARYING_RULES, name=name, strength=strength, num_samples=1, latents=None, scheduler=pipeline.scheduler,
+        kind=type(pipeline.scheduler).__name__,
+    )  # fmt: skip
+    found = _read(pipeline, file, f"--init_{name}")
+    if isinstance(found, list):  # pictures
+        mode = IMAGE_MODES.get(pipeline.unet.config.in_channels, "RGB")
+        found = [ImageOps.fit(picture.convert(mode), pipeline._size()[::-1]) for picture in found]
+    items = pipeline._tensor(found, f"init_{name}")
+    pipeline._encode(items, f"init_{name}")  # checks values and range
+    if tuple(items.shape[2:]) != tuple(pipeline._size()):
+        raise ValueError(
+            f"--init_{name} must have the size of the model's {name}s, {tuple(pipeline._size())}; {file} has "
+            f"{tuple(items.shape[2:])}"
+        )
+    return Start(name, file, items, strength)
+
+
 def _read(pipeline, path: str, option: str):
     """Return the content of a file of items or masks, in a form that `inpaint` takes."""
     if isinstance(pipeline, DDPMPipeline1D):
@@ -224,7 +289,7 @@ def _read(pipeline, path: str, option: str):
     array, channels = _read_array(path, option), pipeline.unet.config.in_channels
     if array.ndim == 4 and array.shape[1] != channels and array.shape[-1] in (1, channels):
         array = array.movedim(-1, 1)
-    eight_bit = array.dtype == torch.uint8 and option == "--known" and not has_own_units(pipeline)
+    eight_bit = array.dtype == torch.uint8 and option != "--mask" and not has_own_units(pipeline)
     return array / 255 if eight_bit else array
 
 

@@ -119,6 +119,9 @@ def test_parts_of_a_stopped_run_are_kept(pipelines, tmp_path, monkeypatch):
         ("sequences", "--eta=2", "eta must be a number from 0 to 1, got 2.0"),
         ("images", "--guidance_rescale=2", "guidance_rescale must be a number from 0 to 1, got 2.0"),
         ("images", "--mask=a.npy", "--known is missing"),
+        ("images", "--strength=0.5", "--strength needs --init_image"),
+        ("images", "--init_sequence=a.npy", "--init_sequence does not apply to a pipeline of images"),
+        ("sequences", "--init_sequence=none.npy", "--init_sequence: the file must be a file on disk, got none.npy"),
         ("sequences", "--known=none.npy", "--known: the file must be a file on disk, got none.npy"),
         ("units", "--format=png", "--format png holds levels of pictures, and this pipeline's images are in units"),
         ("images", "--format=webp", "--format webp has no grey images"),
@@ -238,6 +241,27 @@ def test_the_known_part_of_pictures_is_kept(pipelines, tmp_path, form):
         found = np.asarray(Image.open(tmp_path / "a" / f"{number:06d}.webp"))
         assert np.array_equal(found[hole == 0], colours[number % 2][hole == 0])
         assert not np.array_equal(found, colours[number % 2])
+
+
+def test_given_items_are_varied_in_turn(pipelines, tmp_path, capsys):
+    """Strength 0 gives the items back; between, they are those of a call of the pipeline; pictures are resized."""
+    items = np.linspace(-0.9, 0.9, 16).reshape(2, 1, 8)
+    np.save(tmp_path / "items.npy", items)
+    options = [f"--init_sequence={tmp_path}/items.npy"]
+    assert run(pipelines, "sequences", tmp_path / "same", *options, "--strength=0") == 0
+    assert np.array_equal(np.load(tmp_path / "same" / "samples.npy"), items[[0, 1, 0, 1, 0]])
+    assert run(pipelines, "sequences", tmp_path / "a", *options, "--batch_size=5") == 0
+    pipe = load_pipeline(str(pipelines / "sequences"))
+    call = {"strength": 0.5, "num_inference_steps": 2, "generator": sample_generators(0, range(5))}
+    expected = pipe(sequence=items[[0, 1, 0, 1, 0]], **call).sequences
+    assert np.array_equal(np.load(tmp_path / "a" / "samples.npy"), expected)
+    assert run(pipelines, "sequences", tmp_path / "a", *options, "--batch_size=5", "--strength=0.4") == 2
+    assert run(pipelines, "sequences", tmp_path / "b", *options, "--strength=2") == 2
+    error = capsys.readouterr().err
+    assert "strength: 0.5 there, 0.4 now" in error and "strength must be a number from 0" in error
+    Image.new("RGB", (20, 30), (90, 90, 90)).save(tmp_path / "picture.png")
+    assert run(pipelines, "images", tmp_path / "c", f"--init_image={tmp_path}/picture.png", "--strength=0") == 0
+    assert (images_of(tmp_path / "c") == 90).all()
 
 
 def test_images_in_units_of_the_data(pipelines, tmp_path):
