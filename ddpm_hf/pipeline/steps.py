@@ -45,6 +45,11 @@ class X0Estimate:
                 x0 = (x_t - root_noise * prediction) / root
             else:
                 x0 = root * x_t - root_noise * prediction
+        return self.clip(x0)
+
+    def clip(self, x0: Tensor) -> Tensor:
+        """Return an estimate of x0, clipped or thresholded as the scheduler is configured; same shape."""
+        c = self.config
         if c.get("thresholding"):
             return _threshold(x0, c.get("dynamic_thresholding_ratio", 0.995), c.get("sample_max_value", 1.0))
         if c.get("clip_sample"):
