@@ -1,0 +1,68 @@
+"""The table of growth: its form at tiny sizes, and exponents of known power laws."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import load_program
+
+load_program("benchmarks/benchmark")  # its folder's other files can then be imported
+growth = load_program("benchmarks/growth")
+TINY = {"save": (1, 2, 3), "csv": (1000, 2000, 3000), "step": (64, 128, 256), "step linear": (64, 128, 256),
+        "sampling": (1, 2, 3), "folder": (3, 501, 1002), "scan": (4, 8, 16), "scan again": (4, 8, 16),
+        "autocorrelation": (8, 16, 32), "memorization": (520, 530, 540), "memorization again": (520, 530, 540),
+        "items": (4, 9, 16), "bare": (1, 2, 3)}  # fmt: skip
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 2.5])
+def test_the_exponent_of_a_power_law(power):
+    sizes = [3.0, 10.0, 90.0]
+    assert growth.exponent(sizes, [7e-4 * size**power for size in sizes]) == pytest.approx(power, abs=1e-12)
+    noisy = growth.exponent(sizes, [7e-4 * size**power * factor for size, factor in zip(sizes, (1.1, 0.9, 1.1))])
+    assert noisy == pytest.approx(power, abs=0.1) and math.isnan(growth.exponent(sizes, [0, 1, 2]))
+
+
+def test_time_and_memory_of_a_row_are_measured(monkeypatch):
+    """A run that takes size^2 seconds by the clock and holds `size` megabytes: its exponent is 2, its peak the size."""
+    clock = [0.0]
+
+    def work(size, place):
+        def run():
+            clock[0] += size**2
+            return np.ones(size * 2**20, np.uint8).sum()
+
+        return run
+
+    monkeypatch.setattr(growth, "cpu_seconds", lambda: clock[0])
+    seconds, peaks = zip(*(growth.measure(work, size) for size in (8, 16, 32)))
+    assert growth.exponent([8, 16, 32], seconds) == pytest.approx(2)
+    assert np.array(peaks) / 2**20 == pytest.approx([8, 16, 32], rel=0.3)
+
+
+def test_the_table_and_its_file(tmp_path, monkeypatch, capfd):
+    assert set(TINY) == set(growth.ROWS) - {"trainer"}
+    for name, sizes in TINY.items():
+        monkeypatch.setitem(growth.ROWS, name, growth.ROWS[name]._replace(quick=sizes))
+    monkeypatch.setattr(growth, "ENOUGH", 0)
+    monkeypatch.setitem(growth.ONCE, "import", ("nothing", ["-c", "pass"]))
+    assert growth.main(["--quick", "--only", *TINY, "import", "--output_dir", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "growth.json").read_text())
+    assert [row["what"] for row in content["growth"]] == [growth.ROWS[name].what for name in TINY]
+    for row, (name, sizes) in zip(content["growth"], TINY.items()):
+        assert [row[place] for place in ("small", "middle", "large")] == list(sizes)
+        seconds = [row[f"{place}, s"] for place in ("small", "middle", "large")]
+        assert all(value > 0 for value in seconds) and row["exponent"] == growth.exponent(sizes, seconds)
+        assert ("large, MB" in row) == (name != "bare")
+    assert content["once"][0]["what"] == "nothing" and 0 < content["once"][0]["s"] < 5
+    header = capfd.readouterr().out.splitlines()[0].split("  ")
+    assert [name.strip() for name in header if name][:2] == ["what", "size in"]
+
+
+def test_a_row_that_fails_is_named(monkeypatch, capfd):
+    def broken(size, place):
+        raise ValueError("no")
+
+    monkeypatch.setitem(growth.ROWS, "csv", growth.ROWS["csv"]._replace(prepare=broken))
+    with pytest.raises(RuntimeError, match="the row 'csv' failed at the size 1,000: ValueError: no"):
+        growth.apart("csv", 1000)
