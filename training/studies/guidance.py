@@ -1,13 +1,15 @@
 """The digits demo under guidance: agreement with a classifier, and distance to the data, by scale and interval.
 
-    python training/studies/guidance.py runs/digits/pipeline     # prints the table of docs/classes.md, in minutes
+    python training/studies/guidance.py runs/digits/pipeline                      # the first table of docs/classes.md
+    python training/studies/guidance.py runs/digits/pipeline --calls 8 10 15 25   # the second one
 
-The classifier is a small convolutional network, trained on the items that the demo was trained on. The program first
-prints its accuracy on the items that the demo held out.
+Each takes some minutes. Samples are those of the fast sampler. The classifier is a small convolutional network, trained
+on the items that the demo was trained on. The program first prints its accuracy on the items that the demo held out.
 """
 
-import sys
+import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,8 +27,11 @@ from ddpm_hf.evaluation.settings import EvalSettings
 
 PRESET = Path(__file__).parents[1] / "configs" / "digits.yaml"
 SAMPLES, CALLS = 1000, 12
-SETTINGS = [(scale, (0.0, 1.0)) for scale in (1.0, 1.5, 2.0, 3.0, 5.0)]
-SETTINGS += [(scale, (0.2, 0.8)) for scale in (1.5, 2.0, 3.0, 5.0)]
+WHOLE, MIDDLE = (0.0, 1.0), (0.2, 0.8)
+SETTINGS = [(scale, WHOLE) for scale in (1.0, 1.5, 2.0, 3.0, 5.0)]
+SETTINGS += [(scale, MIDDLE) for scale in (1.5, 2.0, 3.0, 5.0)]
+OF_CALLS = [(scale, WHOLE) for scale in (1.0, 1.5, 2.0, 3.0)]  # the settings whose numbers of calls are compared
+OF_CALLS += [(scale, MIDDLE) for scale in (1.5, 3.0)]
 
 
 def items_and_classes(items, labels) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,9 +56,14 @@ def train_classifier(x: torch.Tensor, y: torch.Tensor, epochs: int = 30) -> nn.M
     return network.eval()
 
 
-def measure(pipeline, feed, classifier: Path, settings=SETTINGS, num_samples: int = SAMPLES) -> list[tuple]:
-    """Return (scale, interval, agreement, FID of pixels) for each scale and interval of guidance."""
-    rows, accelerator = [], Accelerator(cpu=True)
+def measure(
+    pipeline, feed, classifier: Path, settings=SETTINGS, num_samples=SAMPLES, calls=(CALLS,)
+) -> Iterator[tuple]:
+    """Yield (scale, interval, results) for each scale and interval of guidance.
+
+    The results are (agreement, FID of pixels) for each number of calls of the model.
+    """
+    accelerator = Accelerator(cpu=True)
     classes = DataClasses.of(feed.labels, feed.dataset, feed.held_out)
     for scale, interval in settings:
         options = EvalSettings(
@@ -63,13 +73,16 @@ def measure(pipeline, feed, classifier: Path, settings=SETTINGS, num_samples: in
         evaluator = Evaluator(accelerator, feed.dataset, feed.shape, options, classes=classes)
         evaluator.check(pipeline, [scale])
         evaluator.prepare()
-        values = evaluator(pipeline, CALLS, guidance_scale=scale)
-        rows.append((scale, interval, values["class_agreement"], values["fid"]))
-    return rows
+        values = [evaluator(pipeline, number, guidance_scale=scale) for number in calls]
+        yield scale, interval, [(each["class_agreement"], each["fid"]) for each in values]
 
 
-def main(arguments: list[str]) -> None:
-    pipeline = DDPMPipeline.from_pretrained(arguments[0])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", help="Pipeline of the demo of digits.")
+    parser.add_argument("--calls", type=int, nargs="+", default=[CALLS], help="Numbers of calls of the model.")
+    options = parser.parse_args()
+    pipeline = DDPMPipeline.from_pretrained(options.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.use_fast_sampler()
     feed = open_data(TrainConfig(**read_yaml(str(PRESET))))
@@ -81,11 +94,14 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "classifier.pt"
         torch.jit.trace(network, x[:2]).save(str(file))
-        rows = measure(pipeline, feed, file)
-    print("| scale | from | to | agreement | FID of pixels |\n|---|---|---|---|---|")
-    for scale, (low, high), agreement, fid in rows:
-        print(f"| {scale:g} | {low:g} | {high:g} | {agreement:.1%} | {fid:.3f} |")
+        several = len(options.calls) > 1
+        names = [f"{number} calls" for number in options.calls] if several else ["agreement", "FID of pixels"]
+        print(f"| scale | from | to | {' | '.join(names)} |\n" + "|---" * (3 + len(names)) + "|")
+        settings = OF_CALLS if several else SETTINGS
+        for scale, (low, high), results in measure(pipeline, feed, file, settings, calls=options.calls):
+            cells = [(", " if several else " | ").join((f"{share:.1%}", f"{fid:.3f}")) for share, fid in results]
+            print(f"| {scale:g} | {low:g} | {high:g} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
