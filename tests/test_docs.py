@@ -30,8 +30,8 @@ def work(tmp_path, monkeypatch):
     for folder in ("runs/digits/pipeline", "runs/digits-guide/pipeline"):
         digits.save_pretrained(tmp_path / folder)
     averages = {f"{i:05d}": weight.detach().contiguous() for i, weight in enumerate(digits.unet.parameters())}
-    (tmp_path / "runs/digits/checkpoints/step-000500").mkdir(parents=True)
-    save_file(averages, tmp_path / "runs/digits/checkpoints/step-000500/ema.safetensors")
+    (tmp_path / "runs/digits/checkpoints/step-000350").mkdir(parents=True)
+    save_file(averages, tmp_path / "runs/digits/checkpoints/step-000350/ema.safetensors")
     DDPMPipeline1D(UNet1D(16, in_channels=1, **SMALL), scheduler, num_inference_steps=3).save_pretrained(
         tmp_path / "runs/ecg/pipeline"
     )

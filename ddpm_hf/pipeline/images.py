@@ -44,7 +44,7 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
         num_inference_steps: int | None = None,
         log_snr_spacing: bool = False,
         steps_before_fast: int | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict | None = None,  # JSON has texts for keys, of which diffusers would warn on loading
         condition: str | None = None,
         data_shift: Sequence[float] | None = None,
         data_scale: Sequence[float] | None = None,

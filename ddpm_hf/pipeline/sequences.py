@@ -43,7 +43,7 @@ class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline, VaryingPipeline)
         data_scale: Sequence[float] | None = None,
         log_snr_spacing: bool = False,
         steps_before_fast: int | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict | None = None,  # JSON has texts for keys, of which diffusers would warn on loading
         condition: str | None = None,
     ):
         super().__init__()

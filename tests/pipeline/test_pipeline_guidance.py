@@ -170,8 +170,11 @@ def test_guided_calls_are_captured():
     assert tape.events.count("capture") == 2
 
 
-def test_names_and_numbers_of_classes(tmp_path):
-    """Names, numbers and None are one language, also after saving; a list says how many samples there are."""
+def test_names_and_numbers_of_classes(tmp_path, monkeypatch):
+    """Names, numbers and None are one language, also after saving; a list says how many samples there are.
+
+    Loading a pipeline with names does not warn of their types.
+    """
     pipe = mixture(NAMES)
     x = sample(pipe, ["two", 0, None])
     assert x.shape == (3, 1, 2)
@@ -179,11 +182,14 @@ def test_names_and_numbers_of_classes(tmp_path):
     for labels in (torch.tensor([1, 1]), np.array([1, 1])):
         assert torch.equal(sample(pipe, labels), sample(pipe, "one", batch_size=2))
     pipe.save_pretrained(tmp_path)
+    warned = []
+    monkeypatch.setattr(diffusers.pipelines.pipeline_utils.logger, "warning", lambda text, *rest: warned.append(text))
     for again in (DDPMPipeline1D.from_pretrained(tmp_path), DDPMPipeline1D.from_pipe(pipe)):
         again.set_progress_bar_config(disable=True)
         assert again.config.id2label == NAMES
         # loading gives float32
         torch.testing.assert_close(sample(again, ["two", "zero", None]), x, rtol=1e-4, atol=1e-4, check_dtype=False)
+    assert not [text for text in warned if "Expected types" in text]
 
 
 @pytest.mark.parametrize(
