@@ -10,6 +10,7 @@ import os
 import reprlib
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,6 +24,11 @@ from ddpm_hf.rules import TYPE_RULES, declared, default_of, split_optional
 BUNDLED = {"digits": "scikit-learn's handwritten digits", "ecg": "PyWavelets' electrocardiogram"}
 SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
 CONSTANT_LR = ("constant", "constant_with_warmup")
+# Options that say where a run lies, where it comes from and how a process works.
+NOT_CONTINUED = (
+    "output_dir", "resume_from_checkpoint", "dry_run", "num_cpu_threads", "dataloader_num_workers", "cache_gb",
+    "continue_from", "continue_checkpoint", "init_from",
+)  # fmt: skip
 
 
 @dataclass
@@ -55,11 +61,39 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
         return config
 
     def __post_init__(self):
+        if self.continue_from is not None and self.init_from is not None:
+            raise ValueError(
+                f"give one of continue_from and init_from, got {self.continue_from!r} and {self.init_from!r}"
+            )
+        if self.continue_from is not None and self._given:
+            self._inherit()
         self._normalize()
         self._check_each()
         self.prediction_type = PREDICTION_ALIASES.get(self.prediction_type, self.prediction_type)
         self._check_together()
         self.check_scope()
+
+    def _inherit(self) -> None:
+        """Take the options that were not given from the run that this one continues.
+
+        Options of the data are taken if no other data is given; options of this process and of publishing are not.
+        """
+        earlier = in_present_form(options_to_continue(self.continue_from, self.output_dir))
+        headings = [options.PublishingOptions]
+        if self._given.intersection(SOURCES):
+            headings += [options.DataOptions, options.ImageOptions, options.SequenceOptions, options.LoadingOptions]
+        left = {f.name for heading in headings for f in dataclasses.fields(heading)} | set(NOT_CONTINUED) | self._given
+        taken = [f for f in dataclasses.fields(self) if f.name in earlier and f.name not in left]
+        for f in taken:
+            setattr(self, f.name, earlier[f.name])
+        for f in taken:  # what was given may turn off what an option of the earlier run belongs to
+            applies = declared(f).scope
+            if applies is not None and not applies.holds(self):
+                setattr(self, f.name, default_of(f))
+
+    def is_given(self, name: str) -> bool:
+        """Return True if someone asked for something with the option of this name."""
+        return self._is_given(self.__dataclass_fields__[name])
 
     def _normalize(self) -> None:
         """Bring the forms that YAML, older runs and single values have into the form of each option's type."""
@@ -227,6 +261,27 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
             elif changed and not declared(f).changeable:
                 lines.append(f"{name}: {earlier[name]} -> {now}")
         return lines
+
+
+def options_to_continue(source: str, output_dir: str) -> dict[str, Any]:
+    """Return the options of the run that is continued, or those of the run in output_dir if that continues it already.
+
+    Raises:
+        ValueError: there is no such run, or it is the run in output_dir itself.
+    """
+    own, file = Path(output_dir) / "config.yaml", Path(source) / "config.yaml"
+    if Path(source).resolve() == Path(output_dir).resolve():
+        raise ValueError(
+            f"output_dir must be another folder than that of continue_from, which is only read; got {output_dir} for "
+            "both"
+        )
+    if own.is_file() and (found := read_mapping(own)).get("continue_from") == source:
+        return found
+    if not Path(source).is_dir():
+        raise ValueError(f"continue_from must be the folder of a run, but there is no folder {source}")
+    if not file.is_file():
+        raise ValueError(f"continue_from must be the folder of a run, but {source} has no config.yaml")
+    return read_mapping(file)
 
 
 def in_present_form(earlier: dict[str, Any]) -> dict[str, Any]:

@@ -205,6 +205,21 @@ class RunOptions:
         "latest", "Checkpoint to resume from: 'latest' takes the newest one and stops if it is damaged, 'latest-valid' "
         "takes the newest undamaged one.", either("latest", "latest-valid"), changeable=True
     )  # fmt: skip
+    continue_from: str | None = option(
+        None, "Folder of a run to continue in another output_dir: weights, their average, optimizer, step count and "
+        "place in the data are taken from one of its checkpoints, and options that are not given from its config.yaml. "
+        "All options but those of the model may differ. The learning rate's schedule covers the remaining steps; "
+        "max_train_steps is the total.", none="a new run",
+    )  # fmt: skip
+    continue_checkpoint: str = option(
+        "newest", "Checkpoint to continue from: 'newest', 'best' (the one of the best evaluation), or the folder of a "
+        "checkpoint, as step-001000.", applies=scope.CONTINUED,
+    )  # fmt: skip
+    init_from: str | None = option(
+        None, "Pipeline to begin with the weights of (fine-tuning): a folder, a repo on the Hub, or a model-*.pt file "
+        "of denoising-diffusion-pytorch. Its options of the model and of the noise schedule are taken; data, size and "
+        "classes may differ.", none="new weights",
+    )  # fmt: skip
     dry_run: bool = option(
         False, "Print the resolved options, the size of the model and the data found, read every item, list those that "
         "cannot be read, and stop.", changeable=True

@@ -160,3 +160,4 @@ LIKELIHOOD = Scope(
 )  # fmt: skip
 LEARNED_VARIANCE = _with("learned_variance")
 HUB = _with("push_to_hub")
+CONTINUED = _with("continue_from")

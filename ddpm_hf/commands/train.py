@@ -50,14 +50,19 @@ def parse(arguments: list) -> TrainConfig:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", default=None, help="YAML file of options; the command line overrides it.")
-    names_data = any(argument.split("=")[0].lstrip("-").replace("-", "_") in SOURCES for argument in rest)
-    in_file = read_yaml(known.config or DEMO) if known.config or not names_data else {}
+    named = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in rest}
+    names_data = not named.isdisjoint(SOURCES)
+    from_elsewhere = not named.isdisjoint(("continue_from", "init_from"))
+    in_file = read_yaml(known.config or DEMO) if known.config or not (names_data or from_elsewhere) else {}
     parser.set_defaults(**in_file)
     if known.config and names_data:  # a file's source of data gives way to the command line's
         parser.set_defaults(**{source: None for source in SOURCES})
     options = vars(parser.parse_args(arguments))
     del options["config"]
     typed = typed_options(rest)
+    if options["continue_from"] or options["init_from"]:  # options that are not given come from there
+        given = {*typed, *in_file}
+        return TrainConfig(**{name: value for name, value in options.items() if name in given})
     for f in dataclasses.fields(TrainConfig):  # the command line may turn off what an option in the file belongs to
         applies = declared(f).scope
         part_of_typed = f.name in in_file and f.name not in typed and applies and applies.option in typed

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ddpm_hf.config import BUNDLED
 from ddpm_hf.hub.contents import nearby_hint
 from ddpm_hf.pipeline import CARRIED, is_own_card, sign_card
+from ddpm_hf.run.lineage import hub_repo
 from ddpm_hf.run.record import duration
 
 # In a checkout the template lies beside the package, and in an installed package inside it.
@@ -210,6 +211,8 @@ def render(parts: Parts, repo_id: str | None, licence: str | None) -> str:
         "command": training.get("command"),
         "options": yaml.safe_dump(training.get("options", {}), sort_keys=False).strip(),
         "fence": fence,
+        "lineage": _lineage(training.get("lineage")),
+        "changed": (training.get("lineage") or {}).get("changed"),
         "has_curve": (parts.folder / "loss.png").exists(),
         "metrics": [_metric_row(parts, record) for record in parts.evaluation],
         "metrics_note": _metrics_note(parts),
@@ -248,10 +251,32 @@ def _metadata(parts: Parts, title: str, licence: str | None) -> ModelCardData:
     more = {"pipeline_tag": IMAGE_TASK} if parts.is_image else {}
     return ModelCardData(
         library_name="diffusers", license=licence, model_name=title, eval_results=results or None,
-        datasets=[data["hub_id"]] if data.get("hub_id") else None,
+        base_model=_base_model(parts), datasets=[data["hub_id"]] if data.get("hub_id") else None,
         metrics=list(dict.fromkeys(r.metric_type for r in results)) or None,
         tags=["ddpm_hf", "diffusion", task, "safetensors"], **more,
     )  # fmt: skip
+
+
+def _base_model(parts: Parts) -> str | None:
+    """Return the repo that the weights come from, if it is known and its name can be that of one."""
+    name = (parts.training.get("lineage") or {}).get("base_model")
+    return name if isinstance(name, str) and hub_repo(name) else None
+
+
+def _lineage(lineage: dict | None) -> str | None:
+    """Return the sentences about the origin of the weights; None for weights that began as random numbers."""
+    if not lineage:
+        return None
+    source = lineage["source"]
+    if lineage["option"] == "continue_from":
+        text = f"This run continues the run {source} from its step {lineage['step']:,} on."
+    else:
+        text = f"Training began with the weights of {source}."
+    if lineage["base_model"] and lineage["base_model"] != source:
+        text += f" That is a descendant of {lineage['base_model']} on the Hub."
+    if lineage["made_new"]:
+        text += f" Not taken from there: {'; '.join(lineage['made_new'])}."
+    return text
 
 
 def _metric_name(record: dict) -> str:

@@ -207,8 +207,9 @@ def _training_state(run: Path) -> dict[str, Path | bytes]:
         raise ValueError(f"the training state must be that of a run folder with a checkpoint, and {run} is not one")
     options = public_options(read_mapping(run / "config.yaml"))
     files: dict[str, Path | bytes] = {"training_state/config.yaml": yaml.safe_dump(options, sort_keys=False).encode()}
-    if (run / "metrics.jsonl").exists():
-        files["training_state/metrics.jsonl"] = run / "metrics.jsonl"
+    for name in ("metrics.jsonl", "lineage.json"):
+        if (run / name).exists():
+            files[f"training_state/{name}"] = run / name
     if wrong := damage(checkpoints[-1]):
         raise ValueError(f"the checkpoint {checkpoints[-1]} is damaged, so it is not published: {wrong}")
     for name in (*read_json(checkpoints[-1] / CHECKSUMS), CHECKSUMS):
@@ -408,8 +409,9 @@ class Publisher:
         if self.with_state:
             newest = list_checkpoints(self.run / "checkpoints")[-1][1]
             shutil.copytree(newest, place / "checkpoints" / newest.name, symlinks=True, copy_function=link)
-            for name in ("config.yaml", "metrics.jsonl"):  # copies, because metrics.jsonl grows
-                shutil.copy2(self.run / name, place / name)
+            for name in ("config.yaml", "metrics.jsonl", "lineage.json"):  # copies, because metrics.jsonl grows
+                if name != "lineage.json" or (self.run / name).exists():
+                    shutil.copy2(self.run / name, place / name)
 
     def _work(self) -> None:
         """Upload what waits until nothing waits; this is the thread's function."""

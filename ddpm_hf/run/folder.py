@@ -1,17 +1,16 @@
 """The folder of a run: the places of its files, and the checks of it before training writes anything."""
 
 import contextlib
+import dataclasses
+import shlex
 import shutil
 from pathlib import Path
 
-from ddpm_hf.config import TrainConfig, in_present_form
+from ddpm_hf.config import NOT_CONTINUED, TrainConfig, in_present_form
+from ddpm_hf.options import ModelOptions
 from ddpm_hf.reading import is_whole, read_json, read_mapping
 from ddpm_hf.run import checkpoint
-
-# Options that say where the run lies and how this process works.
-OF_THIS_PROCESS = (
-    "output_dir", "resume_from_checkpoint", "dry_run", "num_cpu_threads", "dataloader_num_workers", "cache_gb",
-)  # fmt: skip
+from ddpm_hf.run.lock import HOLDER, LOCK
 
 
 class RunFolder:
@@ -49,20 +48,21 @@ class RunFolder:
             ValueError: the folder holds something else, or cannot be written.
         """
         try:
-            found = self._check(config, kind, given_model)
+            found = self.holds_run(config, kind, given_model)
             self._try_to_write(config.to_yaml())
         except OSError as error:
             raise ValueError(f"output_dir must be a folder that can be written: {error}") from error
         return found
 
-    def _check(self, config: TrainConfig, kind: str, given_model: bool) -> bool:
+    def holds_run(self, config: TrainConfig, kind: str, given_model: bool) -> bool:
+        """Check the folder as `open` does, without writing, and return the same."""
         if self.options.exists():
             differences = config.differences(read_mapping(self.options), kind, given_model)
             if differences:
                 listed = "\n  ".join(differences)
                 raise ValueError(
                     f"output_dir {self} holds a run with other options; choose another output_dir, or the same "
-                    f"options to resume it. They differ in:\n  {listed}"
+                    f"options to resume it. They differ in:\n  {listed}{self._way_on(differences)}"
                 )
             return True
         if self.checkpoints.is_dir():
@@ -73,12 +73,24 @@ class RunFolder:
         if self.path.exists() and (
             not self.path.is_dir()
             # a first start that was killed leaves only these
-            or any(not path.name.endswith(checkpoint.ASIDE) for path in self.path.iterdir())
+            or any(not path.name.endswith((checkpoint.ASIDE, LOCK, HOLDER)) for path in self.path.iterdir())
         ):
             raise ValueError(
                 f"output_dir must be a new or empty folder, or the folder of this run: {self} holds other files"
             )
         return False
+
+    def _way_on(self, differences: list[str]) -> str:
+        """Return a line with the options that go on from this run with other options, if that can be done."""
+        shapes = {f.name for f in dataclasses.fields(ModelOptions)} - {"dropout"}
+        if shapes & {line.split(":")[0] for line in differences}:
+            return ""
+        return f"\nTo go on from this run with other options: {self.continuation()}"
+
+    def continuation(self) -> str:
+        """Return the options, as on a command line, that continue this run in another folder."""
+        other = f"{self.path}-continued"
+        return f"--continue_from {shlex.quote(str(self.path))} --output_dir {shlex.quote(other)}"
 
     def _try_to_write(self, text: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -99,7 +111,7 @@ class RunFolder:
             f"{name}: {earlier[name]} -> {now}"
             for name, now in config.applied(kind, given_model).items()
             if name in earlier and earlier[name] != now
-            and name not in OF_THIS_PROCESS and not name.startswith(("hub_", "push_to_hub"))
+            and name not in NOT_CONTINUED and not name.startswith(("hub_", "push_to_hub"))
         ]  # fmt: skip
 
     def check_space(self, needed: int) -> None:

@@ -22,6 +22,7 @@ import torch
 from ddpm_hf.config import BUNDLED, TrainConfig
 from ddpm_hf.plots import save_loss_plot
 from ddpm_hf.run.checkpoint import ASIDE, MetricsFile
+from ddpm_hf.run.lineage import Lineage
 from ddpm_hf.version import __version__
 
 PLOT_SECONDS = 60  # a plot of the losses that is older is drawn anew at the next save
@@ -123,10 +124,14 @@ class RunRecord:
         data: the facts of its data; see `data_facts`.
         command: the command line that started it, or None.
         options: the options that have an effect, as `TrainConfig.applied` gives them.
+
+    Attributes:
+        lineage: the origin of the run's weights; None for new weights.
     """
 
     def __init__(self, config: TrainConfig, data: dict, command: list[str] | None, options: dict[str, Any]):
         self.config, self.data, self.command, self.options = config, data, command, options
+        self.lineage: Lineage | None = None
         self._before = 0.0
         self._drawn: dict[str, float] = {}  # when the losses were drawn, by the name of the folder
         self._started = time.monotonic()
@@ -171,6 +176,7 @@ class RunRecord:
                 "name": os.fsencode(run.resolve().name).decode(errors="replace"),
                 "steps": step, "seconds": round(self.seconds(), 1), "machine": machine(device),
                 "samples_step": samples_step, "versions": versions(), "data": self.data, **more,
+                **({"lineage": self.lineage.public()} if self.lineage else {}),
                 "command": public_command(self.command) if self.command else None,
                 "options": public_options(self.options),
             }  # fmt: skip

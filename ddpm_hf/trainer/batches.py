@@ -25,7 +25,7 @@ class Batches(Iterator[Batch]):
         acc, progress = run.accelerator, run.progress
         self._resident = self._put_on_device()
         loader = run.feed.loader(
-            progress.step, process=acc.process_index, processes=acc.num_processes, state=progress.stream,
+            progress.place, process=acc.process_index, processes=acc.num_processes, state=progress.stream,
             pin_memory=acc.device.type == "cuda", resident=self._resident,
         )  # fmt: skip
         self._loaded: Iterator[Batch] = iter(loader)

@@ -23,9 +23,14 @@ from ddpm_hf.trainer.optimizer import warmup_warning
 from ddpm_hf.unet import UNet1D, UNet2D
 
 
-def make_scheduler(config: TrainConfig, feed) -> GaussianScheduler:
-    """Build the noise schedule that the options ask for; predictions of x0 are clipped to the range of the data."""
+def make_scheduler(config: TrainConfig, feed, betas: list[float] | None = None) -> GaussianScheduler:
+    """Build the noise schedule that the options ask for; predictions of x0 are clipped to the range of the data.
+
+    Args:
+        betas: the betas in the place of those that the options ask for.
+    """
     return GaussianScheduler(
+        trained_betas=betas,
         num_train_timesteps=config.ddpm_num_steps,
         beta_schedule=config.ddpm_beta_schedule,
         prediction_type=config.prediction_type,
@@ -35,10 +40,14 @@ def make_scheduler(config: TrainConfig, feed) -> GaussianScheduler:
     )
 
 
-def make_model(config: TrainConfig, feed) -> UNet1D | UNet2D:
-    """Build a U-Net for the items and classes of the data, with weights drawn from the global generator."""
+def make_model(config: TrainConfig, feed, more: dict | None = None) -> UNet1D | UNet2D:
+    """Build a U-Net for the items and classes of the data, with weights drawn from the global generator.
+
+    Args:
+        more: arguments of the U-Net that no option has.
+    """
     channels, *size = feed.shape
-    options = config.model_options()
+    options = {**(more or {}), **config.model_options()}
     if feed.class_names is not None:
         options["num_class_embeds"] = len(feed.class_names)
     if config.condition == "known":
@@ -162,9 +171,9 @@ def global_batch_size(config: TrainConfig, feed, processes: int) -> int:
     return total
 
 
-def describe(config: TrainConfig, feed, model) -> str:
+def describe(config: TrainConfig, feed, model, begin: int = 0) -> str:
     """Return the options, the size of the model, the data found, and warnings of options that are hardly intended."""
-    warnings = [warmup_warning(config), first_step_warning(config), precision_warning(config)]
+    warnings = [warmup_warning(config, begin), first_step_warning(config), precision_warning(config)]
     if feed.condition_shape is not None:
         warnings.append("the model is not given the conditions of condition_column, which batches of the data have")
     parameters = sum(p.numel() for p in model.parameters())

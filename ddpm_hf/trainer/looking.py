@@ -65,7 +65,7 @@ class LossWatch:
         loss, grad_norm = np.mean(progress.interval, axis=0).tolist()
         record = {"step": progress.step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate}
         if items is not None:
-            record["epoch"] = progress.step * self.run.global_batch / items
+            record["epoch"] = progress.place * self.run.global_batch / items
         if progress.skipped:
             record["skipped_images"] = progress.skipped
         progress.interval = []

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,6 +23,7 @@ from ddpm_hf.hub.publish import check_token, make_publisher, target_of
 from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.run import checkpoint
 from ddpm_hf.run.folder import RunFolder
+from ddpm_hf.run.lock import RunLock
 from ddpm_hf.run.record import RunRecord, data_facts
 from ddpm_hf.trainer import build, compiling, device, launcher
 from ddpm_hf.trainer.batches import Batches
@@ -30,6 +32,7 @@ from ddpm_hf.trainer.ema import WeightAverage
 from ddpm_hf.trainer.graphs import CudaBackend
 from ddpm_hf.trainer.looking import Looks, LossWatch
 from ddpm_hf.trainer.optimizer import make_optimizer, make_schedule
+from ddpm_hf.trainer.origin import find_origin
 from ddpm_hf.trainer.progress import Progress, Run, TrainingError
 from ddpm_hf.trainer.saving import Saver
 from ddpm_hf.trainer.signals import StopAsked, StopRequest
@@ -108,9 +111,12 @@ class Trainer:
     """One run. `run()` does all of it; the other methods are its parts, in the order in which they happen."""
 
     def __init__(self, config: TrainConfig, dataset=None, model=None, command: list[str] | None = None):
+        self.lock: RunLock | None = None
         check_installed(config.report_to)
         compiling.check_choice(config.compile)
-        self.config = config = device.resolved(config, dataset)
+        self.origin = find_origin(config)
+        self.config = config = device.resolved(self.origin.config, dataset)
+        self.origin.config = config
         self.folder = RunFolder(config.output_dir)
         self.feed = open_data(config, dataset)
         self.given_model = model is not None
@@ -123,16 +129,25 @@ class Trainer:
             facts["content"] = self.feed.fingerprint()["digest"]
         self.record = RunRecord(config, facts, command, self.options)
         torch.manual_seed(derive_seed(config.seed, Stream.WEIGHTS))
-        self.scheduler = build.make_scheduler(config, self.feed)
-        self.model = build.make_model(config, self.feed) if model is None else model
+        lineage = self.origin.lineage
+        self.scheduler = build.make_scheduler(config, self.feed, lineage and lineage.betas)
+        self.model = build.make_model(config, self.feed, lineage and lineage.model) if model is None else model
         build.check_model(config, self.feed, self.model, self.given_model)
-        self.description = build.describe(config, self.feed, self.model)
-        self.progress = Progress()
+        self.origin.fit(self.model, self.feed, self.given_model)
+        self.record.lineage = lineage
+        self.description = build.describe(config, self.feed, self.model, self.origin.begin)
+        self.progress = Progress(order_from=lineage.order_from if lineage else 0)
 
     def run(self) -> TrainResult | None:
         """Train to the last step, from the newest checkpoint on, and return the result; None after a dry run."""
         with device.settings(self.config):
-            return self._dry_run() if self.config.dry_run else self._run()
+            if self.config.dry_run:
+                return self._dry_run()
+            try:
+                return self._run()
+            finally:
+                if self.lock is not None:
+                    self.lock.release()
 
     def _run(self) -> TrainResult:
         self._start()
@@ -141,6 +156,9 @@ class Trainer:
             return self._end_complete_run()
         self._announce()
         self.batches = Batches(self.parts)
+        if self.begins_elsewhere:  # from here on the run does not need its origin
+            with self.parts.writing(OSError, RuntimeError, SafetensorError):
+                self.saver.save_checkpoint()
         with self._bar() as bar, self.stop:
             if self.progress.pending:
                 self._finish_step(save=True, resumed=True)
@@ -165,13 +183,15 @@ class Trainer:
         self._check_determinism(accelerator)
         if self.config.push_to_hub:
             check_token(target_of(self.config))
-        accelerator.print(self.description)
+        self.origin.settle(self.feed, build.global_batch_size(self.config, self.feed, accelerator.num_processes))
+        accelerator.print("\n".join([self.description, *self.origin.lines]))
         self.feed.check_items()
 
     def _start(self) -> None:
         """Start accelerate, and check the options that depend on it."""
         self.accelerator = build.start_accelerator(self.config)
         self.global_batch = build.global_batch_size(self.config, self.feed, self.accelerator.num_processes)
+        self.origin.settle(self.feed, self.global_batch)
         self.evaluator = build.make_evaluator(self.config, self.accelerator, self.feed)
         self._check_determinism(self.accelerator)
 
@@ -192,11 +212,12 @@ class Trainer:
             elif acc.device.type == "cpu":  # on a card a model from Python keeps its own layout
                 self.model.to(memory_format=torch.channels_last)
         optimizer = make_optimizer(self.model, c)
-        self.lr_scheduler = make_schedule(optimizer, c)
+        self.lr_scheduler = make_schedule(optimizer, c, self.origin.begin)
         acc.register_for_checkpointing(self.lr_scheduler)
         self.model, optimizer = acc.prepare(self.model, optimizer)
         self.model.train()  # a model from Python may be in eval mode
         average.start(self.model)
+        self.optimizer = optimizer
         self.parts = Run(
             c, acc, self.folder, self.feed, self.scheduler, self.model, average, self.progress, self.global_batch
         )
@@ -213,11 +234,14 @@ class Trainer:
         """Check the run folder, load its newest checkpoint, and only then write there: an error leaves it as it was."""
         acc = self.accelerator
         with acc.main_process_first():
-            holds_run = self.folder.open(self.config, self.feed.kind, self.given_model)
+            self.folder.open(self.config, self.feed.kind, self.given_model)
+        self._take_lock()
+        # again, because another run may have ended here meanwhile
+        holds_run = self.folder.holds_run(self.config, self.feed.kind, self.given_model)
         acc.wait_for_everyone()
         self._prepare()
-        if holds_run:
-            self.saver.resume()
+        resumed = holds_run and self.saver.resume()
+        self.begins_elsewhere = not resumed and self.origin.give(self.parts, self.optimizer, self.lr_scheduler)
         self.folder.metrics.read()  # its errors come on every process, before anything is written
         self.publisher = make_publisher(self.config, acc, say=tqdm.write)
         if self._is_complete():
@@ -229,7 +253,23 @@ class Trainer:
             with self.parts.writing(OSError):
                 checkpoint.write_text(self.folder.options, self.config.to_yaml())
                 write_scans(self.feed.units, self.folder.path)
+                if self.begins_elsewhere:
+                    self.origin.lineage.write(self.folder.path)
                 self.folder.metrics.rewind(self.progress.step, evaluated="evaluation" not in self.progress.pending)
+
+    def _take_lock(self) -> None:
+        """Lock the run folder in the main process.
+
+        Raises:
+            ValueError: on every process, if another run has the lock.
+        """
+        refusal: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            self.lock = RunLock(self.folder.path)
+            refusal = [self.lock.take()]
+        broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise ValueError(refusal[0])
 
     def _is_complete(self) -> bool:
         return self.progress.step >= self.config.max_train_steps and not self.progress.pending
@@ -255,7 +295,10 @@ class Trainer:
         start_trackers(acc, self.config.report_to, self.folder.path, step)
         if self.evaluator is not None:
             self.evaluator.prepare()
-        acc.print(self.description if step == 0 else f"resuming {self.folder} after step {step}")
+        new = step == 0 or self.begins_elsewhere
+        acc.print(
+            "\n".join([self.description, *self.origin.lines]) if new else f"resuming {self.folder} after step {step}"
+        )
         if (message := launcher.start_warning()) is not None:
             acc.print(f"warning: {message}")
         if self.runner.plan.reason is not None:

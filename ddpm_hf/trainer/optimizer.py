@@ -192,28 +192,33 @@ def make_optimizer(model: nn.Module, config) -> torch.optim.AdamW:
     return optimizer
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config) -> LambdaLR:
+def make_schedule(optimizer: torch.optim.Optimizer, config, begin: int = 0) -> LambdaLR:
     """Build the learning rate schedule of a `TrainConfig`: diffusers' schedule, whose warm-up begins above 0.
 
     Step k of a warm-up of n steps, counted from 1, has k / (n + 1) of the peak, and step n + 1 has the peak. From there
-    on the rates are those of diffusers.
+    on the rates are those of diffusers. The schedule covers the steps after step `begin`, at which a run begins that
+    continues another one.
     """
     c = config
     # Taken one step later, from a schedule that is one step longer, only the warm-up differs.
     later = get_scheduler(
-        c.lr_scheduler, optimizer, num_warmup_steps=c.lr_warmup_steps + 1, num_training_steps=c.max_train_steps + 1
+        c.lr_scheduler,
+        optimizer,
+        num_warmup_steps=c.lr_warmup_steps + 1,
+        num_training_steps=c.max_train_steps - begin + 1,
     )
     return LambdaLR(optimizer, [lambda step, share=share: share(step + 1) for share in later.lr_lambdas])
 
 
-def warmup_warning(config) -> str | None:
+def warmup_warning(config, begin: int = 0) -> str | None:
     """Return a sentence of warning if the warm-up takes more than half of the run; None otherwise."""
-    c = config
-    if c.lr_scheduler == "constant" or 2 * c.lr_warmup_steps <= c.max_train_steps:
+    c, steps = config, config.max_train_steps - begin
+    if c.lr_scheduler == "constant" or 2 * c.lr_warmup_steps <= steps:
         return None
-    share = c.max_train_steps / (c.lr_warmup_steps + 1)
+    share = steps / (c.lr_warmup_steps + 1)
+    named = "the remaining steps," if begin else "max_train_steps"
     reached = f"the learning rate reaches {share:.0%} of its peak" if share < 1 else "few steps have the full rate"
     return (
-        f"lr_warmup_steps {c.lr_warmup_steps} is more than half of max_train_steps {c.max_train_steps}: {reached}; "
+        f"lr_warmup_steps {c.lr_warmup_steps} is more than half of {named} {steps}: {reached}; "
         "give fewer lr_warmup_steps, or more steps"
     )

@@ -21,10 +21,11 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class Progress:
-    """How far a run has come. A checkpoint keeps all of it.
+    """How far a run has come. A checkpoint keeps all of it but `order_from`, which the lineage of the run keeps.
 
     Attributes:
         step: optimizer steps done.
+        order_from: the step at which the order of the data began.
         skipped: images left out so far because they cannot be read.
         interval: (loss, gradient norm) of each step since the last line of metrics.jsonl.
         evaluation: the records of the newest evaluation.
@@ -35,6 +36,7 @@ class Progress:
     """
 
     step: int = 0
+    order_from: int = 0
     skipped: int = 0
     interval: list[list[float]] = field(default_factory=list)
     evaluation: list[dict] = field(default_factory=list)
@@ -42,6 +44,11 @@ class Progress:
     pending: list[str] = field(default_factory=list)
     stream: dict = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def place(self) -> int:
+        """The number of steps that the order of the data has had."""
+        return self.step - self.order_from
 
 
 @dataclass(frozen=True)

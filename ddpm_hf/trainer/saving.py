@@ -95,13 +95,13 @@ class Saver:
         kept = {
             "step": progress.step, "skipped_images": progress.skipped, "interval": progress.interval,
             "evaluation": progress.evaluation, "best": progress.best, "data": feed.fingerprint(),
-            "feed": feed.state(progress.step), "files": feed.files.marks, "global_batch": self.run.global_batch,
+            "feed": feed.state(progress.place), "files": feed.files.marks, "global_batch": self.run.global_batch,
             "draws": DRAWS,
         }  # fmt: skip
         return {**kept, "pending": progress.pending} if progress.pending else kept
 
-    def resume(self) -> None:
-        """Load the newest checkpoint, if there is one: weights, optimizer, average, random states and progress.
+    def resume(self) -> bool:
+        """Load the newest checkpoint: weights, optimizer, average, random states and progress; False if there is none.
 
         Raises:
             ValueError: the checkpoint is damaged or cannot be loaded, or the data or the global batch is another.
@@ -112,8 +112,8 @@ class Saver:
         )
         if newest is None:
             run.folder.check_never_saved()
-            run.accelerator.print(f"{run.folder} has no checkpoint yet: its run begins at step 0")
-            return
+            run.accelerator.print(f"{run.folder} has no checkpoint yet: its run begins at step {run.progress.step}")
+            return False
         kept = checkpoint.read_progress(newest)
         self._check_data(kept)  # first, because a model of other classes cannot load the weights
         try:
@@ -130,12 +130,13 @@ class Saver:
         if kept["feed"] and kept["global_batch"] != run.global_batch:
             raise ValueError(
                 f"streamed data is resumed with the same global batch, {kept['global_batch']}; got {run.global_batch} "
-                "(another number of processes)"
+                "(another number of processes). To go on with another batch: {run.folder.continuation()}"
             )
         progress = run.progress
         progress.step, progress.skipped, progress.interval = kept["step"], kept["skipped_images"], kept["interval"]
         progress.evaluation, progress.best, progress.pending = kept["evaluation"], kept["best"], kept["pending"]
         progress.stream, progress.seconds = kept["feed"], kept["seconds"]
+        return True
 
     def _check_data(self, kept: dict) -> None:
         """Check that the data is that of the checkpoint, and say which of its files were written to since."""
@@ -156,7 +157,8 @@ class Saver:
             if feed.split and "files" not in kept:
                 changed += "; or the run is of ddpm_hf 0.2.0 or earlier, which held out other items of sequences"
             raise ValueError(
-                f"the data is not that of the run in {self.run.folder} ({changed}): choose another output_dir"
+                f"the data is not that of the run in {self.run.folder} ({changed}): choose another output_dir. "
+                f"To go on from this run with other data: {self.run.folder.continuation()}"
             )
         written = feed.files.differing(kept.get("files", feed.files.marks))
         if written:

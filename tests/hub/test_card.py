@@ -266,3 +266,28 @@ def test_paths_are_shortened():
 @pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 s"), (65, "1 min 5 s"), (3600 * 3 + 720, "3 h 12 min")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "option, source, base, says",
+    [
+        ("continue_from", "a", None, "continues the run a from its step 1,200 on"),
+        ("continue_from", "a", "alice/a", "That is a descendant of alice/a on the Hub"),
+        ("init_from", "alice/base", "alice/base", "began with the weights of alice/base"),
+        ("init_from", "pipeline", "not a repo", "began with the weights of pipeline"),
+    ],
+)
+def test_the_origin_of_the_weights_is_on_the_card(runs, option, source, base, says, tmp_path):
+    folder = tmp_path / "p"
+    shutil.copytree(runs / "pictures" / "pipeline", folder)
+    training = json.loads((folder / "training.json").read_text())
+    assert "lineage" not in training and "base_model" not in read(folder)[1]
+    training["lineage"] = {
+        "option": option, "source": source, "step": 1200, "base_model": base, "changed": ["dropout: 0.0 -> 0.1"],
+        "made_new": ["the embeddings of 2 classes, which begin at zero"],
+    }  # fmt: skip
+    (folder / "training.json").write_text(json.dumps(training))
+    text, data = read(folder)
+    part = " ".join(text.split("## Training\n")[1].split("\n## ")[0].split())
+    assert says in part and "- dropout: 0.0 -\\> 0.1" in part and "Not taken from there: the embeddings of 2" in part
+    assert data.get("base_model") == (base if base and "/" in base else None) and validate_card(text) == []

@@ -427,3 +427,22 @@ def test_saves_that_come_faster_than_uploads(tmp_path, monkeypatch):
     assert seen == [("Training step 0", 0.0, None), ("Training step 3", 3.0, None)]
     assert publisher.published_step() == 3 and said == ["published step 0: there", "published step 3: there"]
     assert [path.name for path in tmp_path.iterdir()] == ["published.json"]
+
+
+@pytest.mark.slow
+def test_a_run_from_the_hub_names_its_origin(hub, session, tmp_path):
+    """Fine-tuned from a repo, continued, and fine-tuned from a folder: base_model is the repo, or nothing."""
+    make("images").save_pretrained(tmp_path / "base")
+    hub.put("alice/base", tmp_path / "base")
+    data = ["--dataset_name=digits", "--report_to=none", "--num_samples=4", "--ddpm_num_inference_steps=3",
+            "--num_cpu_threads=1", "--push_to_hub"]  # fmt: skip
+    tuned = ["--init_from=alice/base", "--max_train_steps=2", "--output_dir=tuned", "--hub_model_id=alice/tuned"]
+    more = ["--continue_from=tuned", "--max_train_steps=3", "--output_dir=more", "--hub_model_id=alice/more"]
+    local = [f"--init_from={tmp_path / 'base'}", "--max_train_steps=1", "--output_dir=c", "--hub_model_id=alice/c"]
+    for status, text in session(*[["hf_alice", TRAIN, *data, *options] for options in (tuned, more, local)]):
+        assert status == 0, text
+    cards = {name: hub.files(f"alice/{name}")["README.md"].decode() for name in ("tuned", "more", "c")}
+    assert all(validate_card(card) == [] for card in cards.values())
+    assert "base_model: alice/base" in cards["tuned"] and "base_model: alice/tuned" in cards["more"]
+    assert "continues the run tuned from its step 2 on" in cards["more"]
+    assert "base_model" not in cards["c"] and "weights of base." in cards["c"] and str(tmp_path) not in cards["c"]
