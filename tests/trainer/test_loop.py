@@ -174,7 +174,7 @@ def test_run_folder_and_tensorboard(tmp_path, capsys):
     )  # fmt: skip
     assert "warning" not in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "samples", "checkpoints", "pipeline", "logs"
+        ".lock", "config.yaml", "metrics.jsonl", "samples", "checkpoints", "pipeline", "logs"
     }  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
     records = metrics(tmp_path)
