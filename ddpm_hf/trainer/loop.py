@@ -107,6 +107,7 @@ def _with_range(config: TrainConfig, dataset, data_range: Sequence[float] | None
     return config
 
 
+# This class is longer than 250 lines because the parts of a run stand in the order in which they happen.
 class Trainer:
     """One run. `run()` does all of it; the other methods are its parts, in the order in which they happen."""
 
