@@ -31,7 +31,7 @@ ALWAYS = {
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "use_ema",
     "logging_steps", "report_to", "save_samples_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size",
     "holdout", "eval_steps", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_license",
-    "condition",
+    "condition", "continue_from", "init_from",
     "dataset_name", "train_data_dir", "train_data_file",  # one source of data at most, which has its own check
 }  # fmt: skip
 # The other options: a value that is not the default, and the options that make this one apply.
@@ -59,6 +59,7 @@ VALUES = {
     "eval_likelihood_items": (9, {"eval_steps": 5, "eval_metrics": ["bits_per_dim"]}),
     "eval_likelihood_timesteps": (9, {"eval_steps": 5, "eval_metrics": ["bits_per_dim"]}),
     "vlb_weight": (0.01, {"learned_variance": True}),
+    "continue_checkpoint": ("best", {"continue_from": "runs/a"}),
     "metric_for_best": ("memorization", {"eval_steps": 5}), "feature_network": ("pixels", {"eval_steps": 5}),
     "feature_resolution": (64, {"eval_steps": 5, "feature_network": "net.pt"}),
     "eval_cache_dir": ("cache", {"eval_steps": 5}),
@@ -76,7 +77,7 @@ AGAINST = {
     "muon_learning_rate": {"optimizer": "adamw"}, "shuffle_buffer": {"streaming": False},
     "class_dropout_prob": {"class_labels": None}, "mask_strategy": {"condition": None},
     **{name: {"eval_steps": 0} for name in VALUES if name.startswith("eval_") or name == "metric_for_best"},
-    "vlb_weight": {"learned_variance": False},
+    "vlb_weight": {"learned_variance": False}, "continue_checkpoint": {"continue_from": None},
     "feature_network": {"eval_steps": 5, "eval_metrics": ["memorization"]},
     "eval_num_neighbours": {"eval_steps": 5, "eval_metrics": ["memorization"]},
     "eval_cache_dir": {"eval_steps": 5, "eval_metrics": ["memorization"]},
@@ -122,6 +123,12 @@ for kind in set(HAS) - {"ecg"}:
 
 for kind in ("image table", "sequence table", "sequence file", "array", "given images", "given sequences"):
     HAS[kind] = HAS[kind] | {"condition_column"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_inherit(monkeypatch):
+    """A run that is continued has no options of its own."""
+    monkeypatch.setattr("ddpm_hf.config.options_to_continue", lambda source, output_dir: {})
 
 
 def test_every_option_is_in_the_matrix():

@@ -271,10 +271,6 @@ class Initialised(Origin):
             name: value for name, value in own.items()
             if not name.startswith("_") and name not in values and name not in DECIDED and value is not None
         }  # fmt: skip
-        if own.get("learned_variance") and "learned_variance" not in values:
-            raise ValueError(
-                "init_from must be a pipeline without learned_variance, which is not trained; got one with it"
-            )
         return _with(config, values)
 
     def fit(self, model: nn.Module, feed: StoredFeed | StreamedFeed, given_model: bool) -> None:
