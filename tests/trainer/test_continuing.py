@@ -80,6 +80,7 @@ def test_six_steps_and_six_more_are_twelve(source, tmp_path, monkeypatch, capsys
     assert all(torch.equal(left[k][n], right[k][n]) for k in left for n in left[k])
 
 
+@pytest.mark.slow
 def test_other_rate_batch_and_optimizer(source, tmp_path, capsys):
     """The first checkpoint of the new run has the source's weights, average and moments; the rate covers the rest."""
     options = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "learning_rate": 1e-3, "checkpoints_total_limit": 0}
