@@ -178,7 +178,9 @@ class CompletingPipeline(SamplingPipeline):
         data, unknown = (x.repeat_interleave(num_samples, dim=0) for x in (data, unknown))
         options = step_options(self.scheduler, generator, eta)
         self._set_timesteps(num_inference_steps, None)
-        x = self._complete(data, unknown, generator, options, guidance, jump_length, jump_n_sample)
+        x = self._complete(
+            self._encode(data, "known"), unknown, generator, options, guidance, jump_length, jump_n_sample
+        )
         self.maybe_free_model_hooks()
         samples = self._decode(x, "pt")
         dtype = torch.promote_types(samples.dtype, data.dtype)
@@ -187,14 +189,17 @@ class CompletingPipeline(SamplingPipeline):
             self._in_form(torch.where(unknown, samples.to(dtype), data), output_type), None, return_dict
         )
 
-    def _read_known(self, known, mask) -> tuple[Tensor, Tensor]:
-        """Return the data in its own units, with 0 where it is unknown, and bools that say where; `(B, C, ...)`."""
+    def _check_completion(self) -> None:
         if not self.config.get("condition") and not is_own_scheduler(self.scheduler):
             raise ValueError(
                 "a model that was not trained to complete is sampled by RePaint, whose jumps need GaussianScheduler: "
                 "set pipe.scheduler = GaussianScheduler.from_config(pipe.scheduler.config); got "
                 f"{type(self.scheduler).__name__}"
             )
+
+    def _read_known(self, known, mask) -> tuple[Tensor, Tensor]:
+        """Return the data in its own units, with 0 where it is unknown, and bools that say where; `(B, C, ...)`."""
+        self._check_completion()
         data = self._tensor(known, "known").cpu()
         if self._output_types[0] == "pil" and not hasattr(known, "dtype"):
             data = data.float()  # PIL images, of 8 bits
@@ -210,16 +215,18 @@ class CompletingPipeline(SamplingPipeline):
             raise ValueError(f"known must be finite where it is known, got {data.min():.4g} to {data.max():.4g}")
         return data, unknown
 
-    def _complete(self, data, unknown, generator, options, guidance, jump_length, jump_n_sample) -> Tensor:
-        """Return samples in the model's units for data in its own units, `(B, C, *spatial)`."""
-        x0 = self._encode(data, "known")
+    def _complete(self, x0, unknown, generator, options, guidance, jump_length, jump_n_sample, windows=None) -> Tensor:
+        """Return samples in the model's units for x0, `(B, C, *spatial)`, which may be anything where it is unknown."""
         unknown = unknown.to(x0.device)
         x = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         x = x * self.scheduler.init_noise_sigma
         if self.config.get("condition"):
             condition = torch.cat((x0.masked_fill(unknown, 0), (~unknown).to(x0.dtype)), dim=1)
-            return self._denoise(x, self.scheduler.timesteps, options, guidance=guidance, condition=condition)
+            return self._denoise(
+                x, self.scheduler.timesteps, options, guidance=guidance, condition=condition, windows=windows
+            )
         repaint = Repaint(self.scheduler, x0, unknown, jump_length, jump_n_sample, generator)
         return self._denoise(
-            x, repaint.timesteps, options, callback=repaint, callback_inputs=("latents",), guidance=guidance
-        )
+            x, repaint.timesteps, options, callback=repaint, callback_inputs=("latents",), guidance=guidance,
+            windows=windows,
+        )  # fmt: skip

@@ -3,6 +3,7 @@
 In what a model is given, the number `num_class_embeds` stands for "no class".
 """
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from ddpm_hf.pipeline.rules import GUIDANCE_RULES, ClassLabels, check_rules, is_whole
 from ddpm_hf.pipeline.schedulers import Trained, training_of
 from ddpm_hf.pipeline.steps import weights_move
+from ddpm_hf.pipeline.windows import Windows, over_windows
 
 
 def class_names(id2label: dict | None, classes: int | None) -> dict[int, str] | None:
@@ -89,6 +91,12 @@ class Guidance:
                     self.scale = 1  # without a class, both predictions are the same
                 twice = numbers + [classes] * len(numbers)
                 self.labels_twice = torch.tensor(twice, dtype=torch.int64, device=device)
+
+    def over(self, windows: Windows) -> "Guidance":
+        """Return this guidance for items in windows, in which its guide predicts too."""
+        other = copy.copy(self)
+        other.guide = None if self.guide is None else over_windows(self.guide, windows)
+        return other
 
     def __call__(
         self, model: Callable[..., Tensor], x: Tensor, t: Tensor, level: float, channels: int, **optional: Tensor | None

@@ -36,6 +36,7 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
 
     model_cpu_offload_seq = "unet"
     _output_types = ("pil", "np", "pt")
+    _size_names = "height and width"
 
     def __init__(
         self,
@@ -86,6 +87,10 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
         image=None,
         strength: float | None = None,
         num_samples: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        method: str | None = None,
+        overlap: int | None = None,
     ) -> ImageOutput | tuple:
         """Sample images.
 
@@ -121,6 +126,11 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
             strength: share of the chain that is run on noised images, from 0 (they come back as they are) to 1 (noise
                 alone: ordinary sampling); None: 0.5. It needs `image`.
             num_samples: number of variations of each image, those of the first one first.
+            height, width: size of the images; None: as trained. Larger ones are sampled by `method`.
+            method: "single": one call of the model for the whole image in each step; "joint": windows of the trained
+                size that are denoised together, whose predictions are averaged where they overlap (MultiDiffusion,
+                Bar-Tal et al., arXiv:2302.08113). None: "single" up to twice the trained size, "joint" beyond.
+            overlap: number of pixels that neighbouring windows share; None: half of the trained size.
 
         Raises:
             ValueError: a value is outside its range, a shape is wrong, the guide is a model of other data, the
@@ -130,7 +140,17 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
             "image", image, strength, num_samples, batch_size, num_inference_steps, generator, latents, eta,
             output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs, return_all_timesteps,
             timesteps, class_labels, guidance_scale, guidance_rescale, guidance_interval, guide,
+            size=self._size_of(height, width), method=method, overlap=overlap,
         )  # fmt: skip
+
+    def _size_of(self, height: int | None, width: int | None) -> tuple | None:
+        """Return the size that a call asks for; None: as trained."""
+        if height is None and width is None:
+            return None
+        if None in (height, width):
+            trained = self._size()
+            height, width = (own if n is None else n for n, own in zip((height, width), trained))
+        return height, width
 
     def _size(self) -> tuple:
         size = self.unet.config.sample_size

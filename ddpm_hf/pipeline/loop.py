@@ -25,6 +25,7 @@ from ddpm_hf.pipeline.schedulers import (
     takes_variance,
 )
 from ddpm_hf.pipeline.steps import X0Estimate, use_channels_last, without_known
+from ddpm_hf.pipeline.windows import Windows, choose_windows, over_windows
 
 
 class SamplingPipeline(SavedWithCode):
@@ -39,6 +40,8 @@ class SamplingPipeline(SavedWithCode):
 
     max_batch_size: int | None = None
     _output_types: tuple
+    _size_names: str  # of the arguments that say the size of larger samples
+    _methods: tuple = ("single", "joint")
     _callback_tensor_inputs = ["latents"]
     _interrupt = False
     _graphs: GraphedModel | None = None
@@ -167,7 +170,7 @@ class SamplingPipeline(SavedWithCode):
     @torch.no_grad()
     def _denoise(
         self, x: Tensor, timesteps, options: dict, trajectory: list | None = None, callback=None, callback_inputs=(),
-        guidance: Guidance | None = None, condition: Tensor | None = None,
+        guidance: Guidance | None = None, condition: Tensor | None = None, windows: Windows | None = None,
     ) -> Tensor:  # fmt: skip
         """Run the chain from x_T to x_0. Nothing is read back from the device.
 
@@ -178,11 +181,14 @@ class SamplingPipeline(SavedWithCode):
             trajectory: a list to which the x of each step is appended; None: they are not kept.
             guidance: the predictions of a model with classes, or with a guide; None: those of the model as they are.
             condition: known values and where they are, for a model that takes them; None: nothing is known.
+            windows: those in which the model predicts, of a larger x; None: it predicts for all of x at once.
         """
         self_condition = self.unet.config.get("self_condition", False)
         estimate_x0 = X0Estimate(self.scheduler) if self_condition else None
         channels = 2 * x.shape[1] if takes_variance(self.scheduler) else x.shape[1]
         model = self._model_to_call(x.device)
+        if windows is not None:
+            model, guidance = over_windows(model, windows), guidance and guidance.over(windows)
         timesteps_for_model = timesteps.to(x.device)  # one copy for all steps
         last = max(self.scheduler.config.num_train_timesteps - 1, 1)
         constant = {} if condition is None else {"condition": condition}
@@ -218,33 +224,40 @@ class SamplingPipeline(SavedWithCode):
     def _generate(
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict,
         callback_on_step_end, callback_inputs, return_all_timesteps, timesteps, class_labels, *guidance,
+        size=None, method=None, overlap=None,
     ):  # fmt: skip
         """Sample, as the calls of the subclasses say; `guidance` is its scale, rescaling, interval and guide."""
+        windows = self._windows(size, method, overlap)
         class_labels = as_list(class_labels)
         if isinstance(class_labels, (list, tuple)) and batch_size == 1:
             batch_size = len(class_labels)
-        check_call(self, batch_size, generator, output_type, latents, callback_on_step_end, callback_inputs)
+        check_call(self, batch_size, generator, output_type, latents, callback_on_step_end, callback_inputs, size)
         callback_inputs = [callback_inputs] if isinstance(callback_inputs, str) else callback_inputs
         guidance = make_guidance(self, batch_size, class_labels, *guidance)
         self._set_timesteps(num_inference_steps, timesteps)
         options = step_options(self.scheduler, generator, eta)
         device, dtype = self._execution_device, self.unet.dtype
         if latents is None:
-            shape = (batch_size, self._channels(), *self._size())
+            shape = (batch_size, self._channels(), *(size or self._size()))
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         x = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
         return self._run(
             x, self.scheduler.timesteps, options, guidance, output_type, return_dict, callback_on_step_end,
-            callback_inputs, return_all_timesteps,
+            callback_inputs, return_all_timesteps, windows,
         )  # fmt: skip
+
+    def _windows(self, size: tuple | None, method: str | None, overlap: int | None) -> Windows | None:
+        """Return the windows for samples of a size, checked; None for one call of the model."""
+        trained = None if self.unet.config.sample_size is None else self._size()
+        return choose_windows(self._size_names, size, trained, method, overlap, self._methods)
 
     def _run(
         self, x: Tensor, chain, options: dict, guidance: Guidance | None, output_type: str, return_dict: bool, callback,
-        callback_inputs, return_all_timesteps: bool,
+        callback_inputs, return_all_timesteps: bool, windows: Windows | None = None,
     ):  # fmt: skip
         """Run the chain from x, and return its samples as a call does; the arguments are those of `_denoise`."""
         trajectory = [x] if return_all_timesteps else None
-        x = self._denoise(x, chain, options, trajectory, callback, callback_inputs, guidance)
+        x = self._denoise(x, chain, options, trajectory, callback, callback_inputs, guidance, windows=windows)
         self.maybe_free_model_hooks()
         samples = self._decode(x, output_type)
         if trajectory is not None:

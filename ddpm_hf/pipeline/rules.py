@@ -121,17 +121,18 @@ INTERPOLATION_RULES = (
 
 
 def check_call(
-    pipeline, batch_size, generator, output_type, latents=None, callback=None, callback_inputs=("latents",)
+    pipeline, batch_size, generator, output_type, latents=None, callback=None, callback_inputs=("latents",), size=None
 ) -> None:
-    """Raise ValueError for arguments of a call that break one of `CALL_RULES`."""
+    """Raise ValueError for arguments of a call that break one of `CALL_RULES`; `size` None: as trained."""
     generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
     got, shape = type(latents).__name__, None
     if isinstance(latents, Tensor):
         got = tuple(latents.shape)
     if latents is not None:
         # a model without a size of its own takes any
-        free = pipeline.unet.config.sample_size is None and isinstance(latents, Tensor)
-        shape = (batch_size, pipeline._channels(), *(latents.shape[2:] if free else pipeline._size()))
+        free = size is None and pipeline.unet.config.sample_size is None and isinstance(latents, Tensor)
+        size = latents.shape[2:] if free else size or pipeline._size()
+        shape = (batch_size, pipeline._channels(), *size)
     check_rules(
         CALL_RULES, batch_size=batch_size, output_type=output_type, output_types=pipeline._output_types,
         allowed_output_types=", ".join(pipeline._output_types), generator=generator, generators=generators,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ddpm_hf.pipeline.completing import CompletingPipeline
+from ddpm_hf.pipeline.continuing import ContinuingPipeline
 from ddpm_hf.pipeline.guidance import class_names, number_of_classes
 from ddpm_hf.pipeline.interpolating import InterpolatingPipeline
 from ddpm_hf.pipeline.outputs import SequenceOutput
@@ -14,7 +14,7 @@ from ddpm_hf.pipeline.units import checked_units, from_units, to_units
 from ddpm_hf.pipeline.varying import VaryingPipeline
 
 
-class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
+class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, VaryingPipeline):
     """Unconditional generation of sequences, in the units of the data that the model was trained on.
 
     Args:
@@ -33,6 +33,7 @@ class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline, VaryingPipeline)
 
     model_cpu_offload_seq = "unet"
     _output_types = ("np", "pt")
+    _size_names = "length"
 
     def __init__(
         self,
@@ -82,11 +83,22 @@ class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline, VaryingPipeline)
         sequence=None,
         strength: float | None = None,
         num_samples: int = 1,
+        length: int | None = None,
+        method: str | None = None,
+        overlap: int | None = None,
     ) -> SequenceOutput | tuple:
         """Sample sequences.
 
         The arguments are those of a call of `DDPMPipeline`, but `latents` is `(B, C, length)`, `output_type` is
         "np" or "pt", and the items to start from are called `sequence`, `(B, C, length)` in the units of the data.
+
+        Args:
+            length: length of the sequences; None: as trained. Longer ones are sampled by `method`.
+            method: "single": one call of the model for the whole length in each step; "joint": windows of the trained
+                length that are denoised together, whose predictions are averaged where they overlap (MultiDiffusion,
+                Bar-Tal et al., arXiv:2302.08113); "sequential": windows of which each goes on from the one before, as
+                in `stream`. None: "single" up to twice the trained length, "joint" beyond.
+            overlap: number of values that neighbouring windows share; None: half of the trained length.
 
         Returns:
             A `SequenceOutput`, or with return_dict=False a tuple.
@@ -98,6 +110,7 @@ class DDPMPipeline1D(InterpolatingPipeline, CompletingPipeline, VaryingPipeline)
             "sequence", sequence, strength, num_samples, batch_size, num_inference_steps, generator, latents, eta,
             output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs, return_all_timesteps,
             timesteps, class_labels, guidance_scale, guidance_rescale, guidance_interval, guide,
+            size=None if length is None else (length,), method=method, overlap=overlap,
         )  # fmt: skip
 
     def _size(self) -> tuple:

@@ -70,13 +70,18 @@ def read_items(pipeline, items, name: str) -> tuple[Tensor, Tensor]:
 class VaryingPipeline(SamplingPipeline):
     """A pipeline whose call can start from given items."""
 
-    def _vary_or_generate(self, name: str, items, strength, num_samples: int, batch_size: int, *arguments):
-        """Sample from noise, or from given items where there are some; `arguments` are those of `_generate`."""
+    def _vary_or_generate(self, name: str, items, strength, num_samples: int, batch_size: int, *arguments, **larger):
+        """Sample from noise, or from given items where there are some; the other arguments are those of `_generate`."""
         if items is None:
             if strength is not None or num_samples != 1:
                 given = f"strength={strength!r}" if strength is not None else f"num_samples={num_samples!r}"
                 raise ValueError(f"{given} needs {name}, the items to start from")
-            return self._generate(batch_size, *arguments)
+            return self._generate(batch_size, *arguments, **larger)
+        if any(value is not None for value in larger.values()):
+            raise ValueError(
+                f"{self._size_names}, method and overlap are of samples from noise, and {name} has a size of its own; "
+                f"got {larger}"
+            )
         return self._vary(name, items, 0.5 if strength is None else strength, num_samples, batch_size, *arguments)
 
     @torch.no_grad()

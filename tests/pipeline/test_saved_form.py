@@ -31,9 +31,12 @@ out = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output_type
 options = {"guide": pipe.unet, "guidance_scale": 2.0, "jump_length": 1, "jump_n_sample": 2, "output_type": "np"}
 half = np.arange(out.shape[2]) > 5 if out.ndim == 3 else np.eye(8)
 completed = pipe.inpaint(out, half, generator=torch.Generator().manual_seed(1), return_dict=False, **options)[0]
+size = {"length": 40} if out.ndim == 3 else {"height": 20}
+larger = pipe(2, 2, torch.Generator().manual_seed(2), output_type="np", return_dict=False, **size)[0]
+assert out.ndim == 4 or next(pipe.stream(num_inference_steps=1)).shape == pipe.extend(out[:1, :, :5], 16).sequences.shape
 assert pipe.use_cuda_graphs() is pipe
 assert all(w.movedim(1, -1).is_contiguous() for w in pipe.unet.parameters() if w.ndim > 2)
-print(*(hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in (out, completed)))
+print(*(hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in (out, completed, larger)))
 pipe.save_pretrained(again)
 """
 
@@ -91,7 +94,7 @@ def test_other_models_and_offloaded_weights_keep_their_layout():
 def test_the_same_samples_in_every_way(kind, stock, tmp_path):
     """Ours, and diffusers' classes in fresh processes without the package; saved from there, and loaded again.
 
-    Samples of a call, and completions, guided by the model itself.
+    Samples of a call, completions, guided by the model itself, and larger samples.
     """
     pipe = make(kind)
     pipe.save_pretrained(tmp_path / "saved")
@@ -103,13 +106,15 @@ def test_the_same_samples_in_every_way(kind, stock, tmp_path):
     options = {"guide": ours.unet, "guidance_scale": 2.0, "jump_length": 1, "jump_n_sample": 2, "output_type": "np"}
     generator = torch.Generator().manual_seed(1)
     completed = ours.inpaint(samples, half, generator=generator, return_dict=False, **options)[0]
+    size = {"length": 40} if kind == "sequences" else {"height": 20}
+    larger = ours(2, 2, torch.Generator().manual_seed(2), output_type="np", return_dict=False, **size)[0]
     env = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     printed = []
     for name, source, target in (("DiffusionPipeline", "saved", "again"), (stock, "again", "third")):
         done = run_program("-c", STOCK, name, tmp_path / source, tmp_path / target, cwd=tmp_path, **env)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.strip())
-    digests = (hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in (samples, completed))
+    digests = (hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in (samples, completed, larger))
     assert printed == [" ".join(digests)] * 2
     ours.save_pretrained(tmp_path / "ours again")
     for copy in ("again", "third", "ours again"):

@@ -1,0 +1,142 @@
+"""The figures and the picture of docs/long.md: long electrocardiograms by each method, and how they fit at their seams.
+
+    python training/train.py --config training/configs/ecg.yaml
+    python training/studies/long.py        # runs/long/: table.md, long.png and the series, in some minutes
+
+A seam is where a window begins or ends. "Beside each other" are samples of the trained length without any overlap.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from pywt.data import ecg
+from scipy.signal import welch
+
+from ddpm_hf import DDPMPipeline1D
+from ddpm_hf.pipeline import windows
+
+WINDOWS, SERIES, STEPS = 20, 4, 50
+HIGH = 120  # a beat is where the electrocardiogram rises past it
+LAGS = 200
+
+
+def starts(length: int, window: int, overlap: int) -> list[int]:
+    """Return the seams: where windows begin and end, inside of the series."""
+    begin = windows.window_starts(length, window, overlap)
+    return sorted({*begin, *(place + window for place in begin)} - {0, length})
+
+
+def autocorrelation(x: np.ndarray) -> np.ndarray:
+    x = x - x.mean()
+    return np.array([(x[:, : x.shape[1] - lag] * x[:, lag:]).mean() for lag in range(1, LAGS)]) / (x * x).mean()
+
+
+def intervals(x: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return beats per 1,000 values, and the distances of neighbouring beats."""
+    beats = [np.flatnonzero((row[1:] >= HIGH) & (row[:-1] < HIGH)) for row in x]
+    return 1000 * sum(map(len, beats)) / x.size, np.concatenate([np.diff(each) for each in beats])
+
+
+def measure(x: np.ndarray, real: np.ndarray, seams: list[int]) -> list[str]:
+    """Return the cells of a row of the table for series (N, length)."""
+    jumps = abs(np.diff(x, axis=1))
+    at = np.zeros(jumps.shape[1], bool)
+    at[[place - 1 for place in seams]] = True
+    spectra = [10 * np.log10(welch(each, nperseg=256)[1].mean(0)) for each in (x, real)]
+    rate, distances = intervals(x)
+    cells = [f"{x.std():.1f}"]
+    for part in (jumps[:, at], jumps[:, ~at]):
+        cells.append("" if not part.size else f"{np.median(part):.1f}, {np.quantile(part, 0.95):.0f}, {part.max():.0f}")
+    cells.append(f"{np.sqrt(np.mean((spectra[0] - spectra[1])[1:] ** 2)):.1f}")
+    cells.append(f"{np.sqrt(np.mean((autocorrelation(x) - autocorrelation(real)) ** 2)):.3f}")
+    cells.append(f"{rate:.2f}")
+    cells.append(
+        ", ".join(f"{value:.0f}" for value in np.quantile(distances, (0.1, 0.5, 0.9))) if len(distances) else ""
+    )
+    return cells
+
+
+def equal_weights(size, window, overlap) -> windows.Windows:
+    """Return windows whose values all have the same weight."""
+    covered = cover(size, window, overlap)
+    weights, total = torch.ones_like(covered.weights), torch.zeros_like(covered.total)
+    for place in covered.places:
+        total[place] += weights
+    return windows.Windows(covered.places, weights, total)
+
+
+cover = windows.cover
+
+
+def draw(pipe, name: str, length: int) -> tuple[np.ndarray, list[int]]:
+    """Return series (N, length) by the method of a row, and their seams."""
+    window = pipe.unet.config.sample_size
+    shared = {"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(0)}
+    kind, *numbers = name.split(", ")
+    number = int(re.search(r"[0-9]+", name)[0]) if numbers else 0
+    if kind == "beside each other":
+        x = pipe(SERIES * WINDOWS, **shared).sequences.reshape(SERIES, -1)
+        return x, list(range(window, length, window))
+    if kind == "one call":
+        return pipe(SERIES * WINDOWS // number, length=number * window, method="single", **shared).sequences[:, 0], []
+    method = "sequential" if kind == "sequential" else "joint"
+    weights = equal_weights if kind == "joint with equal weights" else cover
+    with mock.patch.object(windows, "cover", weights):
+        x = pipe(SERIES, length=length, method=method, overlap=number, **shared).sequences[:, 0]
+    ends = starts(length, window, number)
+    return x, ends if method == "joint" else [window + i * (window - number) for i in range(len(ends)) if
+                                              window + i * (window - number) < length]  # fmt: skip
+
+
+def picture(real, series: dict, seams: dict, file: Path) -> None:
+    """Draw the data, and the beginning of one series of each method with marks at the seams."""
+    figure = Figure(figsize=(9, 1.5 * (len(series) + 1)), layout="constrained")
+    axes = figure.subplots(len(series) + 1, 1, sharex=True, sharey=True)
+    for ax, (name, x) in zip(axes, {"data": real, **series}.items()):
+        ax.plot(x[0][:3000], color="black" if name == "data" else "C0", linewidth=0.7)
+        for place in seams.get(name, []):
+            if place < 3000:
+                ax.axvline(place, color="C3", alpha=0.3, linewidth=0.7)
+        ax.set_title(name, fontsize=9)
+        ax.tick_params(labelsize=7)
+    figure.savefig(file, dpi=100)
+
+
+ROWS = ("beside each other", "one call, 1 times", "one call, 2 times", "one call, 4 times", "one call, 20 times",
+        "joint with equal weights, overlap 128", "joint, overlap 64", "joint, overlap 128",
+        "sequential, overlap 128")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", default="runs/ecg/pipeline", help="Pipeline of the electrocardiogram.")
+    parser.add_argument("--output_dir", default="runs/long", help="Folder for the table, the picture and the series.")
+    options = parser.parse_args()
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe = DDPMPipeline1D.from_pretrained(options.pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    real = np.asarray(ecg(), np.float64)[None]
+    length = WINDOWS * pipe.unet.config.sample_size
+    head = "| series | deviation | jumps at seams | other jumps | spectrum, dB | autocorrelation | beats | intervals |"
+    lines = [head,
+             "|" + "---|" * 8, "| data | " + " | ".join(measure(real, real, [])) + " |"]  # fmt: skip
+    series, seams = {}, {}
+    for name in ROWS:
+        x, places = draw(pipe, name, length)
+        np.save(folder / f"{name.replace(', ', '-').replace(' ', '_')}.npy", x)
+        lines.append(f"| {name} | " + " | ".join(measure(x, real, places)) + " |")
+        print(lines[-1], flush=True)
+        (folder / "table.md").write_text("\n".join(lines) + "\n")
+        if name in ("beside each other", "joint with equal weights, overlap 128", "joint, overlap 128", ROWS[-1]):
+            series[name], seams[name] = x, places
+        picture(real, series, seams, folder / "long.png")
+
+
+if __name__ == "__main__":
+    main()
