@@ -33,7 +33,8 @@ half = np.arange(out.shape[2]) > 5 if out.ndim == 3 else np.eye(8)
 completed = pipe.inpaint(out, half, generator=torch.Generator().manual_seed(1), return_dict=False, **options)[0]
 size = {"length": 40} if out.ndim == 3 else {"height": 20}
 larger = pipe(2, 2, torch.Generator().manual_seed(2), output_type="np", return_dict=False, **size)[0]
-assert out.ndim == 4 or next(pipe.stream(num_inference_steps=1)).shape == pipe.extend(out[:1, :, :5], 16).sequences.shape
+if out.ndim == 3:
+    assert next(pipe.stream(num_inference_steps=1)).shape == pipe.extend(out[:1, :, :5], 16).sequences.shape
 assert pipe.use_cuda_graphs() is pipe
 assert all(w.movedim(1, -1).is_contiguous() for w in pipe.unet.parameters() if w.ndim > 2)
 print(*(hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in (out, completed, larger)))
