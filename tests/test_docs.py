@@ -15,6 +15,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 import ddpm_hf
 import ddpm_hf.trainer.loop as trainer
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D
+from ddpm_hf.arguments import SuggestingParser
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 1, "attn_dim_head": 4}
@@ -66,9 +67,19 @@ def commands(page):
                 yield line
 
 
+class Accepted(BaseException):
+    """The options of a command were accepted."""
+
+
+def parse_and_stop(parser, arguments=None, namespace=None, parse=SuggestingParser.parse_args):
+    """Parse the options of a program, and end it."""
+    parse(parser, arguments, namespace)
+    raise Accepted
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_the_pages_are_accepted(page, monkeypatch):
-    """Each program exists, and training accepts the options of each command."""
+    """Each program exists and accepts the options of each command."""
     monkeypatch.chdir(ROOT)
     for command in commands(page):
         command = command.split("&&")[-1]
@@ -76,12 +87,15 @@ def test_commands_of_the_pages_are_accepted(page, monkeypatch):
         place = next((i for i, word in enumerate(words) if re.fullmatch(r"training/\S+\.py", word)), None)
         if place is None:
             continue
-        assert (ROOT / words[place]).is_file(), command
+        program = ROOT / words[place]
+        assert program.is_file(), command
+        arguments = [word for word in words[place + 1 :] if word != "..."]
         if words[place] == "training/train.py":
-            arguments = [word for word in words[place + 1 :] if word != "..."]
-            if "my.yaml" in arguments:
-                arguments = []
-            load_program("train").parse(arguments)
+            load_program("train").parse([] if "my.yaml" in arguments else arguments)
+        elif (ROOT / "ddpm_hf" / "commands" / program.name).is_file():
+            with monkeypatch.context() as patch, pytest.raises(Accepted):
+                patch.setattr(SuggestingParser, "parse_args", parse_and_stop)
+                load_program(program.stem).main(arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
