@@ -25,12 +25,15 @@ def test_the_command_line_loads_nothing_heavy():
              "sklearn", "ddpm_hf.trainer.loop", "ddpm_hf.unet")  # fmt: skip
     program = f"""
 import sys
-import ddpm_hf.commands.convert, ddpm_hf.commands.demo, ddpm_hf.commands.publish, ddpm_hf.commands.train
-try:
-    ddpm_hf.commands.train.main(["--help"])
-except SystemExit:
-    pass
+import ddpm_hf.commands.convert, ddpm_hf.commands.demo, ddpm_hf.commands.publish
+import ddpm_hf.commands.evaluate, ddpm_hf.commands.train
+for program in (ddpm_hf.commands.train, ddpm_hf.commands.evaluate):
+    try:
+        program.main(["--help"])
+    except SystemExit:
+        pass
 print("loaded:", [name for name in {heavy} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "--train_data_dir" in done.stdout and done.stdout.endswith("loaded: []\n")
+    assert "--train_data_dir" in done.stdout and "--feature_network" in done.stdout
+    assert done.stdout.endswith("loaded: []\n")

@@ -286,7 +286,7 @@ def main(arguments: list) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         process.wait_for_everyone()  # a launcher ends the other processes once one has ended
         return 2
-    except ValueError as error:  # of this process alone: the launcher ends the others
+    except (ValueError, FloatingPointError) as error:  # of this process alone: the launcher ends the others
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

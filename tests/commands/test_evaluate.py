@@ -13,6 +13,7 @@ from measuring import grey
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline1D, train
+from ddpm_hf.commands import evaluating
 from ddpm_hf.data import open_data
 from ddpm_hf.data.loading import split_record
 
@@ -81,11 +82,11 @@ def test_results_that_cannot_be_written(sequences, tmp_path, monkeypatch, capsys
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate_script, "write_text", fails)
+        patched.setattr(evaluating, "write_text", fails)
         assert evaluate_script.main([*command, f"--output_dir={tmp_path}"]) == 2
     said = capsys.readouterr()
     assert "memorization_real" in said.out and f"{tmp_path}/evaluation.json cannot be written" in said.err
-    monkeypatch.setattr(evaluate_script.tempfile, "TemporaryFile", fails)
+    monkeypatch.setattr(evaluating.tempfile, "TemporaryFile", fails)
     assert evaluate_script.main([*command, f"--output_dir={tmp_path}"]) == 2
     said = capsys.readouterr()
     assert "--output_dir" in said.err and "memorization" not in said.out

@@ -319,7 +319,7 @@ def growth(name: str, sizes: tuple[int, ...]) -> dict:
     row = {"what": ROWS[name].what, "size in": ROWS[name].of}
     for place, size, value in zip(("small", "middle", "large"), sizes, seconds):
         row[place], row[f"{place}, s"] = size, value
-    row["exponent"] = exponent(sizes, seconds)
+    row["exponent"] = round(exponent(sizes, seconds), 3)
     if not math.isnan(peaks[-1]):
         row["large, MB"] = peaks[-1] / 1e6
     return row
