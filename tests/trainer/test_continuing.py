@@ -1,5 +1,6 @@
 """Runs that continue another run or begin with a pipeline's weights, and the lock of a run folder."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,16 +8,20 @@ import signal
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT, run_program
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from helpers import config, make, metrics, state, weights
+from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, GaussianScheduler, TrainConfig, train
 from ddpm_hf.commands.train import parse
+from ddpm_hf.convert import from_denoising_diffusion_pytorch
 from ddpm_hf.run.lock import RunLock
 from ddpm_hf.trainer.loop import Trainer
 
@@ -250,6 +255,62 @@ def test_a_second_run_in_a_folder_is_refused_and_sigkill_leaves_no_lock(tmp_path
         holder.stdout.close()
     assert train(config(tmp_path, max_train_steps=1)).steps == 1
     assert RunLock(tmp_path).take() is None
+
+
+def test_a_file_system_without_locks_gets_none(tmp_path, monkeypatch, capsys):
+    """No marker file is left in the place of the lock, which would refuse the next run after SIGKILL."""
+
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "flock is not there")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    locks = [RunLock(tmp_path), RunLock(tmp_path)]
+    assert [lock.take() for lock in locks] == [None, None]
+    assert capsys.readouterr().out.count("cannot be locked against a second run") == 2
+    for lock in locks:
+        lock.release()
+    monkeypatch.undo()
+    assert RunLock(tmp_path).take() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed_given", [0, 1])
+def test_a_stream_is_continued(tmp_path, capsys, seed_given):
+    """Three steps and three more of streamed images are six; with another seed the order begins anew."""
+    pictures = [Image.fromarray(np.full((8, 8), 10 * i, np.uint8)) for i in range(20)]
+    datasets.Dataset.from_dict({"image": pictures}).save_to_disk(str(tmp_path / "table"))
+    options = {"dataset_name": None, "train_data_dir": str(tmp_path / "table"), "streaming": True, "resolution": [8],
+               "image_channels": 1, "shuffle_buffer": 6, "train_batch_size": 4}  # fmt: skip
+    train(config(tmp_path / "a", max_train_steps=3, **options))
+    seed = {"seed": seed_given} if seed_given else {}
+    train(continued(tmp_path / "a", tmp_path / "b", max_train_steps=6, **seed))
+    out = capsys.readouterr().out
+    if seed:
+        assert "the order of the data begins anew: seed is 1 in the place of 0" in out
+        return
+    assert "the order of the data goes on" in out
+    train(config(tmp_path / "whole", max_train_steps=6, **options))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "b")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_checkpoint_of_the_peer_begins_a_run(tmp_path, capsys):
+    """The weights, heads, schedule and target are those that the conversion finds; the size is the data's."""
+    state = GaussianDiffusion(Unet(dim=8, dim_mults=(1, 2), channels=1, attn_heads=2, attn_dim_head=4), image_size=8,
+                              timesteps=20, objective="pred_noise", beta_schedule="cosine").state_dict()  # fmt: skip
+    torch.save(state, tmp_path / "model-1.pt")
+    trainer = Trainer(initialised(tmp_path / "model-1.pt", tmp_path / "b", max_train_steps=1))
+    peer = from_denoising_diffusion_pytorch(tmp_path / "model-1.pt")
+    assert trainer.model.config.sample_size == 8 and trainer.config.prediction_type == "epsilon"
+    assert torch.allclose(trainer.scheduler.betas, peer.scheduler.betas)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.state_dict().values(), peer.unet.state_dict().values(),
+                                                 strict=True))  # fmt: skip
+    assert trainer.run().steps == 1
+    card = (tmp_path / "b" / "pipeline" / "README.md").read_text()
+    assert "weights of model-1.pt." in card and str(tmp_path) not in card
+    (tmp_path / "model-2.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="model-2.pt"):
+        Trainer(initialised(tmp_path / "model-2.pt", tmp_path / "c"))
 
 
 @pytest.mark.slow
