@@ -54,8 +54,9 @@ def save_image_grid(images: list[Image.Image], path: Path, columns: int | None =
 
 
 def save_sequence_plot(
-    generated: np.ndarray, real: np.ndarray, path: Path, rows: int = 6, titles: Sequence[str] | None = None
-) -> None:
+    generated: np.ndarray, real: np.ndarray, path: Path, rows: int = 6, titles: Sequence[str] | None = None,
+    conditions: np.ndarray | None = None,
+) -> None:  # fmt: skip
     """Save a plot with generated sequences in the left column and real ones in the right, on one scale, as PNG.
 
     Args:
@@ -63,18 +64,26 @@ def save_sequence_plot(
         path: the file to write.
         rows: number of sequences of each kind, at most.
         titles: a title for each row; None: only the columns have titles.
+        conditions: `(N, C', length')`, what each generated sequence was given, for a column of their own before the
+            others and on a scale of their own; None: there is no such column.
     """
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     rows = min(rows, len(generated), len(real))
     figure = Figure(figsize=(11, 1.35 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
+    columns = {} if conditions is None else {"condition": conditions}
+    columns |= {"generated": generated, "real": real}
+    axes = figure.subplots(rows, len(columns), sharex=True, sharey=conditions is None, squeeze=False)
     for row in range(rows):
-        for column, sequences in enumerate((generated, real)):
+        for column, sequences in enumerate(columns.values()):
+            first = axes[0, min(column, 1)]
+            if conditions is not None and axes[row, column] is not first:
+                axes[row, column].sharey(first)
+            places = np.arange(sequences.shape[-1]) * (real.shape[-1] / sequences.shape[-1])
             for channel in sequences[row]:
-                axes[row, column].plot(channel, linewidth=0.9)
+                axes[row, column].plot(places, channel, linewidth=0.9)
             axes[row, column].grid(alpha=0.25)
-    for column, kind in enumerate(("generated", "real")):
+    for column, kind in enumerate(columns):
         axes[0, column].set_title(kind)
         for row, title in enumerate((titles or ())[:rows]):
             axes[row, column].set_title(f"{kind}: {title}", fontsize="small")

@@ -41,7 +41,8 @@ def work(tmp_path, monkeypatch):
 
     def train_briefly(config: TrainConfig, **arguments):
         small = {**SMALL, "dim_mults": [1, 2], "max_train_steps": 2, "train_batch_size": 2, "num_samples": 1}
-        kept = {"output_dir": config.output_dir, "class_labels": config.class_labels}
+        kept = {"output_dir": config.output_dir, "class_labels": config.class_labels,
+                "condition_column": config.condition_column}  # fmt: skip
         given = {**kept, "ddpm_num_inference_steps": 2, "report_to": "none"}
         return train(TrainConfig(**given, **small), **arguments)
 

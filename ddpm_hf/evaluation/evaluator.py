@@ -21,6 +21,7 @@ from ddpm_hf.evaluation.groups import ClassGroups
 from ddpm_hf.evaluation.held_out import HeldOutLoss
 from ddpm_hf.evaluation.likelihood import Likelihood
 from ddpm_hf.evaluation.memorization import Memorization, neighbour_size, neighbour_vectors
+from ddpm_hf.evaluation.pairs import Pairs
 from ddpm_hf.evaluation.pictures import PictureDistances
 from ddpm_hf.evaluation.records import describe, make_records
 from ddpm_hf.evaluation.sampling import Sampling
@@ -53,6 +54,8 @@ class Evaluator:
         settings: what to measure, and how.
         held_out: the items that training does not see, for the held-out loss; None if there are none.
         classes: the classes of the data, for pipelines whose model has classes; None if the data has none.
+        pairs, held_out_pairs: the items and the held-out items with their conditions, for pipelines with paired
+            conditions; None if there are none. Samples are given the conditions of held-out items if there are any.
 
     Raises:
         ValueError: if a metric is not one of this kind of data, or lacks what it needs.
@@ -60,7 +63,7 @@ class Evaluator:
 
     def __init__(
         self, accelerator, dataset, shape: tuple, settings: EvalSettings, held_out=None,
-        classes: DataClasses | None = None,
+        classes: DataClasses | None = None, pairs: Pairs | None = None, held_out_pairs: Pairs | None = None,
     ):  # fmt: skip
         self.accelerator, self.dataset, self.shape, self.settings = accelerator, dataset, tuple(shape), settings
         self.shares = Shares(accelerator)
@@ -85,7 +88,7 @@ class Evaluator:
         self.real = Part(dataset, np.sort(order[:count]))
         self.items = Items(self.real, settings.on_bad_image, settings.batch_size, settings.workers)
         self.num_real = count  # after `prepare`, the number of those that could be read
-        self.sampling = Sampling(settings, self.shares, classes)
+        self.sampling = Sampling(settings, self.shares, classes, pairs, held_out_pairs)
         self.by_class = (
             ClassGroups(classes, self.real.indices, self.sampling.asked, settings.least_rows())
             if settings.per_class
@@ -94,9 +97,10 @@ class Evaluator:
         self.pictures = self.sequences = self.memorization = self.classifier = None
         self.held_out = self.likelihood = None
         if held_out is not None:
-            self.held_out = HeldOutLoss(held_out, settings, self.shares, classes and classes.held_out)
+            self.held_out = HeldOutLoss(held_out, settings, self.shares, classes and classes.held_out, held_out_pairs)
         if self._any(*LIKELIHOOD):
-            self.likelihood = Likelihood(dataset, held_out, self.is_image, settings, self.shares, classes)
+            measured = pairs if held_out is None else held_out_pairs
+            self.likelihood = Likelihood(dataset, held_out, self.is_image, settings, self.shares, classes, measured)
         if self.is_image and self._any(*OF_FEATURES):
             self.pictures = PictureDistances(self.real, self.shape, settings, self.shares)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.data.loading import underlying
+from ddpm_hf.evaluation.pairs import Pairs, is_paired
 from ddpm_hf.evaluation.settings import EvalSettings
 from ddpm_hf.evaluation.shares import Items, Shares
 from ddpm_hf.losses import diffusion_loss
@@ -27,12 +28,17 @@ class HeldOutLoss:
         settings: the settings of the evaluation.
         shares: the exchange between processes.
         classes: the class (N,) of each item, for a model with classes; None if there are none.
+        pairs: the items with their conditions, for a model with paired conditions; None if they have none.
 
     Attributes:
         count: the number of items; after a call, the number of those that could be read.
     """
 
-    def __init__(self, held_out, settings: EvalSettings, shares: Shares, classes: np.ndarray | None = None):
+    def __init__(
+        self, held_out, settings: EvalSettings, shares: Shares, classes: np.ndarray | None = None,
+        pairs: Pairs | None = None,
+    ):  # fmt: skip
+        self.pairs = pairs
         self.held_out, self.settings, self.shares, self.classes = held_out, settings, shares, classes
         self.count = len(held_out)
 
@@ -71,6 +77,8 @@ class HeldOutLoss:
                     x0 = x0.nan_to_num(0.0)
                 x0 = encode(x0).to(pipeline.device, torch.float32)
                 model, columns = self._model(pipeline.unet, batch.numbers, model_classes, x0.device), []
+                if is_paired(pipeline):
+                    model = self.pairs.model(pipeline, model, batch.numbers)
                 for bucket, (low, high) in enumerate(zip(edges[:-1], edges[1:])):
                     t, noise = self._draws(batch.numbers, bucket, low, high, x0)
                     each = diffusion_loss(model, scheduler, x0, t, noise, weighting="uniform", counted=counted)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm_hf.data.loading import Part
 from ddpm_hf.evaluation.classes import DataClasses
+from ddpm_hf.evaluation.pairs import Pairs, is_paired
 from ddpm_hf.evaluation.settings import EvalSettings
 from ddpm_hf.evaluation.shares import Items, Shares
 from ddpm_hf.randomness import Stream, derive_seed
@@ -60,6 +61,7 @@ class Likelihood:
         settings: the settings of the evaluation.
         shares: the exchange between processes.
         classes: the classes of the data; None if it has none.
+        pairs: the measured items with their conditions, for a model with paired conditions; None if they have none.
 
     Attributes:
         seen: True if training sees the items.
@@ -69,8 +71,9 @@ class Likelihood:
 
     def __init__(
         self, dataset, held_out, is_image: bool, settings: EvalSettings, shares: Shares,
-        classes: DataClasses | None = None,
+        classes: DataClasses | None = None, pairs: Pairs | None = None,
     ):  # fmt: skip
+        self.pairs = pairs
         self.is_image, self.settings, self.shares, self.seen = is_image, settings, shares, held_out is None
         measured = dataset if held_out is None else held_out
         self.classes = classes and (classes.numbers if held_out is None else classes.held_out)
@@ -115,6 +118,8 @@ class Likelihood:
                     chosen = self.chosen[list(batch.numbers)].tolist()
                     x0 = encode(batch.x0).to(pipeline.device, torch.float32)
                     model = self._model(pipeline.unet, chosen, model_classes, x0.device)
+                    if is_paired(pipeline):
+                        model = self.pairs.model(pipeline, model, chosen)
                     columns = [self._per_dim(scheduler.prior_term(self._checked(x0).double()), pipeline)]
                 for stratum, (low, high) in enumerate(strata):
                     between()

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ddpm_hf.evaluation.classes import DataClasses, has_classes, model_classes, sample_classes
+from ddpm_hf.evaluation.pairs import Pairs, chosen_pairs, is_paired
 from ddpm_hf.evaluation.settings import EvalSettings
 from ddpm_hf.evaluation.shares import Shares
 from ddpm_hf.randomness import Stream, generator_seeds
@@ -27,16 +28,29 @@ class Sampling:
         settings: the settings of the evaluation.
         shares: the exchange between processes.
         classes: the classes of the data, whose frequencies samples have; None for data without classes.
+        pairs, held_out_pairs: items with their conditions, for a pipeline with paired conditions: each sample is given
+            the condition of a held-out item, or of any if none is held out, and the item's class. None without them.
 
     Attributes:
         asked: the class (num_samples,) of the data that each sample is asked for, or None.
+        pairs: those of both that samples are asked for, or None.
+        pair_numbers: the number (num_samples,) of the pair of each sample, or None.
     """
 
-    def __init__(self, settings: EvalSettings, shares: Shares, classes: DataClasses | None = None):
+    def __init__(
+        self, settings: EvalSettings, shares: Shares, classes: DataClasses | None = None, pairs: Pairs | None = None,
+        held_out_pairs: Pairs | None = None,
+    ):  # fmt: skip
         self.settings, self.shares, self.classes = settings, shares, classes
         self.asked = None
         if classes is not None:
             self.asked = sample_classes(classes.counts, settings.num_samples, settings.seed)
+        self.pairs, self.pair_numbers = held_out_pairs or pairs, None
+        if self.pairs is not None:
+            self.pair_numbers = chosen_pairs(len(self.pairs.dataset), settings.num_samples, settings.seed)
+            if classes is not None:
+                numbers = classes.numbers if held_out_pairs is None else classes.held_out
+                self.asked = numbers[self.pair_numbers]
 
     def check(self, pipeline, guidance_scale: float = 1.0) -> None:
         """Check, before long work, that the pipeline can be asked for what the settings say.
@@ -45,6 +59,11 @@ class Sampling:
             ValueError: if the pipeline has classes and the data none, or the other way round but classes are asked for.
         """
         s = self.settings
+        if is_paired(pipeline) and self.pairs is None:
+            raise ValueError(
+                "the pipeline's model is given paired conditions, and samples get them from the data: condition_column "
+                "must name those of the data"
+            )
         if not 0 <= guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must be a finite number of at least 0, got {guidance_scale}")
         if has_classes(pipeline):
@@ -91,12 +110,15 @@ class Sampling:
             )[0]  # fmt: skip
 
     def _condition(self, pipeline, part: range, guidance_scale: float) -> dict[str, Any]:
-        """Return the arguments of a call that ask for the classes of these samples; none without classes."""
+        """Return the arguments of a call that ask for the conditions and classes of these samples."""
+        given = {}
+        if is_paired(pipeline):
+            given["condition"] = self.pairs.conditions(self.pair_numbers[list(part)])
         if not has_classes(pipeline):
-            return {}
+            return given
         labels = self.model_numbers(pipeline)[list(part)].tolist()
         interval = tuple(self.settings.guidance_interval)
-        return {"class_labels": labels, "guidance_scale": guidance_scale, "guidance_interval": interval}
+        return given | {"class_labels": labels, "guidance_scale": guidance_scale, "guidance_interval": interval}
 
     def seconds(self, pipeline, shape: tuple, steps: int, guidance_scale: float = 1.0) -> float:
         """Return about how long sampling will take, from one call of the model (the second: the first may compile)."""

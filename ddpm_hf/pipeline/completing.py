@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm_hf.pipeline.guidance import as_list, for_each_sample, make_guidance
 from ddpm_hf.pipeline.loop import SamplingPipeline
+from ddpm_hf.pipeline.pairs import refuse_paired
 from ddpm_hf.pipeline.rules import INPAINT_RULES, ClassLabels, Generators, check_call, check_rules
 from ddpm_hf.pipeline.schedulers import is_own_scheduler, step_options
 
@@ -166,6 +167,7 @@ class CompletingPipeline(SamplingPipeline):
             ValueError: a shape is wrong, a value is outside its range, nothing or everything is unknown, or the model
                 was not trained for it and the scheduler is not a `GaussianScheduler`.
         """
+        refuse_paired(self, "inpaint")
         check_rules(INPAINT_RULES, num_samples=num_samples, jump_length=jump_length, jump_n_sample=jump_n_sample)
         data, unknown = self._read_known(known, mask)
         items, output_type = len(data), output_type or self._output_types[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpm_hf.pipeline.completing import CompletingPipeline
 from ddpm_hf.pipeline.guidance import Guidance, as_list, for_each_sample, make_guidance
+from ddpm_hf.pipeline.pairs import encode_condition, refuse_paired
 from ddpm_hf.pipeline.rules import (
     INPAINT_RULES,
     ClassLabels,
@@ -49,14 +50,15 @@ class ContinuingPipeline(CompletingPipeline):
 
     def _generate(
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback,
-        callback_inputs, return_all_timesteps, timesteps, class_labels, *guidance, size=None, method=None, overlap=None,
+        callback_inputs, return_all_timesteps, timesteps, class_labels, condition, *guidance, size=None,
+        method=None, overlap=None,
     ):  # fmt: skip
         """Sample as every pipeline does, or window after window for method="sequential"."""
         if method != "sequential":
             return super()._generate(
                 batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict, callback,
-                callback_inputs, return_all_timesteps, timesteps, class_labels, *guidance, size=size, method=method,
-                overlap=overlap,
+                callback_inputs, return_all_timesteps, timesteps, class_labels, condition, *guidance, size=size,
+                method=method, overlap=overlap,
             )  # fmt: skip
         self._windows(size, method, overlap)
         one_chain = {"latents": latents, "callback_on_step_end": callback, "timesteps": timesteps,
@@ -65,6 +67,7 @@ class ContinuingPipeline(CompletingPipeline):
             raise ValueError(
                 f"{', '.join(given)} need one chain for all windows, and method='sequential' has one for each"
             )
+        encode_condition(self, condition, batch_size)
         scale, rescale, interval, guide = guidance
         blocks = self.stream(
             size[0], batch_size, num_inference_steps, generator, overlap, class_labels=class_labels,
@@ -212,6 +215,7 @@ class ContinuingPipeline(CompletingPipeline):
         interval, guide, num_samples=1,
     ):  # fmt: skip
         """Return a function that draws one canvas in the model's units, of which a beginning may be known; checked."""
+        refuse_paired(self, "going on from a beginning")
         self._check_completion()
         check_rules(INPAINT_RULES, num_samples=num_samples, jump_length=jump_length, jump_n_sample=jump_n_sample)
         if num_inference_steps is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpm_hf.pipeline.guidance import Guidance, as_list, make_guidance
 from ddpm_hf.pipeline.loop import SamplingPipeline
+from ddpm_hf.pipeline.pairs import refuse_paired
 from ddpm_hf.pipeline.rules import ClassLabels, is_whole
 from ddpm_hf.pipeline.schedulers import is_own_scheduler
 from ddpm_hf.pipeline.steps import X0Estimate
@@ -106,6 +107,7 @@ class EncodingPipeline(SamplingPipeline):
         Raises:
             ValueError: a shape is wrong, a value is outside its range, or the scheduler does not make DDIM steps.
         """
+        refuse_paired(self, "encode")
         if method not in ENCODINGS:
             raise ValueError(f"method must be one of {', '.join(ENCODINGS)}; got {method!r}")
         if is_whole(num_inference_steps) and num_inference_steps < 2:

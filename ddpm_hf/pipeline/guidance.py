@@ -99,14 +99,16 @@ class Guidance:
         return other
 
     def __call__(
-        self, model: Callable[..., Tensor], x: Tensor, t: Tensor, level: float, channels: int, **optional: Tensor | None
-    ) -> Tensor:
+        self, model: Callable[..., Tensor], x: Tensor, t: Tensor, level: float, channels: int,
+        known: Tensor | None = None, **optional: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Return the guided prediction, `(B, C, *spatial)` or with a predicted variance `(B, 2 * C, *spatial)`.
 
         Args:
             x, t, optional: the inputs of the model.
             level: the noise level, from 0 (data) to 1 (the last training timestep).
             channels: C, those that are guided. A predicted variance is that of the strong prediction.
+            known: bools, shaped as x, True where the model is told the value: rescaling leaves it out. None: nowhere.
         """
         if self.scale == 1 or not self.interval[0] <= level <= self.interval[1]:
             return model(x, t, **self.labels, **optional)
@@ -118,8 +120,6 @@ class Guidance:
         strong, weak = whole[:, :channels], weak[:, :channels]
         guided = weak + self.scale * (strong - weak)
         if self.rescale:  # Lin et al., arXiv:2305.08891, equations 15 and 16
-            condition = optional.get("condition")
-            known = None if condition is None else condition[:, channels:] > 0
             deviation = _deviation(guided, known).clamp(min=torch.finfo(torch.float32).tiny)
             ratio = _deviation(strong, known) / deviation
             guided = guided * (self.rescale * ratio + 1 - self.rescale).to(guided.dtype)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from ddpm_hf.pipeline.completing import CompletingPipeline
 from ddpm_hf.pipeline.guidance import class_names, number_of_classes
 from ddpm_hf.pipeline.interpolating import InterpolatingPipeline
 from ddpm_hf.pipeline.outputs import IMAGE_MODES, ImageOutput
+from ddpm_hf.pipeline.pairs import condition_settings, image_tensor
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_parts
 from ddpm_hf.pipeline.units import checked_units, from_units, to_units
 from ddpm_hf.pipeline.varying import VaryingPipeline
@@ -25,10 +25,14 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
         num_inference_steps: number of steps of calls that give none; None: every training step.
         log_snr_spacing, steps_before_fast: settings of `use_fast_sampler`, which sets them.
         id2label: names of the classes, by their numbers, of a model with classes; None: they have no names.
-        condition: "known" for a model that is also given the known values and where they are; None for other models.
+        condition: "known" for a model that is also given the known values and where they are; "paired" for one that is
+            given a condition beside each sample; None for other models.
         data_shift, data_scale: one number per channel, for images in units of their own: data = x * scale + shift for
             the model's x in [-1, 1]. "np" and "pt" are in these units then, and "pil" shows x. None: the images are
             pictures, levels from 0 to 1.
+        condition_size: height and width of a paired condition, the model's size or that divided by one whole number;
+            None: the model's size.
+        condition_shift, condition_scale: one number per channel of a paired condition, as data_shift and data_scale.
 
     Raises:
         ValueError: the model is one of sequences, the scheduler cannot sample from it, or a value is outside its range.
@@ -49,11 +53,15 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
         condition: str | None = None,
         data_shift: Sequence[float] | None = None,
         data_scale: Sequence[float] | None = None,
+        condition_size: Sequence[int] | None = None,
+        condition_shift: Sequence[float] | None = None,
+        condition_scale: Sequence[float] | None = None,
     ):
         super().__init__()
-        check_parts(self, unet, num_inference_steps, condition, 2, "DDPMPipeline1D")
+        check_parts(self, unet, num_inference_steps, 2, "DDPMPipeline1D")
+        conditioned = condition_settings(unet, condition, condition_size, condition_shift, condition_scale)
         names = class_names(id2label, number_of_classes(unet))
-        units = checked_units(unet, data_shift, data_scale)
+        units = checked_units(unet.config.in_channels, data_shift, data_scale)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(
             num_inference_steps=num_inference_steps,
@@ -61,7 +69,7 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
             steps_before_fast=steps_before_fast,
             # other pipelines are saved as they always were
             **({} if names is None else {"id2label": names}),
-            **({} if condition is None else {"condition": condition}),
+            **conditioned,
             **({} if data_shift is None and data_scale is None else units),
         )
 
@@ -91,6 +99,7 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
         width: int | None = None,
         method: str | None = None,
         overlap: int | None = None,
+        condition=None,
     ) -> ImageOutput | tuple:
         """Sample images.
 
@@ -131,15 +140,19 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
                 size that are denoised together, whose predictions are averaged where they overlap (MultiDiffusion,
                 Bar-Tal et al., arXiv:2302.08113). None: "single" up to twice the trained size, "joint" beyond.
             overlap: number of pixels that neighbouring windows share; None: half of the trained size.
+            condition: what the samples belong to, for a model with paired conditions: PIL images, an array
+                (B, H, W, C') or a tensor (B, C', H, W) in [0, 1], or in the units of condition_scale, of the size
+                condition_size; one for all samples, or one per sample. batch_size may then be left out.
 
         Raises:
-            ValueError: a value is outside its range, a shape is wrong, the guide is a model of other data, the
-                scheduler cannot start from images, or PIL has no mode for the number of channels.
+            ValueError: a value is outside its range, a shape is wrong, the guide is a model of other data, a condition
+                is missing or does not fit, the scheduler cannot start from images, or PIL has no mode for the number
+                of channels.
         """
         return self._vary_or_generate(
             "image", image, strength, num_samples, batch_size, num_inference_steps, generator, latents, eta,
             output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs, return_all_timesteps,
-            timesteps, class_labels, guidance_scale, guidance_rescale, guidance_interval, guide,
+            timesteps, class_labels, condition, guidance_scale, guidance_rescale, guidance_interval, guide,
             size=self._size_of(height, width), method=method, overlap=overlap,
         )  # fmt: skip
 
@@ -162,20 +175,9 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
 
     def _tensor(self, images, name: str) -> Tensor:
         """Convert PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) to (B, C, H, W), in their own units."""
-        if isinstance(images, Image.Image):
-            images = [images]
-        if isinstance(images, (list, tuple)) and images and isinstance(images[0], Image.Image):
-            mode = IMAGE_MODES.get(self._channels())
-            arrays = [np.asarray(image.convert(mode) if mode else image) / 255.0 for image in images]
-            images = np.stack([array if array.ndim == 3 else array[..., None] for array in arrays])
-            if self._has_units():
-                images = to_units(self, torch.from_numpy(images * 2 - 1).movedim(-1, 1))
-        if isinstance(images, np.ndarray):
-            images = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, 1) if images.ndim == 4 else images
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != self._channels():
-            got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
-            raise ValueError(f"{name} must be PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) with "
-                             f"{self._channels()} channels; got {got}")  # fmt: skip
+        images, is_pil = image_tensor(images, name, self._channels())
+        if is_pil and self._has_units():
+            images = to_units(self, images * 2 - 1)
         return images.double() if self._has_units() and not images.is_floating_point() else images
 
     def _encode(self, images, name: str) -> Tensor:

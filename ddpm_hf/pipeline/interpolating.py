@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddpm_hf.pipeline.encoding import EncodingPipeline
 from ddpm_hf.pipeline.guidance import as_list, for_each_sample, make_guidance
+from ddpm_hf.pipeline.pairs import refuse_paired
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_call, interpolation_numbers
 from ddpm_hf.pipeline.schedulers import begin_at, step_options
 
@@ -80,6 +81,7 @@ class InterpolatingPipeline(EncodingPipeline):
         Raises:
             ValueError: the ends have different or unfitting shapes, or a value is outside its range.
         """
+        refuse_paired(self, "interpolate")
         if method not in INTERPOLATIONS:
             raise ValueError(f"method must be one of {', '.join(INTERPOLATIONS)}; got {method!r}")
         weights, strength = interpolation_numbers(weights, strength)

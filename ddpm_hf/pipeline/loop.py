@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddpm_hf.pipeline.graphs import GraphedModel
 from ddpm_hf.pipeline.guidance import Guidance, as_list, make_guidance
+from ddpm_hf.pipeline.pairs import encode_condition, number_of_conditions, refuse_paired
 from ddpm_hf.pipeline.pieces import check_max_batch_size, in_pieces
 from ddpm_hf.pipeline.rules import check_call, check_steps
 from ddpm_hf.pipeline.saving import SavedWithCode
@@ -180,7 +181,8 @@ class SamplingPipeline(SavedWithCode):
             options: further arguments of the scheduler's step.
             trajectory: a list to which the x of each step is appended; None: they are not kept.
             guidance: the predictions of a model with classes, or with a guide; None: those of the model as they are.
-            condition: known values and where they are, for a model that takes them; None: nothing is known.
+            condition: known values and where they are, or a paired condition in the size of x, for a model that takes
+                one; None: none is given.
             windows: those in which the model predicts, of a larger x; None: it predicts for all of x at once.
         """
         self_condition = self.unet.config.get("self_condition", False)
@@ -192,7 +194,8 @@ class SamplingPipeline(SavedWithCode):
         timesteps_for_model = timesteps.to(x.device)  # one copy for all steps
         last = max(self.scheduler.config.num_train_timesteps - 1, 1)
         constant = {} if condition is None else {"condition": condition}
-        known = None if condition is None else condition[:, x.shape[1] :] > 0
+        told = condition is not None and self.config.get("condition") != "paired"
+        known = condition[:, x.shape[1] :] > 0 if told else None
         self._interrupt = False
         x0 = None
         for i, t in enumerate(self.progress_bar(timesteps)):
@@ -203,7 +206,7 @@ class SamplingPipeline(SavedWithCode):
                 prediction = model(seen, timesteps_for_model[i], **extra)
             else:
                 level = float(t) / last
-                prediction = guidance(model, seen, timesteps_for_model[i], level, x.shape[1], **extra)
+                prediction = guidance(model, seen, timesteps_for_model[i], level, x.shape[1], known, **extra)
             prediction = prediction[:, :channels]
             result = self.scheduler.step(prediction, int(t) if is_own_scheduler(self.scheduler) else t, x, **options)
             x = result.prev_sample
@@ -223,7 +226,7 @@ class SamplingPipeline(SavedWithCode):
 
     def _generate(
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict,
-        callback_on_step_end, callback_inputs, return_all_timesteps, timesteps, class_labels, *guidance,
+        callback_on_step_end, callback_inputs, return_all_timesteps, timesteps, class_labels, condition, *guidance,
         size=None, method=None, overlap=None,
     ):  # fmt: skip
         """Sample, as the calls of the subclasses say; `guidance` is its scale, rescaling, interval and guide."""
@@ -231,8 +234,13 @@ class SamplingPipeline(SavedWithCode):
         class_labels = as_list(class_labels)
         if isinstance(class_labels, (list, tuple)) and batch_size == 1:
             batch_size = len(class_labels)
+        if condition is not None and batch_size == 1:
+            batch_size = number_of_conditions(condition)
+        if size is not None:
+            refuse_paired(self, "a size of its own")
         check_call(self, batch_size, generator, output_type, latents, callback_on_step_end, callback_inputs, size)
         callback_inputs = [callback_inputs] if isinstance(callback_inputs, str) else callback_inputs
+        condition = encode_condition(self, condition, batch_size)
         guidance = make_guidance(self, batch_size, class_labels, *guidance)
         self._set_timesteps(num_inference_steps, timesteps)
         options = step_options(self.scheduler, generator, eta)
@@ -243,7 +251,7 @@ class SamplingPipeline(SavedWithCode):
         x = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
         return self._run(
             x, self.scheduler.timesteps, options, guidance, output_type, return_dict, callback_on_step_end,
-            callback_inputs, return_all_timesteps, windows,
+            callback_inputs, return_all_timesteps, condition, windows,
         )  # fmt: skip
 
     def _windows(self, size: tuple | None, method: str | None, overlap: int | None) -> Windows | None:
@@ -253,11 +261,12 @@ class SamplingPipeline(SavedWithCode):
 
     def _run(
         self, x: Tensor, chain, options: dict, guidance: Guidance | None, output_type: str, return_dict: bool, callback,
-        callback_inputs, return_all_timesteps: bool, windows: Windows | None = None,
+        callback_inputs, return_all_timesteps: bool, condition: Tensor | None = None,
+        windows: Windows | None = None,
     ):  # fmt: skip
         """Run the chain from x, and return its samples as a call does; the arguments are those of `_denoise`."""
         trajectory = [x] if return_all_timesteps else None
-        x = self._denoise(x, chain, options, trajectory, callback, callback_inputs, guidance, windows=windows)
+        x = self._denoise(x, chain, options, trajectory, callback, callback_inputs, guidance, condition, windows)
         self.maybe_free_model_hooks()
         samples = self._decode(x, output_type)
         if trajectory is not None:

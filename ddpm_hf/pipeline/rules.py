@@ -154,15 +154,10 @@ def interpolation_numbers(weights, strength) -> tuple[list[float], float]:
     return weights, strength
 
 
-def check_parts(pipeline, unet, num_inference_steps: int | None, condition, ndim: int, other: str) -> None:
+def check_parts(pipeline, unet, num_inference_steps: int | None, ndim: int, other: str) -> None:
     """Check the arguments of a pipeline's constructor; `other` is the name of the pipeline of other data."""
     if getattr(unet, "ndim", ndim) != ndim:
         raise ValueError(f"{type(pipeline).__name__} was given a {type(unet).__name__}: use {other}")
-    if condition not in (None, "known"):
-        raise ValueError(f"condition must be 'known' or None, got {condition!r}")
-    channels, got = 2 * unet.config.in_channels, getattr(unet.config, "condition_channels", None)
-    if condition == "known" and got != channels:
-        raise ValueError(f"condition='known' needs a model with condition_channels={channels}, got {got!r}")
     if num_inference_steps is not None:
         check_steps(num_inference_steps)
 

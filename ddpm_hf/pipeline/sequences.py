@@ -9,6 +9,7 @@ from ddpm_hf.pipeline.continuing import ContinuingPipeline
 from ddpm_hf.pipeline.guidance import class_names, number_of_classes
 from ddpm_hf.pipeline.interpolating import InterpolatingPipeline
 from ddpm_hf.pipeline.outputs import SequenceOutput
+from ddpm_hf.pipeline.pairs import condition_settings
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_parts
 from ddpm_hf.pipeline.units import checked_units, from_units, to_units
 from ddpm_hf.pipeline.varying import VaryingPipeline
@@ -25,7 +26,11 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, VaryingPipeline)
             the data is x. A channel with the scale 0 is the constant `shift`, and its x is 0.
         log_snr_spacing, steps_before_fast: settings of `use_fast_sampler`, which sets them.
         id2label: names of the classes, by their numbers, of a model with classes; None: they have no names.
-        condition: "known" for a model that is also given the known values and where they are; None for other models.
+        condition: "known" for a model that is also given the known values and where they are; "paired" for one that is
+            given a condition beside each sample; None for other models.
+        condition_size: length of a paired condition, the model's size or that divided by one whole number;
+            None: the model's size.
+        condition_shift, condition_scale: one number per channel of a paired condition, as data_shift and data_scale.
 
     Raises:
         ValueError: the model is one of images, the scheduler cannot sample from it, or a value is outside its range.
@@ -46,11 +51,15 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, VaryingPipeline)
         steps_before_fast: int | None = None,
         id2label: dict | None = None,  # JSON has texts for keys, of which diffusers would warn on loading
         condition: str | None = None,
+        condition_size: Sequence[int] | None = None,
+        condition_shift: Sequence[float] | None = None,
+        condition_scale: Sequence[float] | None = None,
     ):
         super().__init__()
-        check_parts(self, unet, num_inference_steps, condition, 1, "DDPMPipeline")
+        check_parts(self, unet, num_inference_steps, 1, "DDPMPipeline")
+        conditioned = condition_settings(unet, condition, condition_size, condition_shift, condition_scale)
         names = class_names(id2label, number_of_classes(unet))
-        units = checked_units(unet, data_shift, data_scale)
+        units = checked_units(unet.config.in_channels, data_shift, data_scale)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(
             num_inference_steps=num_inference_steps,
@@ -59,7 +68,7 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, VaryingPipeline)
             **units,
             # other pipelines are saved as they always were
             **({} if names is None else {"id2label": names}),
-            **({} if condition is None else {"condition": condition}),
+            **conditioned,
         )
 
     def __call__(
@@ -86,11 +95,13 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, VaryingPipeline)
         length: int | None = None,
         method: str | None = None,
         overlap: int | None = None,
+        condition=None,
     ) -> SequenceOutput | tuple:
         """Sample sequences.
 
         The arguments are those of a call of `DDPMPipeline`, but `latents` is `(B, C, length)`, `output_type` is
-        "np" or "pt", and the items to start from are called `sequence`, `(B, C, length)` in the units of the data.
+        "np" or "pt", the items to start from are called `sequence`, `(B, C, length)` in the units of the data, and
+        `condition` is an array or tensor `(B, C', length')` in its own units.
 
         Args:
             length: length of the sequences; None: as trained. Longer ones are sampled by `method`.
@@ -109,7 +120,7 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, VaryingPipeline)
         return self._vary_or_generate(
             "sequence", sequence, strength, num_samples, batch_size, num_inference_steps, generator, latents, eta,
             output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs, return_all_timesteps,
-            timesteps, class_labels, guidance_scale, guidance_rescale, guidance_interval, guide,
+            timesteps, class_labels, condition, guidance_scale, guidance_rescale, guidance_interval, guide,
             size=None if length is None else (length,), method=method, overlap=overlap,
         )  # fmt: skip
 

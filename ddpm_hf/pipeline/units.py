@@ -5,39 +5,43 @@ import torch
 from torch import Tensor
 
 
-def checked_units(unet, data_shift, data_scale) -> dict:
+def checked_units(channels: int, shift, scale, name: str = "data") -> dict:
     """Return shift and scale of the data as they are saved: a list with one number per channel, or None.
+
+    Args:
+        channels: the number of channels.
+        shift, scale: one number per channel each, or None.
+        name: the beginning of the names of both: "data", or "condition" for those of a paired condition.
 
     Raises:
         ValueError: there is another number of them, or one is not finite or a negative scale.
     """
-    channels = unet.config.in_channels
-    for name, values in (("data_shift", data_shift), ("data_scale", data_scale)):
+    given = {f"{name}_shift": shift, f"{name}_scale": scale}
+    for each, values in given.items():
         if values is not None and (len(values) != channels or not np.isfinite(values).all()):
-            raise ValueError(f"{name} must be one finite number per channel ({channels}), got {values}")
-    if data_scale is not None and not all(scale >= 0 for scale in data_scale):
-        raise ValueError(f"data_scale must be at least 0 (0: a channel that never changes), got {data_scale}")
-    given = {"data_shift": data_shift, "data_scale": data_scale}
-    return {name: None if values is None else [float(v) for v in values] for name, values in given.items()}
+            raise ValueError(f"{each} must be one finite number per channel ({channels}), got {values}")
+    if scale is not None and not all(each >= 0 for each in scale):
+        raise ValueError(f"{name}_scale must be at least 0 (0: a channel that never changes), got {scale}")
+    return {each: None if values is None else [float(v) for v in values] for each, values in given.items()}
 
 
-def affine(pipeline, ndim: int) -> tuple:
+def affine(pipeline, channels: int, ndim: int, name: str = "data") -> tuple:
     """Return scale and shift of data = x * scale + shift, each (1, C, 1, ...) with `ndim` axes, in float64."""
-    channels, form = pipeline._channels(), (1, -1, *(1,) * (ndim - 2))
-    scale, shift = pipeline.config.get("data_scale"), pipeline.config.get("data_shift")
+    form = (1, -1, *(1,) * (ndim - 2))
+    scale, shift = pipeline.config.get(f"{name}_scale"), pipeline.config.get(f"{name}_shift")
     scale, shift = scale or [1.0] * channels, shift or [0.0] * channels
     return tuple(torch.tensor(v, dtype=torch.float64).view(form) for v in (scale, shift))
 
 
-def from_units(pipeline, data: Tensor) -> Tensor:
-    """Convert (B, C, ...) from the units of the data to those of the model, float64 on the CPU."""
-    scale, shift = affine(pipeline, data.ndim)
+def from_units(pipeline, data: Tensor, name: str = "data") -> Tensor:
+    """Convert (B, C, ...) from the units of the data, or of the "condition", to the model's, float64 on the CPU."""
+    scale, shift = affine(pipeline, data.shape[1], data.ndim, name)
     return torch.where(scale > 0, data.cpu().double() - shift, 0.0) / torch.where(scale > 0, scale, 1.0)
 
 
 def to_units(pipeline, x: Tensor) -> Tensor:
     """Convert (B, C, ...) from the model's units to the data's, on the CPU; float64 where float32 is too coarse."""
-    scale, shift = affine(pipeline, x.ndim)
+    scale, shift = affine(pipeline, x.shape[1], x.ndim)
     constant = (scale == 0) & (shift.float() == shift)
     wide_enough = (scale > 1e-4 * shift.abs()) & (scale > 1e-37)
     narrow = (constant | wide_enough).all() and (scale + shift.abs()).max() < 1e37

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ddpm_hf.pipeline.guidance import as_list, for_each_sample, make_guidance
 from ddpm_hf.pipeline.loop import SamplingPipeline
+from ddpm_hf.pipeline.pairs import encode_condition, number_of_conditions
 from ddpm_hf.pipeline.rules import check_call, check_rules, is_number, is_whole
 from ddpm_hf.pipeline.schedulers import begin_at, step_options
 from ddpm_hf.pipeline.units import affine
@@ -57,7 +58,7 @@ def read_items(pipeline, items, name: str) -> tuple[Tensor, Tensor]:
     x = pipeline._encode(items, name)
     far = x.float().abs() > FAR
     for channel in far.movedim(1, 0).flatten(1).any(dim=1).nonzero().flatten().tolist():
-        scale, shift = (each.flatten()[channel].item() for each in affine(pipeline, data.ndim))
+        scale, shift = (each.flatten()[channel].item() for each in affine(pipeline, data.shape[1], data.ndim))
         low, high = data[:, channel].min(), data[:, channel].max()
         warnings.warn(
             f"channel {channel} of {name} has values from {low:.4g} to {high:.4g}, far outside of what the model was "
@@ -88,7 +89,7 @@ class VaryingPipeline(SamplingPipeline):
     def _vary(
         self, name, items, strength, num_samples, batch_size, num_inference_steps, generator, latents, eta,
         output_type, return_dict, callback_on_step_end, callback_inputs, return_all_timesteps, timesteps, class_labels,
-        *guidance,
+        condition, *guidance,
     ):  # fmt: skip
         """Noise items to the timestep that `strength` means, and denoise them from there."""
         check_rules(
@@ -106,6 +107,10 @@ class VaryingPipeline(SamplingPipeline):
         check_call(self, n, generator, output_type, None, callback_on_step_end, callback_inputs)
         callback_inputs = [callback_inputs] if isinstance(callback_inputs, str) else callback_inputs
         guidance = make_guidance(self, n, for_each_sample(as_list(class_labels), len(data), num_samples), *guidance)
+        each = number_of_conditions(condition) == len(data)
+        condition = encode_condition(self, condition, len(data) if each else n)
+        if each and condition is not None:
+            condition = condition.repeat_interleave(num_samples, dim=0)
         options = step_options(self.scheduler, generator, eta)
         if strength == 0:
             samples = self._in_form(data.repeat_interleave(num_samples, dim=0), output_type)
@@ -124,5 +129,5 @@ class VaryingPipeline(SamplingPipeline):
             x = noise * self.scheduler.init_noise_sigma
         return self._run(
             x, chain, options, guidance, output_type, return_dict, callback_on_step_end, callback_inputs,
-            return_all_timesteps,
+            return_all_timesteps, condition,
         )  # fmt: skip

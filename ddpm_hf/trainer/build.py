@@ -13,6 +13,7 @@ from ddpm_hf.config import TrainConfig
 from ddpm_hf.data.checking import check_shared_memory
 from ddpm_hf.evaluation.classes import DataClasses
 from ddpm_hf.evaluation.evaluator import EvalSettings, Evaluator
+from ddpm_hf.evaluation.pairs import Pairs
 from ddpm_hf.losses import first_step_warning
 from ddpm_hf.masks import check_strategy
 from ddpm_hf.scheduler import GaussianScheduler
@@ -50,12 +51,18 @@ def make_model(config: TrainConfig, feed, more: dict | None = None) -> UNet1D | 
     options = {**(more or {}), **config.model_options()}
     if feed.class_names is not None:
         options["num_class_embeds"] = len(feed.class_names)
-    if config.condition == "known":
-        options["condition_channels"] = 2 * channels  # the values and the mask
+    options["condition_channels"] = condition_channels(config, feed)
     if len(size) == 1:
         return UNet1D(sample_size=size[0], in_channels=channels, **options)
     sample_size = size[0] if size[0] == size[1] else tuple(size)
     return UNet2D(sample_size=sample_size, in_channels=channels, **options)
+
+
+def condition_channels(config: TrainConfig, feed) -> int:
+    """Return the number of channels of the condition that the model of a run is given; 0 without one."""
+    if config.condition == "known":
+        return 2 * feed.shape[0]  # the values and the mask
+    return 0 if feed.condition_shape is None else feed.condition_shape[0]
 
 
 def check_model(config: TrainConfig, feed, model, given: bool) -> None:
@@ -134,13 +141,13 @@ def _check_condition(config: TrainConfig, feed, model) -> None:
     Raises:
         ValueError: it does not, or the mask_strategy is not one of this kind of data.
     """
-    has, channels = getattr(model.config, "condition_channels", 0), 0
+    has, channels = getattr(model.config, "condition_channels", 0), condition_channels(config, feed)
     if config.condition == "known":
         check_strategy(config.mask_strategy, len(feed.shape))
-        channels = 2 * feed.shape[0]
     if has != channels:
+        option = "condition" if config.condition_column is None else "condition_column"
         raise ValueError(
-            f"condition_channels of the model must be {channels} with condition {config.condition!r}, got {has}"
+            f"condition_channels of the model must be {channels} with {option} {getattr(config, option)!r}, got {has}"
         )
 
 
@@ -174,8 +181,6 @@ def global_batch_size(config: TrainConfig, feed, processes: int) -> int:
 def describe(config: TrainConfig, feed, model, begin: int = 0) -> str:
     """Return the options, the size of the model, the data found, and warnings of options that are hardly intended."""
     warnings = [warmup_warning(config, begin), first_step_warning(config), precision_warning(config)]
-    if feed.condition_shape is not None:
-        warnings.append("the model is not given the conditions of condition_column, which batches of the data have")
     parameters = sum(p.numel() for p in model.parameters())
     return (
         f"{config.to_yaml()}"
@@ -240,7 +245,7 @@ def make_evaluator(config: TrainConfig, accelerator, feed) -> Evaluator | None:
         likelihood_timesteps=c.eval_likelihood_timesteps,
     )  # fmt: skip
     classes = DataClasses.of(feed.labels, feed.dataset, feed.held_out)
-    evaluator = Evaluator(accelerator, feed.dataset, feed.shape, settings, feed.held_out, classes)
+    evaluator = Evaluator(accelerator, feed.dataset, feed.shape, settings, feed.held_out, classes, *Pairs.of_feed(feed))
     # the batches of training wait in shared memory meanwhile
     check_shared_memory(feed.shared_memory + evaluator.shared_memory, c.dataloader_num_workers)
     if c.metric_for_best not in (None, *evaluator.metrics):

@@ -9,11 +9,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_hf.data.loading import load_item
+from ddpm_hf.data.loading import item_labels, load_item
 from ddpm_hf.data.scaling import has_own_units
 from ddpm_hf.evaluation.evaluator import Evaluator
+from ddpm_hf.evaluation.pairs import Pairs, chosen_pairs
 from ddpm_hf.evaluation.settings import HIGHER_IS_BETTER
 from ddpm_hf.evaluation.shares import Shares
+from ddpm_hf.pipeline.pairs import enlarged
 from ddpm_hf.plots import SHOWN_CHANNELS, picture_of, save_image_grid, save_sequence_plot
 from ddpm_hf.randomness import Stream, generator_seeds
 from ddpm_hf.run.checkpoint import LOOKS
@@ -98,8 +100,14 @@ class Looks:
 
     def __init__(self, run: Run, saver: Saver, evaluator: Evaluator | None, between: Callable[[], None]):
         self.run, self.saver, self.evaluator, self.between = run, saver, evaluator, between
-        names = run.feed.class_names
-        self._classes = None if names is None else picture_classes(run.config.num_samples, len(names))
+        names, count = run.feed.class_names, run.config.num_samples
+        self._classes = None if names is None else picture_classes(count, len(names))
+        pairs, held_out = Pairs.of_feed(run.feed)
+        self._pairs = held_out or pairs
+        if self._pairs is not None:
+            self._asked = chosen_pairs(len(self._pairs.dataset), count, run.config.seed)
+            if names is not None:
+                self._classes = item_labels(self._pairs.dataset, run.feed.labels)[self._asked].tolist()
         # pictures of 8 bits are drawn as the pipeline gives them, and other images by their values
         shape, self._own_units = run.feed.shape, has_own_units(run.feed.scaling)
         self._by_values = len(shape) == 3 and (self._own_units or shape[0] not in SHOWN_CHANNELS)
@@ -127,7 +135,8 @@ class Looks:
     def save_samples(self) -> None:
         """Sample from the averaged weights, from the same x_T every time, and draw the samples in one picture.
 
-        With classes, the picture has a row of each class.
+        With classes, the picture has a row of each class. With paired conditions, it has the condition and the true
+        item beside each sample, of held-out pairs if there are any.
         """
         c, acc, shares = self.run.config, self.run.accelerator, Shares(self.run.accelerator)
         count = c.num_samples if self._classes is None else len(self._classes)
@@ -143,6 +152,8 @@ class Looks:
                 generators = [torch.Generator().manual_seed(s) for s in seeds]
                 classes = None if self._classes is None else [self._classes[number] for number in part]
                 named = {"generator": generators, "class_labels": classes, "return_dict": False}
+                if self._pairs is not None:
+                    named["condition"] = self._pairs.conditions(self._asked[list(part)])
                 samples += list(pipeline(batch_size=len(part), **named, **self._form)[0])
         samples = gather_object(samples)
         if not acc.is_main_process:
@@ -156,7 +167,8 @@ class Looks:
 
     def _draw(self, samples: list, path) -> None:
         path.parent.mkdir(exist_ok=True)
-        feed, a_class = self.run.feed, 1 if self._classes is None else self._classes.count(0)
+        feed, rows_of_classes = self.run.feed, self._classes is not None and self._pairs is None
+        a_class = self._classes.count(0) if rows_of_classes else 1
         if self._by_values:
             values = np.moveaxis(np.stack(samples), -1, 1)
             if self._own_units:
@@ -165,17 +177,31 @@ class Looks:
             else:
                 samples = [picture_of(levels) for levels in values]
         if len(feed.shape) == 3:
-            save_image_grid(samples, path, columns=a_class if a_class > 1 else None)
+            if self._pairs is not None:
+                samples = self._beside_pairs(samples)
+            columns = 3 if self._pairs is not None else a_class if a_class > 1 else None
+            save_image_grid(samples, path, columns=columns)
             return
-        shown, titles = samples, None
-        if self._classes is not None:
+        shown, titles, conditions = samples, None, None
+        if rows_of_classes:
             shown = samples[::a_class][:PLOTTED]
             titles = [feed.class_names[number] for number in range(len(shown))]
-        real = torch.stack([self._item(index) for index in self._real_items()])
+        if self._pairs is None:
+            real = torch.stack([self._item(index) for index in self._real_items()])
+        else:
+            numbers = self._asked[:PLOTTED]
+            real, conditions = self._pairs.items(numbers), self._pairs.conditions(numbers).numpy()
         in_units = self.run.pipeline(self.run.accelerator.unwrap_model(self.run.model))
-        rows = 6 if self._classes is None else PLOTTED
-        save_sequence_plot(np.stack(shown), in_units._decode(real, "np"), path, rows, titles)
+        rows = PLOTTED if rows_of_classes else 6
+        save_sequence_plot(np.stack(shown), in_units._decode(real, "np"), path, rows, titles, conditions)
         np.save(path.with_suffix(".npy"), np.stack(samples))
+
+    def _beside_pairs(self, samples: list) -> list:
+        """Return three pictures for each sample: its condition in the size of the sample, the sample, the true item."""
+        conditions = enlarged(self._pairs.conditions(self._asked), tuple(self.run.feed.shape[1:])).numpy()
+        truths = (self._pairs.items(self._asked) / self.run.feed.scaling.limit / 2 + 0.5).clamp(0, 1).numpy()
+        rows = zip(map(picture_of, conditions), samples, map(picture_of, truths))
+        return [picture for row in rows for picture in row]
 
     def _real_items(self) -> list[int | None]:
         """Draw the items that are plotted beside samples: one of each class (None: it has none), or any six."""

@@ -84,6 +84,10 @@ class Run:
             options["id2label"] = dict(enumerate(self.feed.class_names))
         if self.config.condition is not None:
             options["condition"] = self.config.condition
+        elif self.feed.condition_shape is not None:
+            units = {name.replace("data", "condition"): v for name, v in self.feed.condition_scaling.to_json().items()}
+            own = list(self.feed.condition_shape[1:])
+            options |= {"condition": "paired", "condition_size": own, **units}
         scheduler = GaussianScheduler.from_config(self.scheduler.config)
         if len(self.feed.shape) == 3:
             pipeline = DDPMPipeline(model, scheduler, **options, **self.feed.scaling.to_json())

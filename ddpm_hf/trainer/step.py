@@ -16,6 +16,7 @@ from torch import Tensor
 from ddpm_hf.data.loading import Batch
 from ddpm_hf.losses import diffusion_loss, drop_labels, training_draws
 from ddpm_hf.masks import condition_of, draw_known
+from ddpm_hf.pipeline.pairs import enlarged
 from ddpm_hf.randomness import Stream, derive_seed
 from ddpm_hf.trainer.ema import WeightAverage
 from ddpm_hf.trainer.optimizer import rates_from
@@ -138,6 +139,8 @@ class TrainingStep:
             x0 = x0.masked_fill(missing, 0.0)
             known = draw_known(c.mask_strategy, tuple(x0.shape[1:]), numbers, self.mask_key) & ~missing
             told = {"condition": condition_of(x0, known), "known": known, "counted": ~(known | missing)}
+        elif batch.conditions is not None:
+            told = {"condition": enlarged(batch.condition, tuple(x0.shape[2:]))}
         timesteps, noise = training_draws(
             self.scheduler, x0, numbers, c.noise_offset, c.timestep_sampling, c.logit_mean, c.logit_std, self.noise_key
         )

@@ -309,7 +309,7 @@ def test_the_condition_is_saved(double, tmp_path):
     for again in (DDPMPipeline1D.from_pretrained(tmp_path), DDPMPipeline1D.from_pipe(pipe)):
         assert again.config.condition == "known"
     assert "condition" not in series().config
-    with pytest.raises(ValueError, match="condition must be 'known' or None, got 'all'"):
+    with pytest.raises(ValueError, match="condition must be 'known', 'paired' or None, got 'all'"):
         DDPMPipeline1D(pipe.unet, pipe.scheduler, condition="all")
     with pytest.raises(ValueError, match="condition='known' needs a model with condition_channels=2, got 0"):
         DDPMPipeline1D(Series(), pipe.scheduler, condition="known")

@@ -52,7 +52,7 @@ def test_plots_of_sequences_have_the_classes_as_titles(tmp_path, monkeypatch):
     monkeypatch.setattr(looking, "save_sequence_plot", lambda *arguments: seen.append(arguments))
     options = {"dataset_name": None, "train_data_file": str(tmp_path / "waves.npz"), "class_labels": "kind"}
     result = train(config(tmp_path / "run", train_batch_size=2, **options, **{**SHORT, "num_samples": 7}))
-    ((generated, real, _, _, titles),) = seen
+    ((generated, real, _, _, titles, _),) = seen
     assert titles == ["0", "1", "2"] and generated.shape == real.shape == (3, 1, 16)
     assert real[0].max() < 0.2 and np.isnan(real[1]).all() and real[2].min() > 1.9
     assert np.load(tmp_path / "run" / "samples" / "step-000003.npy").shape == (6, 1, 16)

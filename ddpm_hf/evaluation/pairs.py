@@ -1,0 +1,71 @@
+"""The conditions of real items, for models with paired conditions: samples are given them, and losses are told them."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_hf.data.loading import load_item, load_pair
+from ddpm_hf.data.scaling import Scaling
+from ddpm_hf.pipeline.pairs import encode_condition
+from ddpm_hf.randomness import Stream, derive_seed
+
+
+class Pairs:
+    """Items and their conditions.
+
+    Args:
+        dataset: the items, map-style.
+        condition: their conditions, as `load_pair` takes them.
+        scaling: the map between data units and model units of the conditions.
+    """
+
+    def __init__(self, dataset: Any, condition: Any, scaling: Scaling):
+        self.dataset, self.condition, self.scaling = dataset, condition, scaling
+
+    @classmethod
+    def of_feed(cls, feed: Any) -> "tuple[Pairs | None, Pairs | None]":
+        """Return the pairs that a feed trains on and those that it holds out; None where there are none."""
+        if feed.condition is None:
+            return None, None
+        held = None
+        if feed.held_out is not None:
+            held = cls(feed.held_out, feed.held_out_condition, feed.condition_scaling)
+        return cls(feed.dataset, feed.condition, feed.condition_scaling), held
+
+    def conditions(self, numbers: Sequence[int]) -> Tensor:
+        """Return the conditions of the items with these numbers as a pipeline is given them, (B, C', *own).
+
+        Images are levels from 0 to 1, and sequences are in their own units.
+        """
+        found = [load_pair(self.dataset, self.condition, int(number))[1] for number in numbers]
+        x = torch.stack(found)
+        if x.dtype == torch.uint8:
+            return x.float() / 255
+        return self.scaling.to_data(x.double()) if x.ndim == 3 else x / 2 + 0.5
+
+    def items(self, numbers: Sequence[int]) -> Tensor:
+        """Return the items with these numbers in model units, (B, C, *spatial)."""
+        return torch.stack([load_item(self.dataset, int(number)) for number in numbers])
+
+    def model(self, pipeline: Any, model: Callable, numbers: Sequence[int]) -> Callable:
+        """Return the model of a pipeline, told the conditions of the items with these numbers."""
+        return partial(model, condition=encode_condition(pipeline, self.conditions(numbers), len(numbers)))
+
+
+def chosen_pairs(items: int, num_samples: int, seed: int) -> np.ndarray:
+    """Return the number of the pair that each sample is asked for, int64 (num_samples,), drawn by the seed.
+
+    No pair is taken twice before each has been taken once. The pair of sample number i depends on nothing else, so
+    neither on the number of processes nor on the batch size.
+    """
+    order = np.random.default_rng(derive_seed(seed, Stream.EVALUATION, 8)).permutation(items)
+    return np.resize(order, num_samples)
+
+
+def is_paired(pipeline: Any) -> bool:
+    """Return True if the model of a pipeline is given a paired condition."""
+    return getattr(pipeline.config, "condition", None) == "paired"

@@ -1,0 +1,150 @@
+"""Paired conditions: an image or a sequence beside each sample, such as the small image that is to be enlarged."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddpm_hf.pipeline.outputs import IMAGE_MODES
+from ddpm_hf.pipeline.units import checked_units, from_units
+
+CONDITIONS = ("known", "paired")
+
+
+def enlarged(condition: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return a condition in the size of its samples: each value is repeated along every axis (nearest neighbour).
+
+    Args:
+        condition: (B, C', *own), where each side of `own` divides that of `size`.
+        size: the size of the samples, without channels.
+    """
+    for axis, (side, own) in enumerate(zip(size, condition.shape[2:]), start=2):
+        condition = condition.repeat_interleave(side // own, dim=axis) if side != own else condition
+    return condition
+
+
+def condition_settings(unet, condition: str | None, size, shift, scale) -> dict:
+    """Return the arguments of a constructor that tell the model's condition as they are saved; {} if there is none.
+
+    Raises:
+        ValueError: `condition` is unknown, the model does not take it, or the others do not fit it.
+    """
+    if condition not in (None, *CONDITIONS):
+        raise ValueError(f"condition must be 'known', 'paired' or None, got {condition!r}")
+    given = {"condition_size": size, "condition_shift": shift, "condition_scale": scale}
+    channels = getattr(unet.config, "condition_channels", None)
+    if condition == "known" and channels != 2 * unet.config.in_channels:
+        raise ValueError(
+            f"condition='known' needs a model with condition_channels={2 * unet.config.in_channels}, got {channels!r}"
+        )
+    if condition != "paired":
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} must be None without condition='paired', got {value!r}")
+        return {} if condition is None else {"condition": condition}
+    if not channels:
+        raise ValueError(f"condition='paired' needs a model with condition_channels, got {channels!r}")
+    own = unet.config.sample_size
+    whole = [own] * unet.ndim if isinstance(own, int) else list(own or ())
+    size = whole if size is None else list(size)
+    fits = len(size) == len(whole) > 0 and all(isinstance(side, int) and side >= 1 for side in size)
+    if not fits or [side * (whole[0] // size[0]) for side in size] != whole:
+        raise ValueError(
+            f"condition_size must be the model's sample_size, {whole}, or that divided by one whole number; got {size}"
+        )
+    units = checked_units(channels, shift, scale, "condition")
+    return {"condition": condition, "condition_size": size, **units}
+
+
+def image_tensor(images, name: str, channels: int) -> tuple[Tensor, bool]:
+    """Return PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) as a tensor, and True for PIL images.
+
+    PIL images become levels from 0 to 1, of float64.
+
+    Raises:
+        ValueError: it is something else, or has other channels.
+    """
+    if isinstance(images, Image.Image):
+        images = [images]
+    is_pil = isinstance(images, (list, tuple)) and bool(images) and isinstance(images[0], Image.Image)
+    if is_pil:
+        sizes = sorted({image.size for image in images})
+        if len(sizes) > 1:
+            raise ValueError(f"{name} must have images of one size, got {sizes}")
+        mode = IMAGE_MODES.get(channels)
+        arrays = [np.asarray(image.convert(mode) if mode else image) / 255.0 for image in images]
+        images = np.stack([array if array.ndim == 3 else array[..., None] for array in arrays])
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, 1) if images.ndim == 4 else images
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != channels:
+        got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
+        raise ValueError(f"{name} must be PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) with "
+                         f"{channels} channels; got {got}")  # fmt: skip
+    return images, is_pil
+
+
+def _sequence_tensor(sequences, name: str, channels: int) -> Tensor:
+    """Return an array or a tensor (B, C, length) as a tensor."""
+    try:
+        x = torch.as_tensor(sequences, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be an array or tensor, got {type(sequences).__name__}") from error
+    if x.ndim != 3 or x.shape[1] != channels:
+        raise ValueError(f"{name} must have the shape (B, {channels}, length), got {tuple(x.shape)}")
+    return x
+
+
+def encode_condition(pipeline, condition, batch_size: int) -> Tensor | None:
+    """Return the condition of a call as its model takes it, (batch_size, C', *size of the samples).
+
+    Args:
+        pipeline: the pipeline that is called.
+        condition: in its own units, one for all samples or one for each; None where the model takes none.
+        batch_size: the number of samples.
+
+    Raises:
+        ValueError: it does not fit the pipeline or the number of samples, or is missing.
+    """
+    c = pipeline.config
+    if c.get("condition") != "paired":
+        if condition is not None:
+            raise ValueError(
+                "condition needs a model that was trained with paired conditions (condition_column), and this one was "
+                "not; got one"
+            )
+        return None
+    channels, size = pipeline.unet.config.condition_channels, tuple(c.condition_size)
+    if condition is None:
+        raise ValueError(f"condition must be given to this model, {channels} channels of the size {size}; got None")
+    has_units, is_pil = c.condition_scale is not None or c.condition_shift is not None, False
+    if len(size) == 1:
+        x = _sequence_tensor(condition, "condition", channels)
+    else:
+        x, is_pil = image_tensor(condition, "condition", channels)
+        x = x.cpu().double()
+    if tuple(x.shape[2:]) != size or len(x) not in (1, batch_size):
+        raise ValueError(
+            f"condition must be of the size {size}, one for all samples or one for each of {batch_size}; got "
+            f"{len(x)} of the size {tuple(x.shape[2:])}"
+        )
+    if not x.isfinite().all():
+        raise ValueError("condition must be finite, got NaN or infinity")
+    if is_pil or (len(size) == 2 and not has_units):
+        if x.min() < 0 or x.max() > 1:
+            raise ValueError(f"condition must lie in [0, 1], got {x.min():.4g} to {x.max():.4g}")
+        x = x * 2 - 1
+    elif has_units:
+        x = from_units(pipeline, x, "condition")
+    x = x.to(pipeline._execution_device, pipeline.unet.dtype).expand(batch_size, -1, *size)
+    return enlarged(x, pipeline._size())
+
+
+def number_of_conditions(condition) -> int:
+    """Return how many conditions a call is given; 1 where that cannot be told."""
+    return len(condition) if isinstance(condition, (list, tuple, np.ndarray, Tensor)) else 1
+
+
+def refuse_paired(pipeline, name: str) -> None:
+    """Raise ValueError if the model of a pipeline needs a paired condition, which the method `name` does not take."""
+    if pipeline.config.get("condition") == "paired":
+        raise ValueError(f"{name} needs a model without paired conditions, and this one has them: call the pipeline")

@@ -1,0 +1,146 @@
+"""Training with paired conditions: what the model is told, the saved pipeline, resuming, evaluation, pictures."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import MODEL, OnDevice, config, metrics, state
+from PIL import Image
+
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D, train
+from ddpm_hf.data import open_data
+from ddpm_hf.data.loading import Batch
+from ddpm_hf.evaluation.pairs import Pairs, chosen_pairs
+from ddpm_hf.pipeline.pairs import enlarged
+from ddpm_hf.trainer.loop import Trainer
+from ddpm_hf.trainer.step import TrainingStep
+
+RNG = np.random.default_rng(0)
+LONG = RNG.normal(size=(24, 2, 16)).cumsum(axis=2)
+SHORT = 10 * LONG[:, :1, ::4] + 3  # of other units than the items
+SHORT_RUN = {"dataset_name": None, "max_train_steps": 3, "condition_column": "small"}
+
+
+@pytest.fixture(scope="module")
+def waves(tmp_path_factory):
+    path = tmp_path_factory.mktemp("waves") / "waves.npz"
+    np.savez(path, data=LONG, small=SHORT, kind=np.arange(24) % 2)
+    return {**SHORT_RUN, "train_data_file": str(path)}
+
+
+def pictures():
+    """Pairs of images of 8 x 8 and their means over 2 x 2 pixels, with a class."""
+    x = torch.from_numpy(RNG.uniform(-1, 1, size=(16, 1, 8, 8))).float()
+    return [(item, i % 2, torch.nn.functional.avg_pool2d(item, 2)) for i, item in enumerate(x)]
+
+
+class Spy(torch.nn.Module):
+    """A model of a constant, which remembers the conditions that it was told."""
+
+    def __init__(self):
+        super().__init__()
+        self.value, self.seen = torch.nn.Parameter(torch.zeros(())), []
+
+    def forward(self, x, t, condition=None, x_self_cond=None):
+        self.seen.append(condition)
+        return SimpleNamespace(sample=self.value + 0 * x)
+
+
+def step_of(model, **options):
+    c = TrainConfig(**options)
+    accelerator = SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False), distributed_type=None)
+    return TrainingStep(model, GaussianScheduler(), None, SimpleNamespace(share=lambda step: None), c, accelerator)
+
+
+def test_the_model_is_told_the_condition_in_the_size_of_the_items():
+    """In model units, in the estimate of self-conditioning too; the draws and the loss are those without it."""
+    levels = torch.randint(0, 256, (4, 3, 4, 4), dtype=torch.uint8)
+    items, model = torch.randn(4, 1, 8, 8), Spy()
+    told = step_of(model)._loss(Batch(items, [], conditions=levels), 0, self_condition=True)
+    for condition in model.seen:
+        torch.testing.assert_close(condition[:, :, ::2, 1::2], levels / 127.5 - 1, rtol=0, atol=1e-6)
+        assert condition.shape == (4, 3, 8, 8) and condition.dtype == torch.float32
+    assert len(model.seen) == 2
+    assert torch.equal(told, step_of(Spy())._loss(Batch(items, []), 0, self_condition=True))
+
+
+def test_nothing_of_the_condition_is_read_by_the_host():
+    """On the meta device, where a read raises."""
+    step = step_of(Spy().to("meta"))
+    with torch.device("meta"):
+        batch = Batch(torch.zeros(2, 1, 8, 8), [], conditions=torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+        first = torch.zeros((), dtype=torch.int64)
+    assert step._loss(batch, first, self_condition=True).device.type == "meta"
+    with OnDevice("meta") as seen:
+        assert enlarged(batch.condition, (8, 8)).shape == (2, 3, 8, 8)
+    assert seen.operations > 0
+
+
+def test_a_run_of_sequences_is_resumed_to_the_bit(waves, tmp_path, monkeypatch):
+    """With classes, self-conditioning, held-out items and evaluations; stopped in step 3, after the checkpoint of 2."""
+    options = {
+        **waves, "class_labels": "kind", "self_condition": True, "max_train_steps": 4, "checkpointing_steps": 2,
+        "holdout": 6, "eval_steps": 2, "eval_metrics": ["held_out_loss", "frechet"], "eval_num_samples": 8,
+        "sequence_norm": "meanstd",
+    }  # fmt: skip
+    result, step = train(config(tmp_path / "whole", **options)), Trainer._train_step
+
+    def stop(self, batches):
+        if self.progress.step == 3:
+            raise KeyboardInterrupt
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path / "parts", **options))
+    monkeypatch.undo()
+    train(config(tmp_path / "parts", **options))
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, content in whole.items():
+        assert parts[name] == content, name
+    assert all(np.isfinite(value) for line in metrics(tmp_path / "whole") for value in line.values())
+    pipe = DDPMPipeline1D.from_pretrained(result.pipeline_dir)
+    feed = open_data(config(tmp_path, **options))
+    assert pipe.config.condition == "paired" and pipe.config.condition_size == [4]
+    assert pipe.config.condition_scale == list(feed.condition_scaling.scale)
+    assert pipe.config.condition_shift == list(feed.condition_scaling.shift)
+    assert pipe(condition=SHORT[:3], class_labels="1").sequences.shape == (3, 2, 16)
+
+
+def test_a_run_of_images_draws_condition_sample_and_truth(tmp_path):
+    result = train(config(tmp_path, **{**SHORT_RUN, "class_labels": "y"}, num_samples=2), pictures())
+    assert result.steps == 3 and np.isfinite(metrics(tmp_path)[-1]["loss"])
+    picture = np.asarray(Image.open(tmp_path / "samples" / "step-000003.png"))
+    assert picture.shape == (2 * 66, 3 * 66, 3)
+    (pairs, none), chosen = Pairs.of_feed(open_data(config(tmp_path, **SHORT_RUN), [x[::2] for x in pictures()])), 0
+    assert none is None and pairs.conditions([chosen]).shape == (1, 1, 4, 4)
+    pipe = DDPMPipeline.from_pretrained(result.pipeline_dir)
+    assert pipe.config.get("condition_scale") is None and pipe.config.condition_size == [4, 4]
+    assert len(pipe(condition=Image.new("L", (4, 4)), batch_size=2).images) == 2
+
+
+def test_samples_are_given_the_conditions_of_the_pairs(waves, tmp_path):
+    """In the units of the data, each pair once before one comes twice, and the same for every number of samples."""
+    feed = open_data(config(tmp_path, **waves, holdout=6))
+    pairs, held_out = Pairs.of_feed(feed)
+    rows = [int(np.abs(SHORT - x.numpy()).sum(axis=(1, 2)).argmin()) for x in held_out.conditions(range(6))]
+    assert len(set(rows)) == 6
+    np.testing.assert_allclose(feed.scaling.to_data(held_out.items(range(6)).double()), LONG[rows], atol=1e-5)
+    np.testing.assert_allclose(pairs.conditions(range(18)), np.delete(SHORT, rows, axis=0), atol=1e-5)
+    numbers = chosen_pairs(6, 15, seed=0)
+    assert sorted(numbers[:6]) == sorted(numbers[6:12]) == list(range(6))
+    assert np.array_equal(numbers[:7], chosen_pairs(6, 7, seed=0))
+
+
+def test_what_does_not_fit(waves, tmp_path):
+    with pytest.raises(ValueError, match="not both; got condition 'known' and condition_column 'small'"):
+        TrainConfig(condition="known", condition_column="small", train_data_file="x.npz")
+    for channels in (0, 2):
+        model = UNet1D(16, in_channels=2, condition_channels=channels, **MODEL)
+        with pytest.raises(ValueError, match=f"must be 1 with condition_column 'small', got {channels}"):
+            Trainer(config(tmp_path, **waves), model=model)
+    model = UNet2D(8, in_channels=1, condition_channels=1, **MODEL)
+    with pytest.raises(ValueError, match="condition_channels of the model must be 0 with condition None, got 1"):
+        Trainer(config(tmp_path), model=model)
