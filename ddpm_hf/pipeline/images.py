@@ -6,17 +6,16 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ddpm_hf.pipeline.completing import CompletingPipeline
 from ddpm_hf.pipeline.guidance import class_names, number_of_classes
 from ddpm_hf.pipeline.interpolating import InterpolatingPipeline
 from ddpm_hf.pipeline.outputs import IMAGE_MODES, ImageOutput
 from ddpm_hf.pipeline.pairs import condition_settings, image_tensor
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_parts
+from ddpm_hf.pipeline.scoring import ScoringPipeline
 from ddpm_hf.pipeline.units import checked_units, from_units, to_units
-from ddpm_hf.pipeline.varying import VaryingPipeline
 
 
-class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
+class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
     """Unconditional generation of images.
 
     Args:
@@ -33,6 +32,7 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
         condition_size: height and width of a paired condition, the model's size or that divided by one whole number;
             None: the model's size.
         condition_shift, condition_scale: one number per channel of a paired condition, as data_shift and data_scale.
+        score_quantiles: what `calibrate_score` has kept.
 
     Raises:
         ValueError: the model is one of sequences, the scheduler cannot sample from it, or a value is outside its range.
@@ -56,6 +56,7 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
         condition_size: Sequence[int] | None = None,
         condition_shift: Sequence[float] | None = None,
         condition_scale: Sequence[float] | None = None,
+        score_quantiles: dict | None = None,
     ):
         super().__init__()
         check_parts(self, unet, num_inference_steps, 2, "DDPMPipeline1D")
@@ -70,6 +71,7 @@ class DDPMPipeline(InterpolatingPipeline, CompletingPipeline, VaryingPipeline):
             # other pipelines are saved as they always were
             **({} if names is None else {"id2label": names}),
             **conditioned,
+            **({} if score_quantiles is None else {"score_quantiles": score_quantiles}),
             **({} if data_shift is None and data_scale is None else units),
         )
 

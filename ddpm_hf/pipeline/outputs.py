@@ -35,3 +35,35 @@ class SequenceOutput(BaseOutput):
 
     sequences: np.ndarray | Tensor
     trajectory: np.ndarray | Tensor | None = None
+
+
+@dataclass
+class ReconstructionOutput(BaseOutput):
+    """What a model takes for the normal form of items, in the units of the data.
+
+    Attributes:
+        mean, std: mean and standard deviation over the draws (0 for one draw), arrays or tensors of the form of the
+            samples: images `(B, H, W, C)` or as tensors `(B, C, H, W)`, sequences `(B, C, length)`.
+        samples: the draws, with an axis of their number after the first: `(B, num_samples, ...)`.
+    """
+
+    mean: np.ndarray | Tensor
+    std: np.ndarray | Tensor
+    samples: np.ndarray | Tensor
+
+
+@dataclass
+class ScoreOutput(BaseOutput):
+    """Scores of items; more is stranger.
+
+    Attributes:
+        scores: `(B,)` float64.
+        maps: the score of each value, float32: images `(B, H, W, C)`, sequences `(B, C, length)`.
+        options: the options that the scores depend on.
+        percentiles: `(B,)`, the percentile of each score among those of the calibration; None without one.
+    """
+
+    scores: np.ndarray
+    maps: np.ndarray
+    options: dict
+    percentiles: np.ndarray | None = None

@@ -44,7 +44,8 @@ def in_pieces(call: Callable[..., Tensor], model, most: int | None) -> Callable[
     The pieces differ by at most one sample in size. A batch that fits is given to `call` as it is.
 
     Args:
-        call: predicts from x_t `(B, ...)`, the timestep of all samples and optional tensors `(B, ...)`.
+        call: predicts from x_t `(B, ...)`, the timestep of all samples or timesteps `(B,)`, and optional tensors
+            `(B, ...)`.
         model: the model that it calls.
         most: largest number of samples; None: that of `suggested_batch`.
     """
@@ -58,9 +59,13 @@ def in_pieces(call: Callable[..., Tensor], model, most: int | None) -> Callable[
             name: (None,) * number if x is None else x.tensor_split(number)
             for name, x in {"sample": sample, **optional}.items()
         }
+        if timestep.ndim and len(timestep) == len(sample):
+            split["timestep"] = timestep.tensor_split(number)
+        else:
+            split["timestep"] = (timestep,) * number
         return torch.cat(
             [
-                call(piece.pop("sample"), timestep, **piece)
+                call(piece.pop("sample"), piece.pop("timestep"), **piece)
                 for piece in (dict(zip(split, parts)) for parts in zip(*split.values()))
             ]
         )

@@ -11,11 +11,11 @@ from ddpm_hf.pipeline.interpolating import InterpolatingPipeline
 from ddpm_hf.pipeline.outputs import SequenceOutput
 from ddpm_hf.pipeline.pairs import condition_settings
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_parts
+from ddpm_hf.pipeline.scoring import ScoringPipeline
 from ddpm_hf.pipeline.units import checked_units, from_units, to_units
-from ddpm_hf.pipeline.varying import VaryingPipeline
 
 
-class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, VaryingPipeline):
+class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, ScoringPipeline):
     """Unconditional generation of sequences, in the units of the data that the model was trained on.
 
     Args:
@@ -31,6 +31,7 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, VaryingPipeline)
         condition_size: length of a paired condition, the model's size or that divided by one whole number;
             None: the model's size.
         condition_shift, condition_scale: one number per channel of a paired condition, as data_shift and data_scale.
+        score_quantiles: what `calibrate_score` has kept.
 
     Raises:
         ValueError: the model is one of images, the scheduler cannot sample from it, or a value is outside its range.
@@ -54,6 +55,7 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, VaryingPipeline)
         condition_size: Sequence[int] | None = None,
         condition_shift: Sequence[float] | None = None,
         condition_scale: Sequence[float] | None = None,
+        score_quantiles: dict | None = None,
     ):
         super().__init__()
         check_parts(self, unet, num_inference_steps, 1, "DDPMPipeline")
@@ -69,6 +71,7 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, VaryingPipeline)
             # other pipelines are saved as they always were
             **({} if names is None else {"id2label": names}),
             **conditioned,
+            **({} if score_quantiles is None else {"score_quantiles": score_quantiles}),
         )
 
     def __call__(
