@@ -115,8 +115,8 @@ class BoundTimesteps:
         return index + 1, 1 / (strata * self.probability[index].item())
 
 
-class ScoringPipeline(VaryingPipeline, CompletingPipeline):
-    """A pipeline that reconstructs given items, and scores how strange they are."""
+class ReconstructingPipeline(VaryingPipeline):
+    """A pipeline that finds the normal form of given items."""
 
     # This function is longer than 60 lines because it documents every option.
     def reconstruct(
@@ -186,6 +186,10 @@ class ScoringPipeline(VaryingPipeline, CompletingPipeline):
     def _array(self, x: Tensor) -> np.ndarray:
         """Return a tensor (..., C, *spatial) as an array in the form of "np": channels last for images."""
         return (x.movedim(-3, -1) if self._output_types[0] == "pil" else x).cpu().numpy()
+
+
+class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
+    """A pipeline that scores how strange given items are."""
 
     # This function is longer than 60 lines because it documents every option.
     @torch.no_grad()
