@@ -31,6 +31,7 @@ from ddpm_hf.commands.sample_choices import (
     choose_format,
     choose_labels,
     choose_scheduler,
+    choose_size,
     has_own_units,
     is_label_file,
     read_known,
@@ -75,6 +76,13 @@ def make_parser() -> SuggestingParser:
     what.add_argument("--jump_length", type=int, default=10, help="Steps of a jump of RePaint. Default: %(default)s.")
     what.add_argument("--jump_n_sample", type=int, default=10, help="Passes of RePaint through each place that it "
                       "jumps from, for models that were not trained to complete. Default: %(default)s.")  # fmt: skip
+    what = parser.add_argument_group("longer series and larger images")
+    what.add_argument("--length", type=int, help="Length of sequences. Default: as trained.")
+    what.add_argument("--height", type=int, help="Height of images in pixels. Default: as trained.")
+    what.add_argument("--width", type=int, help="Width of images in pixels. Default: as trained.")
+    what.add_argument("--method", help="single, joint or, for sequences, sequential, as in a call. Default: "
+                      "single up to twice the trained size, joint beyond.")  # fmt: skip
+    what.add_argument("--overlap", type=int, help="Values that neighbouring windows share. Default: half a window.")
     what = parser.add_argument_group("variations of given items")
     what.add_argument("--init_image", help="Images to vary, in turn: a picture, a folder of pictures, .npy or .npz. "
                       "Pictures are cropped and resized to the size of the model's images.")  # fmt: skip
@@ -154,6 +162,7 @@ class Work(NamedTuple):
     guide: DDPMPipeline | DDPMPipeline1D | None
     known: Known | None
     start: Start | None
+    size: dict
     files: SampleFiles
     settings: dict
 
@@ -171,10 +180,10 @@ def prepare(given: argparse.Namespace) -> Work:
     labels = choose_labels(pipeline, given.class_labels, given.num_samples)
     check_numbers(given, pipeline, labels, guide)
     known = read_known(pipeline, given.known, given.mask)
-    start = read_start(pipeline, given)
+    start, size = read_start(pipeline, given), choose_size(pipeline, given)
     files = SampleFiles(given.output_dir, form, given.num_samples, given.batch_size, labels)
     settings = make_settings(given, pipeline, guide, form, labels, known, start)
-    return Work(pipeline, guide, known, start, files, settings)
+    return Work(pipeline, guide, known, start, size, files, settings)
 
 
 def sample(given: argparse.Namespace) -> Path:
@@ -229,7 +238,7 @@ def draw_missing(given: argparse.Namespace, work: Work, missing: list[int], acce
             if work.start is not None:
                 samples = pipeline(**work.start.part(numbers), **options)[0]
             elif work.known is None:
-                samples = pipeline(batch_size=len(numbers), **options)[0]
+                samples = pipeline(batch_size=len(numbers), **work.size, **options)[0]
             else:
                 samples = pipeline.inpaint(*work.known.part(numbers), **jumps, **options)[0]
             files.write(block, in_form(samples, files.form))

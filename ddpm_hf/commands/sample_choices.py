@@ -168,6 +168,28 @@ def check_numbers(given: argparse.Namespace, pipeline, labels: list | None, guid
     )  # fmt: skip
 
 
+def choose_size(pipeline, given: argparse.Namespace) -> dict:
+    """Return the arguments of a call for the size of the samples, without those that are not given.
+
+    Raises:
+        ValueError: one does not apply to the pipeline or to given items, or is outside of its range.
+    """
+    names, others, kind = ("height", "width"), ("length",), "images"
+    if isinstance(pipeline, DDPMPipeline1D):
+        names, others, kind = others, names, "sequences"
+    chosen = {name: getattr(given, name) for name in (*names, "method", "overlap") if getattr(given, name) is not None}
+    for name in others:
+        if getattr(given, name) is not None:
+            raise ValueError(f"--{name} does not apply to a pipeline of {kind}, got {getattr(given, name)}")
+    if chosen and (given.known or given.init_image or given.init_sequence):
+        raise ValueError(f"--{next(iter(chosen))} does not apply to given items, which have a size: leave it out")
+    if chosen:
+        size = [given.length] if kind == "sequences" else pipeline._size_of(given.height, given.width)
+        size = None if size is None or None in size else tuple(size)
+        pipeline._windows(size, given.method, given.overlap)  # its rules
+    return chosen
+
+
 class Known(NamedTuple):
     """The items that samples complete.
 

@@ -119,6 +119,9 @@ def test_parts_of_a_stopped_run_are_kept(pipelines, tmp_path, monkeypatch):
         ("sequences", "--eta=2", "eta must be a number from 0 to 1, got 2.0"),
         ("images", "--guidance_rescale=2", "guidance_rescale must be a number from 0 to 1, got 2.0"),
         ("images", "--mask=a.npy", "--known is missing"),
+        ("images", "--length=20", "--length does not apply to a pipeline of images, got 20"),
+        ("sequences", "--length=4", "length must be at least the size that the model was trained on"),
+        ("sequences", "--overlap=2", "method and overlap need length, the size of the samples"),
         ("images", "--strength=0.5", "--strength needs --init_image"),
         ("images", "--init_sequence=a.npy", "--init_sequence does not apply to a pipeline of images"),
         ("sequences", "--init_sequence=none.npy", "--init_sequence: the file must be a file on disk, got none.npy"),
@@ -241,6 +244,18 @@ def test_the_known_part_of_pictures_is_kept(pipelines, tmp_path, form):
         found = np.asarray(Image.open(tmp_path / "a" / f"{number:06d}.webp"))
         assert np.array_equal(found[hole == 0], colours[number % 2][hole == 0])
         assert not np.array_equal(found, colours[number % 2])
+
+
+def test_series_and_images_of_other_sizes(pipelines, tmp_path):
+    """The size, and how it is reached, go to the pipeline's call."""
+    options = ["--length=20", "--method=joint", "--overlap=2"]
+    assert run(pipelines, "sequences", tmp_path / "a", *options, "--batch_size=5") == 0
+    pipe = load_pipeline(str(pipelines / "sequences"))
+    call = {"length": 20, "method": "joint", "overlap": 2, "num_inference_steps": 2}
+    expected = pipe(batch_size=5, generator=sample_generators(0, range(5)), **call).sequences
+    assert np.array_equal(np.load(tmp_path / "a" / "samples.npy"), expected)
+    assert run(pipelines, "images", tmp_path / "b", "--width=12") == 0
+    assert images_of(tmp_path / "b").shape == (5, 8, 12)
 
 
 def test_given_items_are_varied_in_turn(pipelines, tmp_path, capsys):
