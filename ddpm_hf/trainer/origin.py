@@ -81,7 +81,7 @@ class Continued(Origin):
             if value != now:
                 raise ValueError(
                     f"{name} must be that of the run which is continued, {value!r}, because the shapes of its weights "
-                    f"follow it; got {now!r}"
+                    f"or what they compute follow it; got {now!r}"
                 )
         if config.max_train_steps <= step:
             raise ValueError(

@@ -130,7 +130,7 @@ class Saver:
         if kept["feed"] and kept["global_batch"] != run.global_batch:
             raise ValueError(
                 f"streamed data is resumed with the same global batch, {kept['global_batch']}; got {run.global_batch} "
-                "(another number of processes). To go on with another batch: {run.folder.continuation()}"
+                f"(another number of processes). To go on with another batch: {run.folder.continuation()}"
             )
         progress = run.progress
         progress.step, progress.skipped, progress.interval = kept["step"], kept["skipped_images"], kept["interval"]

@@ -142,6 +142,30 @@ def test_an_earlier_checkpoint_and_the_dry_run(source, tmp_path, capsys):
     assert "step-000003 after step 3: 6 steps remain" in out and not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
+def test_the_best_checkpoint(tmp_path, capsys):
+    """It is that of the best evaluation; where it was not kept, the message names the way on with its weights."""
+    options = {"eval_steps": 2, "holdout": 20, "eval_metrics": ["held_out_loss"], "checkpointing_steps": 2,
+               "checkpoints_total_limit": 0, "max_train_steps": 6}  # fmt: skip
+    train(config(tmp_path / "a", **options))
+    progress = tmp_path / "a" / "checkpoints" / "step-000006" / "progress.json"
+    content = json.loads(progress.read_text())
+    assert content["best"]["metric"] == "held_out_loss" and content["best"]["step"] in (2, 4, 6)
+
+    def say_best(step):
+        progress.write_text(json.dumps({**content, "best": {**content["best"], "step": step}}))
+
+    options = {"continue_checkpoint": "best", "max_train_steps": 8}
+    say_best(4)
+    train(continued(tmp_path / "a", tmp_path / "b", **options))
+    assert "step-000004 after step 4: 4 steps remain" in capsys.readouterr().out
+    assert metrics(tmp_path / "b")[0]["step"] == 5
+    say_best(3)
+    with pytest.raises(ValueError, match="has not kept.* --init_from .*best"):
+        train(continued(tmp_path / "a", tmp_path / "d", **options))
+    train(initialised(tmp_path / "a" / "best", tmp_path / "d", dry_run=True))
+
+
 def test_a_refused_resume_names_the_way_on(tmp_path, source):
     shutil.copytree(source, tmp_path / "a")
     with pytest.raises(ValueError, match="other options") as caught:
