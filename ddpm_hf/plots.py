@@ -265,3 +265,47 @@ def _as_rgb(image: np.ndarray) -> np.ndarray:
         image = side_by_side(image, 1)[None]
     colours = image[:3] if len(image) >= 3 else image[[0, 0, 0]]
     return np.moveaxis(colours, 0, -1).clip(0, 1)
+
+
+def save_heat_map(item: np.ndarray, heat: np.ndarray, limits: tuple[float, float], path: Path) -> None:
+    """Save a picture of an item with the map of its score as PNG.
+
+    An image lies in grey under the mean of its channels' maps. Each channel of a sequence is drawn over its map as
+    colours, with the map as a curve below it.
+
+    Args:
+        item: (C, H, W), levels from 0 to 1, or a sequence (C, length).
+        heat: the map, of the same shape.
+        limits: the values that have the weakest and the strongest colour.
+        path: the file to write.
+    """
+    from matplotlib.figure import Figure
+
+    low, high = limits
+    if item.ndim == 3:
+        levels = _as_rgb(item)
+        strength = heat.mean(axis=0) if len(item) in SHOWN_CHANNELS else side_by_side(heat, 0)
+        figure = Figure(figsize=(6.4, 3.2 * levels.shape[0] / levels.shape[1] + 0.4), layout="constrained")
+        axes = figure.subplots(1, 2)
+        axes[0].imshow(levels, interpolation="nearest")
+        axes[1].imshow(levels.mean(axis=2), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        shown = axes[1].imshow(
+            strength, cmap="inferno", vmin=low, vmax=high, alpha=((strength - low) / (high - low)).clip(0.15, 0.9),
+            interpolation="nearest",
+        )  # fmt: skip
+        for axis in axes:
+            axis.set_axis_off()
+        figure.colorbar(shown, ax=axes[1], shrink=0.8)
+    else:
+        count, length = item.shape
+        figure = Figure(figsize=(9, 2.0 * count + 0.4), layout="constrained")
+        axes = figure.subplots(2 * count, 1, sharex=True, squeeze=False, height_ratios=[3, 1] * count)[:, 0]
+        for channel in range(count):
+            series, below = axes[2 * channel : 2 * channel + 2]
+            series.plot(item[channel], linewidth=0.9, color="black")
+            strip = (-0.5, length - 0.5, *series.get_ylim())
+            shown = series.imshow(heat[channel][None], cmap="Reds", vmin=low, vmax=high, aspect="auto", extent=strip)
+            below.fill_between(range(length), low, heat[channel], color="tab:red", linewidth=0.5)
+            below.set_ylim(low, high)
+        figure.colorbar(shown, ax=list(axes), shrink=0.8)
+    figure.savefig(path, dpi=100, format="png")

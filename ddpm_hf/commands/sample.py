@@ -284,11 +284,10 @@ def draw_sequences(samples: list[np.ndarray], files: SampleFiles, path: Path) ->
     figure.savefig(path, dpi=100)
 
 
-def main(arguments: list) -> int:
-    """Sample as the arguments say, and return the exit status."""
-    given = make_parser().parse_args(arguments)
+def exit_status(do: Callable[[], Any]) -> int:
+    """Call a function, print its error as a line if it raises ValueError, and return the exit status of the program."""
     try:
-        sample(given)
+        do()
     except SharedError as error:
         process = PartialState()
         if process.is_main_process:
@@ -299,6 +298,12 @@ def main(arguments: list) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def main(arguments: list) -> int:
+    """Sample as the arguments say, and return the exit status."""
+    given = make_parser().parse_args(arguments)
+    return exit_status(lambda: sample(given))
 
 
 if __name__ == "__main__":

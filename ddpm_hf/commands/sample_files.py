@@ -40,6 +40,48 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(aside, path)
 
 
+def open_folder(folder: Path, settings: dict, option: str = "output_dir", content: str = "samples") -> None:
+    """Make a folder with settings.json, or check that it was made with these settings.
+
+    Args:
+        folder: the folder.
+        settings: everything that its content depends on.
+        option: the option that chooses the folder, for messages.
+        content: what the folder holds, for messages.
+
+    Raises:
+        ValueError: the folder holds content of other settings, or other files, or it cannot be written.
+    """
+    file, other = folder / "settings.json", f"choose another --{option}"
+    try:
+        if file.is_file():
+            check_settings(json.loads(file.read_text()), settings, f"{option} {folder}", option, content)
+            return
+        if folder.exists() and (not folder.is_dir() or any(not p.name.endswith(ASIDE) for p in folder.iterdir())):
+            raise ValueError(f"{option} must be a new or empty folder, or one of {content}: {folder}; {other}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(settings, indent=1))
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{option} {folder} cannot be used: {error}; {other}") from error
+
+
+def check_settings(found: dict, settings: dict, place: str, option: str, content: str) -> None:
+    """Check that settings that were found at a place are those of this run.
+
+    Raises:
+        ValueError: they differ; the message lists the differences.
+    """
+    wrong = [
+        f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now"
+        for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)
+    ]  # fmt: skip
+    if wrong:
+        raise ValueError(
+            f"{place} holds {content} of other settings; choose another --{option}, or give the same settings to go "
+            "on. They differ in:\n  " + "\n  ".join(wrong)
+        )
+
+
 class SampleFiles:
     """The files of `count` samples in a folder.
 
@@ -63,29 +105,7 @@ class SampleFiles:
         Raises:
             ValueError: the folder holds samples of other settings, or other files, or it cannot be written.
         """
-        file = self.folder / "settings.json"
-        other = "choose another --output_dir"
-        try:
-            if file.is_file():
-                found = json.loads(file.read_text())
-                wrong = [
-                    f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now"
-                    for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)
-                ]  # fmt: skip
-                if wrong:
-                    raise ValueError(
-                        f"output_dir {self.folder} holds samples of other settings; {other}, or give the same settings "
-                        "to go on. They differ in:\n  " + "\n  ".join(wrong)
-                    )
-                return
-            if self.folder.exists() and (
-                not self.folder.is_dir() or any(not p.name.endswith(ASIDE) for p in self.folder.iterdir())
-            ):
-                raise ValueError(f"output_dir must be a new or empty folder, or one of samples: {self.folder}; {other}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(settings, indent=1))
-        except (OSError, json.JSONDecodeError, AttributeError) as error:
-            raise ValueError(f"output_dir {self.folder} cannot be used: {error}; {other}") from error
+        open_folder(self.folder, settings)
 
     def numbers(self, block: int) -> range:
         """Return the numbers of the samples of a block."""

@@ -100,7 +100,7 @@ def read_labels(path: str, class_labels: str, count: int) -> Labels:
     if suffix == ".parquet":
         return table_labels(open_files("parquet", [path]), class_labels, path)
     if Path(class_labels).suffix.lower() in LABEL_ENDINGS:
-        return _read_label_file(class_labels, count)
+        return read_label_file(class_labels, count)
     if suffix == ".npy":
         raise ValueError(f"class_labels must be a file ({', '.join(LABEL_ENDINGS)}) for {path}, got {class_labels!r}")
     with np.load(path, allow_pickle=False) as archive:
@@ -112,7 +112,7 @@ def read_labels(path: str, class_labels: str, count: int) -> Labels:
     return Labels.read(values, f"the array {class_labels!r} of {path}")
 
 
-def _read_label_file(path: str, count: int) -> Labels:
+def read_label_file(path: str, count: int) -> Labels:
     """Read a file with one class for each of `count` sequences."""
     try:
         if path.lower().endswith(".npy"):

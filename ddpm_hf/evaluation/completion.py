@@ -26,7 +26,7 @@ from ddpm_hf.evaluation.completion_scores import (
     summary,
 )
 from ddpm_hf.evaluation.sampling import Sampling
-from ddpm_hf.evaluation.sequences import natural_units
+from ddpm_hf.evaluation.sequences import sample_units
 from ddpm_hf.evaluation.settings import EvalSettings
 from ddpm_hf.evaluation.shares import Items, Shares
 from ddpm_hf.randomness import Stream, derive_seed, generator_seeds
@@ -226,11 +226,7 @@ class Completion:
 
     def _natural(self, items: Tensor) -> np.ndarray:
         """Return items (B, C, *spatial) in the units of samples, float64; pictures have levels from 0 to 1."""
-        if self.is_image and has_own_units(scaling_of(self.data)):
-            return natural_units(items.flatten(2), self.data).view(items.shape).numpy()
-        if self.is_image:
-            return ((items.double() + 1) / 2).numpy()
-        return natural_units(items, self.data).numpy()
+        return sample_units(items, self.data).numpy()
 
     def _drawn(self, item: Completed) -> Completed:
         """Return an item whose values, if it is an image, are levels from 0 to 1."""

@@ -52,7 +52,9 @@ class RealData:
     config: EvaluateConfig
 
 
-def open_real_data(config: EvaluateConfig, facts: dict, pipeline, say: Callable[[str], None]) -> RealData:
+def open_real_data(
+    config: EvaluateConfig, facts: dict, pipeline, say: Callable[[str], None], gaps: bool = False
+) -> RealData:
     """Open the data that samples are compared with.
 
     Args:
@@ -60,6 +62,7 @@ def open_real_data(config: EvaluateConfig, facts: dict, pipeline, say: Callable[
         facts: the pipeline's record, which `read_record` returns.
         pipeline: the pipeline, whose samples have the shape that the data must have.
         say: the function that prints a line.
+        gaps: True to leave missing values of sequences as NaN.
 
     Raises:
         ValueError: if the data cannot be opened, does not fit the pipeline, or is not the run's any more.
@@ -70,7 +73,7 @@ def open_real_data(config: EvaluateConfig, facts: dict, pipeline, say: Callable[
         given = config.given()
         taken = {name: run["options"].get(name) for name in READING if name not in given}
         config = replace(config, **{name: value for name, value in taken.items() if value is not None})
-    dataset, shape = _open(config, run, pipeline)
+    dataset, shape = _open(config, run, pipeline, gaps)
     config.check_scope(is_image=len(shape) == 3)
     dataset, held_out = _split(config, run, dataset)
     classes = DataClasses.of(getattr(underlying(dataset), "labels", None), dataset, held_out)
@@ -106,7 +109,7 @@ def _run_of(config: EvaluateConfig, facts: dict) -> dict:
     return facts if all(facts["options"].get(name, value) == value for name, value in given.items()) else {}
 
 
-def _open(config: EvaluateConfig, run: dict, pipeline) -> tuple[Any, tuple]:
+def _open(config: EvaluateConfig, run: dict, pipeline, gaps: bool) -> tuple[Any, tuple]:
     """Open the data in the shape of the pipeline's samples, scaled as its run scaled it; return it and that shape."""
     path, size = Path(config.data), pipeline._size()
     _check_kind(config.data, is_image=len(size) == 2)
@@ -133,7 +136,7 @@ def _open(config: EvaluateConfig, run: dict, pipeline) -> tuple[Any, tuple]:
         options |= {"sequence_length": size[0]}
         if norm := run.get("options", {}).get("sequence_norm"):
             options["sequence_norm"] = norm
-        if pipeline.config.get("condition") == "known":  # its data may have missing values
+        if gaps or pipeline.config.get("condition") == "known":  # its data may have missing values
             options["condition"] = "known"
     dataset = build_dataset(TrainConfig(**source, **options, cache_gb=0))
     if len(size) == 2 and own_units and isinstance(dataset, ScientificImages):

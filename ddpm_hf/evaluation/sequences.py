@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_hf.data.scaling import scaling_of
+from ddpm_hf.data.scaling import has_own_units, scaling_of
 from ddpm_hf.evaluation.fidelity import Fidelity
 from ddpm_hf.evaluation.metrics import (
     Gaussian,
@@ -77,6 +77,18 @@ def natural_units(x: Tensor, data) -> Tensor:
         data: the dataset; where it has no `scaling`, its items are in their own units.
     """
     return scaling_of(data).to_data(x.double())
+
+
+def sample_units(x: Tensor, data) -> Tensor:
+    """Return items (B, C, *spatial) of a dataset in the units of samples, float64; pictures have levels from 0 to 1.
+
+    Args:
+        x: items as the dataset gives them, scaled for the model.
+        data: the dataset.
+    """
+    if x.ndim == 4 and not has_own_units(scaling_of(data)):
+        return (x.double() + 1) / 2
+    return natural_units(x.flatten(2), data).view(x.shape)
 
 
 def tensor_of(samples: np.ndarray) -> Tensor:

@@ -506,14 +506,14 @@ class Varying(Uploads):
         return series
 
     def _heat(self, item: np.ndarray, heat: np.ndarray) -> Image.Image:
-        """Return one picture of an item and of the map (C, *spatial) of its score."""
+        """Return one picture of an item and of the map of its score, of the same shape."""
         if self.page.is_image:
             figure = Figure(figsize=(9, 4.5), layout="constrained", dpi=80)
             image, below = figure.subplots(1, 2)
             channels = item.shape[-1]
             shown = item if channels in (3, 4) else item[..., 0]
             image.imshow(shown, cmap="gray", vmin=0, vmax=1)
-            figure.colorbar(below.imshow(heat.mean(axis=0), cmap="inferno", vmin=0), ax=below, shrink=0.8)
+            figure.colorbar(below.imshow(heat.mean(axis=-1), cmap="inferno", vmin=0), ax=below, shrink=0.8)
             for axis in (image, below):
                 axis.set_axis_off()
             return drawn_figure(figure)

@@ -605,3 +605,21 @@ def test_an_item_is_varied(kind, tmp_path):
     for wrong, says in (((None, "", 0.5), "upload an image"), ((given[0], "", 1.5), "strength must lie in 0 to 1")):
         with pytest.raises(gr.Error, match=says):
             varying.vary(*wrong, 1, 2, OWN, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_an_item_is_scored(kind, tmp_path):
+    """The picture is that of the pipeline's map; a series with a missing value is refused."""
+    pipe = make(kind)
+    page = Page(pipe)
+    if kind == "images":
+        given = Image.new("RGBA", (16, 16), (90, 90, 90, 255))
+    else:
+        given = str(tmp_path / "x.csv")
+        np.savetxt(given, np.random.default_rng(0).normal(size=(16, 2)), delimiter=",")
+    pictures, words = zip(*(Varying(page).score(given, "", seed) for seed in (0, 0)))
+    assert np.array_equal(*map(np.asarray, pictures)) and words[0].startswith("Score: ") and words[0] == words[1]
+    if kind == "sequences":
+        (tmp_path / "gap.csv").write_text("\n".join(["1,2"] * 15 + ["1,"]))
+        with pytest.raises(gr.Error, match="each of the last 16 rows must have a number"):
+            Varying(page).score(str(tmp_path / "gap.csv"), "", 0)
