@@ -40,16 +40,22 @@ def test_time_and_memory_of_a_row_are_measured(monkeypatch):
     assert np.array(peaks) / 2**20 == pytest.approx([8, 16, 32], rel=0.3)
 
 
-def test_the_table_and_its_file(tmp_path, monkeypatch, capfd):
+FAST = ("folder", "csv", "scan", "scan again", "autocorrelation", "items", "step linear")
+
+
+@pytest.mark.parametrize("names", [FAST, pytest.param(tuple(set(TINY) - set(FAST)), marks=pytest.mark.slow)])
+def test_the_table_and_its_file(tmp_path, monkeypatch, capfd, names):
     assert set(TINY) == set(growth.ROWS) - {"trainer"}
-    for name, sizes in TINY.items():
+    tiny = {name: sizes for name, sizes in TINY.items() if name in names}
+    for name, sizes in tiny.items():
         monkeypatch.setitem(growth.ROWS, name, growth.ROWS[name]._replace(quick=sizes))
     monkeypatch.setattr(growth, "ENOUGH", 0)
+    monkeypatch.setattr(growth, "apart", lambda name, size: growth.measure(growth.ROWS[name].prepare, size))
     monkeypatch.setitem(growth.ONCE, "import", ("nothing", ["-c", "pass"]))
-    assert growth.main(["--quick", "--only", *TINY, "import", "--output_dir", str(tmp_path)]) == 0
+    assert growth.main(["--quick", "--only", *tiny, "import", "--output_dir", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "growth.json").read_text())
-    assert [row["what"] for row in content["growth"]] == [growth.ROWS[name].what for name in TINY]
-    for row, (name, sizes) in zip(content["growth"], TINY.items()):
+    assert [row["what"] for row in content["growth"]] == [growth.ROWS[name].what for name in tiny]
+    for row, (name, sizes) in zip(content["growth"], tiny.items()):
         assert [row[place] for place in ("small", "middle", "large")] == list(sizes)
         seconds = [row[f"{place}, s"] for place in ("small", "middle", "large")]
         assert all(value > 0 for value in seconds) and row["exponent"] == round(growth.exponent(sizes, seconds), 3)
@@ -57,6 +63,11 @@ def test_the_table_and_its_file(tmp_path, monkeypatch, capfd):
     assert content["once"][0]["what"] == "nothing" and 0 < content["once"][0]["s"] < 5
     header = capfd.readouterr().out.splitlines()[0].split("  ")
     assert [name.strip() for name in header if name][:2] == ["what", "size in"]
+
+
+def test_a_size_is_measured_in_a_process_of_its_own():
+    seconds, peak = growth.apart("csv", 1000)
+    assert 0 < seconds < 60 and 0 <= peak < 2**30
 
 
 def test_a_row_that_fails_is_named(monkeypatch, capfd):
