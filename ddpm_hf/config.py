@@ -101,6 +101,8 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
             self.mixed_precision = "no"
         if self.min_snr_gamma is None:  # as YAML may say it, and older runs do
             self.min_snr_gamma = 0.0
+        if options.as_number(str(self.snr_shift)) is not None and not isinstance(self.snr_shift, bool):
+            self.snr_shift = str(float(self.snr_shift))  # one form for a number and its text
         if self.loss_weighting is None:
             self.loss_weighting = "snr" if self.min_snr_gamma else "uniform"
         for name, (kind, _) in kinds().items():
@@ -172,6 +174,7 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
                 self.ddpm_beta_schedule,
                 prediction_type=self.prediction_type,
                 rescale_betas_zero_snr=self.rescale_betas_zero_snr,
+                snr_shift=options.as_number(self.snr_shift) or 0.0,  # that of "auto" follows the data
             )
         except ValueError as error:
             raise ValueError(
@@ -291,8 +294,8 @@ def options_to_continue(source: str, output_dir: str) -> dict[str, Any]:
 
 def in_present_form(earlier: dict[str, Any]) -> dict[str, Any]:
     """Return the options of an earlier run with the values that null and missing options had in earlier versions."""
-    # the only weighting and the only kind of variance before they were options
-    present = {"loss_weighting": "snr", "learned_variance": False, **earlier}
+    # the only weighting, kind of variance and shift before they were options
+    present = {"loss_weighting": "snr", "learned_variance": False, "snr_shift": "0.0", **earlier}
     if present.get("min_snr_gamma", 0.0) is None:
         present["min_snr_gamma"] = 0.0
     if present.get("mixed_precision", "no") in (None, False):

@@ -27,6 +27,7 @@ ALWAYS = {
     "self_condition", "learned_variance", "gradient_checkpointing", "ddpm_num_steps", "ddpm_beta_schedule",
     "prediction_type",
     "loss_weighting", "min_snr_gamma", "noise_offset", "timestep_sampling", "immiscible", "rescale_betas_zero_snr",
+    "snr_shift",
     "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "lr_scheduler",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "use_ema",
     "logging_steps", "report_to", "save_samples_steps", "num_samples", "ddpm_num_inference_steps", "eval_batch_size",

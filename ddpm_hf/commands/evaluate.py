@@ -38,7 +38,7 @@ def main(arguments: list) -> int:
     parser = Parser(EvaluateConfig, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     try:
         evaluate(EvaluateConfig(**vars(parser.parse_args(arguments))))
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -94,20 +94,31 @@ class Sampling:
             steps: the number of sampling steps.
             guidance_scale: the scale of classifier-free guidance; 1 is no guidance.
             between: a function that is called before each batch, equally often on every process.
+
+        Raises:
+            FloatingPointError: samples of some process are not finite; every process raises it, after its last batch.
         """
+        faults: list[str] = []
         numbers, size = self.shares.of(self.settings.num_samples), self.settings.batch_size
         starts = range(0, self.shares.largest(self.settings.num_samples), size)
         shown = self.shares.accelerator.is_main_process
         for start in tqdm(starts, desc="sampling", unit="batch", disable=not shown, leave=False):
             between()
             part = numbers[start : start + size]
-            if not part:  # another process has more
+            if not part or faults:  # another process has more, or this one has failed
                 continue
-            yield pipeline(
-                batch_size=len(part), generator=sample_generators(self.settings.seed, part),
-                num_inference_steps=steps, output_type="np",
-                return_dict=False, **self._condition(pipeline, part, guidance_scale),
-            )[0]  # fmt: skip
+            try:
+                samples = pipeline(
+                    batch_size=len(part), generator=sample_generators(self.settings.seed, part),
+                    num_inference_steps=steps, output_type="np",
+                    return_dict=False, **self._condition(pipeline, part, guidance_scale),
+                )[0]  # fmt: skip
+            except FloatingPointError as error:
+                faults.append(str(error))
+                continue
+            yield samples
+        if faults := self.shares.gather_objects(faults):
+            raise FloatingPointError(faults[0])
 
     def _condition(self, pipeline, part: range, guidance_scale: float) -> dict[str, Any]:
         """Return the arguments of a call that ask for the conditions and classes of these samples."""

@@ -161,11 +161,13 @@ class CompletingPipeline(SamplingPipeline):
 
         Returns:
             The output of a call, with len(known) * num_samples samples. The known part is as it was given: to the bit
-            in "np" and "pt", which have the wider type of sample and data, and to the 8-bit value in "pil".
+            in "np" and "pt", which have the wider type of sample and data, and to the 8-bit value in "pil"; in "latent"
+            it has the model's units and type.
 
         Raises:
             ValueError: a shape is wrong, a value is outside its range, nothing or everything is unknown, or the model
                 was not trained for it and the scheduler is not a `GaussianScheduler`.
+            FloatingPointError: as in the call.
         """
         refuse_paired(self, "inpaint")
         check_rules(INPAINT_RULES, num_samples=num_samples, jump_length=jump_length, jump_n_sample=jump_n_sample)
@@ -184,6 +186,9 @@ class CompletingPipeline(SamplingPipeline):
             self._encode(data, "known"), unknown, generator, options, guidance, jump_length, jump_n_sample
         )
         self.maybe_free_model_hooks()
+        if output_type == "latent":
+            x = torch.where(unknown.to(x.device), x, self._encode(data, "known"))
+            return self._output(x, None, return_dict)
         samples = self._decode(x, "pt")
         dtype = torch.promote_types(samples.dtype, data.dtype)
         unknown, data = unknown.to(samples.device), data.to(samples.device, dtype)

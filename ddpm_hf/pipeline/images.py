@@ -39,7 +39,7 @@ class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _output_types = ("pil", "np", "pt")
+    _output_types = ("pil", "np", "pt", "latent")
     _size_names = "height and width"
 
     def __init__(
@@ -112,7 +112,8 @@ class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
             latents: x_T, standard normal, `(B, C, H, W)`; None: it is drawn.
             eta: share of DDIM's noise, 0 to 1; None: the scheduler's own.
             output_type: "pil" (8-bit grey, RGB or RGBA by channels), "np" or "pt" (floats in [0, 1], or in
-                the units of the data for a pipeline with data_scale).
+                the units of the data for a pipeline with data_scale), or "latent" (x_0 as the model has it, a tensor
+                `(B, C, H, W)` of the model's type, neither scaled nor clamped).
             return_dict: return an `ImageOutput` if true, else the tuple `(images,)`, with the trajectory if asked for.
             callback_on_step_end: a function that is called as (pipeline, step index, timestep, {"latents": x}) after
                 each step, and may return new latents in such a dictionary.
@@ -150,6 +151,7 @@ class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
             ValueError: a value is outside its range, a shape is wrong, the guide is a model of other data, a condition
                 is missing or does not fit, the scheduler cannot start from images, or PIL has no mode for the number
                 of channels.
+            FloatingPointError: the samples have NaN or infinity; the message has the timestep and the likely cause.
         """
         return self._vary_or_generate(
             "image", image, strength, num_samples, batch_size, num_inference_steps, generator, latents, eta,
@@ -198,6 +200,8 @@ class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
 
     def _decode(self, x: Tensor, output_type: str):
         """Convert (B, C, H, W) in the model's units to images in the form of `output_type`."""
+        if output_type == "latent":
+            return x
         if self._has_units():
             return self._in_form(to_units(self, x).to(x.device), output_type)
         return self._in_form((x.float() / 2 + 0.5).clamp(0, 1), output_type)

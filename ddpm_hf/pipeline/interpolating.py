@@ -80,6 +80,7 @@ class InterpolatingPipeline(EncodingPipeline):
 
         Raises:
             ValueError: the ends have different or unfitting shapes, or a value is outside its range.
+            FloatingPointError: as in the call.
         """
         refuse_paired(self, "interpolate")
         if method not in INTERPOLATIONS:

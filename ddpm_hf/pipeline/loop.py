@@ -11,6 +11,7 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ddpm_hf.pipeline.finite import where_not_finite, why_not_finite
 from ddpm_hf.pipeline.graphs import GraphedModel
 from ddpm_hf.pipeline.guidance import Guidance, as_list, make_guidance
 from ddpm_hf.pipeline.pairs import encode_condition, number_of_conditions, refuse_paired
@@ -173,7 +174,7 @@ class SamplingPipeline(SavedWithCode):
         self, x: Tensor, timesteps, options: dict, trajectory: list | None = None, callback=None, callback_inputs=(),
         guidance: Guidance | None = None, condition: Tensor | None = None, windows: Windows | None = None,
     ) -> Tensor:  # fmt: skip
-        """Run the chain from x_T to x_0. Nothing is read back from the device.
+        """Run the chain from x_T to x_0. The loop reads nothing back from the device.
 
         Args:
             x: x_T, `(B, C, *spatial)`.
@@ -184,6 +185,9 @@ class SamplingPipeline(SavedWithCode):
             condition: known values and where they are, or a paired condition in the size of x, for a model that takes
                 one; None: none is given.
             windows: those in which the model predicts, of a larger x; None: it predicts for all of x at once.
+
+        Raises:
+            FloatingPointError: x_0 is not finite.
         """
         self_condition = self.unet.config.get("self_condition", False)
         estimate_x0 = X0Estimate(self.scheduler) if self_condition else None
@@ -197,7 +201,7 @@ class SamplingPipeline(SavedWithCode):
         told = condition is not None and self.config.get("condition") != "paired"
         known = condition[:, x.shape[1] :] > 0 if told else None
         self._interrupt = False
-        x0 = None
+        x0, sums = None, []
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = self.scheduler.scale_model_input(x, t)
             seen = without_known(model_input, known)
@@ -218,11 +222,20 @@ class SamplingPipeline(SavedWithCode):
                 # The contract of diffusers: callback(pipeline, step, timestep, tensors) -> tensors to go on with.
                 tensors = {name: {"latents": x}[name] for name in callback_inputs}
                 x = (callback(self, i, t, tensors) or {}).get("latents", x)
+            # read after the loop: it is not finite if a value is not, at one reduction for each call of the model
+            sums.append(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)))
             if trajectory is not None:
                 trajectory.append(x)
             if self._interrupt:  # set by a callback, or from another thread, as in diffusers' own pipelines
                 break
+        self._check_finite(x, sums, timesteps)
         return x
+
+    def _check_finite(self, x: Tensor, sums: list[Tensor], timesteps: Tensor) -> None:
+        """Raise FloatingPointError if x_0 is not finite; `sums` are the sums of x after each step that was made."""
+        if sums and not sums[-1].isfinite() and not x.isfinite().all():  # finite values can have a sum that is not
+            # not RuntimeError, which torch raises for faults of memory and devices: a caller can tell them apart
+            raise FloatingPointError(where_not_finite(x, sums, timesteps) + why_not_finite(self.unet, x.dtype))
 
     def _generate(
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict,

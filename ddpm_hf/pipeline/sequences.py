@@ -38,7 +38,7 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, ScoringPipeline)
     """
 
     model_cpu_offload_seq = "unet"
-    _output_types = ("np", "pt")
+    _output_types = ("np", "pt", "latent")
     _size_names = "length"
 
     def __init__(
@@ -103,8 +103,8 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, ScoringPipeline)
         """Sample sequences.
 
         The arguments are those of a call of `DDPMPipeline`, but `latents` is `(B, C, length)`, `output_type` is
-        "np" or "pt", the items to start from are called `sequence`, `(B, C, length)` in the units of the data, and
-        `condition` is an array or tensor `(B, C', length')` in its own units.
+        "np" or "pt", or "latent" for x_0 in the model's units, the items to start from are called `sequence`,
+        `(B, C, length)` in the units of the data, and `condition` is an array or tensor `(B, C', length')` in its own units.
 
         Args:
             length: length of the sequences; None: as trained. Longer ones are sampled by `method`.
@@ -119,6 +119,7 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, ScoringPipeline)
 
         Raises:
             ValueError: a value is outside its range, or a shape is wrong.
+            FloatingPointError: the samples have NaN or infinity; the message has the timestep and the likely cause.
         """
         return self._vary_or_generate(
             "sequence", sequence, strength, num_samples, batch_size, num_inference_steps, generator, latents, eta,
@@ -146,6 +147,8 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, ScoringPipeline)
 
     def _decode(self, x: Tensor, output_type: str):
         """Convert (B, C, length) from the model's units to the data's; float64 where float32 has too few digits."""
+        if output_type == "latent":
+            return x
         out = to_units(self, x)
         return out.to(x.device) if output_type == "pt" else out.numpy()
 

@@ -140,13 +140,13 @@ class Looks:
         """
         c, acc, shares = self.run.config, self.run.accelerator, Shares(self.run.accelerator)
         count = c.num_samples if self._classes is None else len(self._classes)
-        numbers, size, samples = shares.of(count), c.eval_batch_size, []
+        numbers, size, samples, faults = shares.of(count), c.eval_batch_size, [], []
         with self.run.average.weights() as model:
             pipeline = self._pipeline(model)
             for start in range(0, shares.largest(count), size):
                 self.between()
                 part = numbers[start : start + size]
-                if not part:
+                if not part or faults:
                     continue
                 seeds = generator_seeds(c.seed, Stream.SAMPLES, part)
                 generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -154,9 +154,15 @@ class Looks:
                 named = {"generator": generators, "class_labels": classes, "return_dict": False}
                 if self._pairs is not None:
                     named["condition"] = self._pairs.conditions(self._asked[list(part)])
-                samples += list(pipeline(batch_size=len(part), **named, **self._form)[0])
-        samples = gather_object(samples)
+                try:
+                    samples += list(pipeline(batch_size=len(part), **named, **self._form)[0])
+                except FloatingPointError as error:  # training goes on: the next average may be better
+                    faults.append(str(error))
+        samples, faults = gather_object(samples), gather_object(faults)
         if not acc.is_main_process:
+            return
+        if faults:
+            tqdm.write(f"warning: step {self.run.progress.step}: there is no picture of samples: {faults[0]}")
             return
         step = self.run.progress.step
         path = self.run.folder.samples / f"step-{step:06d}.png"
@@ -221,7 +227,12 @@ class Looks:
         steps = c.ddpm_num_inference_steps
         with self.run.average.weights() as model:
             pipeline = self._pipeline(model)
-            values = self.evaluator(pipeline, steps, self.run.scheduler, self.between)
+            try:
+                values = self.evaluator(pipeline, steps, self.run.scheduler, self.between)
+            except FloatingPointError as error:  # on every process; training goes on
+                if acc.is_main_process:
+                    tqdm.write(f"warning: step {progress.step}: the evaluation is left out: {error}")
+                return
         progress.evaluation = self.evaluator.records(values, pipeline, steps, step=progress.step)
         record = {f"eval/{name}": value for name, value in values.items()}
         record["eval/num_samples"] = c.eval_num_samples
