@@ -113,7 +113,8 @@ class VaryingPipeline(SamplingPipeline):
             condition = condition.repeat_interleave(num_samples, dim=0)
         options = step_options(self.scheduler, generator, eta)
         if strength == 0:
-            samples = self._in_form(data.repeat_interleave(num_samples, dim=0), output_type)
+            samples = (x0 if output_type == "latent" else data).repeat_interleave(num_samples, dim=0)
+            samples = samples if output_type == "latent" else self._in_form(samples, output_type)
             kept = None
             if return_all_timesteps:
                 kept = [[image] for image in samples] if isinstance(samples, list) else samples[:, None]

@@ -46,8 +46,6 @@ def test_the_error_names_the_timestep_at_which_it_began(ndim, place, breaks):
     begun = f"1 of 2 samples.*since the step at timestep {chain.unet.asked[place]} \\({place + 1} of 10\\).*finite"
     with pytest.raises(FloatingPointError, match=begun):
         pipe(2, 10)
-    # all samples that do not have it are drawn
-    assert torch.isfinite(torch.as_tensor(pipe(1, 5, timesteps=None, output_type="pt")[0])).all() or place < 9
 
 
 @pytest.mark.parametrize("how", ["interpolate", "inpaint"])
@@ -91,7 +89,7 @@ UNITS = {"data_shift": [3.0], "data_scale": [5.0]}
 
 
 @pytest.mark.parametrize("ndim, units", [(1, None), (1, UNITS), (2, None), (2, UNITS)])
-@pytest.mark.parametrize("how", ["call", "interpolate", "inpaint"])
+@pytest.mark.parametrize("how", ["call", "interpolate", "inpaint", "vary", "keep"])
 def test_latent_is_x0_in_the_units_of_the_model(how, ndim, units):
     pipe = pipeline(units, ndim=ndim)
     low, high = (-2.0, 8.0) if units else (0.0, 1.0) if ndim == 2 else (-1.0, 1.0)
@@ -104,6 +102,9 @@ def test_latent_is_x0_in_the_units_of_the_model(how, ndim, units):
             chain = out.trajectory
             assert tuple(chain.shape[:2]) == (2, 6) and torch.equal(torch.as_tensor(chain[:, -1]), out[0])
             return out[0]
+        if how in ("vary", "keep"):
+            items = {"sequence" if ndim == 1 else "image": data, "strength": 0.5 if how == "vary" else 0.0}
+            return pipe(num_inference_steps=5, generator=seeded(), output_type=output_type, **items)[0]
         if how == "interpolate":
             return pipe.interpolate(data, data.flip(0), 0.5, 5, generator=seeded(), output_type=output_type)[0]
         return pipe.inpaint(data, mask.expand(*(8,) * ndim), 5, generator=seeded(), output_type=output_type)[0]
