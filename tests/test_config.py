@@ -1,13 +1,17 @@
 """TrainConfig: checks, YAML, the command line, differences between runs."""
 
 import dataclasses
+import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, load_program
 
 from ddpm_hf.config import HEADINGS, TrainConfig, kinds, read_yaml
 from ddpm_hf.rules import declared
+from ddpm_hf.trainer.build import make_scheduler
 
 train_script = load_program("train")
 
@@ -23,6 +27,7 @@ train_script = load_program("train")
         {"image_channels": 0}, {"ema_max_decay": 1.1}, {"seed": -1}, {"full_attn": ["maybe"]}, {"min_snr_gamma": -1},
         {"optimizer": "sgd"}, {"loss_weighting": "sigma"},
         {"muon_learning_rate": 0}, {"timestep_sampling": "cosine"}, {"logit_std": 0.0},
+        {"snr_shift": "automatic"}, {"snr_shift": "nan"}, {"snr_shift": True},
     ],
 )  # fmt: skip
 def test_bad_values_are_named(options):
@@ -148,3 +153,32 @@ def test_numbers_without_a_rule():
     numbers = {name for name, (kind, _) in kinds().items() if kind in (int, float)}
     free = {f.name for f in dataclasses.fields(TrainConfig) if f.name in numbers and declared(f).rule is None}
     assert free == {"num_mem_kv", "fourier_dim", "logit_mean"}
+
+
+@pytest.mark.parametrize("given, kept", [(0, "0.0"), (-1.5, "-1.5"), ("-1.50", "-1.5"), ("auto", "auto")])
+def test_the_shift_is_a_number_or_auto(given, kept, tmp_path):
+    config = TrainConfig(snr_shift=given)
+    assert config.snr_shift == kept == train_script.parse(["--snr_shift", str(given)]).snr_shift
+    assert TrainConfig(**yaml.safe_load(config.to_yaml())).snr_shift == kept
+    # runs from before the option had none
+    earlier = {"ddpm_num_steps": 1000}
+    assert config.differences(earlier) == ([] if kept == "0.0" else [f"snr_shift: 0.0 -> {kept}"])
+
+
+@pytest.mark.parametrize(
+    "size, shift", [((128, 128), -2 * math.log(2)), ((100, 75), math.log(4096 / 7500)), ((32, 32), 0), ((8, 64), 0),
+                    ((5000,), math.log(256 / 5000)), ((256,), 0), ((187,), 0)],
+)  # fmt: skip
+def test_the_shift_follows_the_size(size, shift):
+    feed = SimpleNamespace(shape=(3, *size), scaling=SimpleNamespace(limit=1.0))
+    plain, auto, own = (make_scheduler(TrainConfig(snr_shift=s), feed) for s in (0, "auto", 0.7))
+    for scheduler, added in ((auto, shift), (own, 0.7)):
+        assert scheduler.config.snr_shift == pytest.approx(added)
+        torch.testing.assert_close(
+            scheduler.snr(torch.arange(1000)).log(), plain.snr(torch.arange(1000)).log() + added, rtol=0, atol=1e-4
+        )
+
+
+def test_a_shift_that_no_schedule_has_is_refused():
+    with pytest.raises(ValueError, match="ddpm_beta_schedule 'sigmoid'.*snr_shift=1000.0"):
+        TrainConfig(snr_shift=1000)

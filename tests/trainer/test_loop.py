@@ -460,6 +460,25 @@ def test_a_metric_that_is_not_a_number_is_not_the_best_for_ever(tmp_path, monkey
     assert json.loads((newest / "progress.json").read_text())["best"] == {"metric": "fid", "value": 2.0, "step": 2}
 
 
+def test_samples_that_are_not_finite_end_no_run(tmp_path, monkeypatch, capsys):
+    failures, check = iter([True, True]), DDPMPipeline._check_finite  # the picture and the evaluation of step 1
+
+    def fail_first(self, *arguments):
+        if next(failures, False):
+            raise FloatingPointError("it began at 9")
+        check(self, *arguments)
+
+    monkeypatch.setattr(DDPMPipeline, "_check_finite", fail_first)
+    evaluation = {"eval_steps": 1, "eval_metrics": ["fid"], "eval_num_samples": 4, "feature_network": "pixels"}
+    options = {"eval_cache_dir": str(tmp_path / "cache"), "save_samples_steps": 1, **evaluation}
+    train(config(tmp_path / "run", max_train_steps=2, **options))
+    said = capsys.readouterr().out
+    assert "warning: step 1: there is no picture of samples: it began at 9" in said
+    assert "warning: step 1: the evaluation is left out: it began at 9" in said
+    assert [file.name for file in (tmp_path / "run" / "samples").glob("*.png")] == ["step-000002.png"]
+    assert [record["step"] for record in metrics(tmp_path / "run") if "eval/fid" in record] == [2]
+
+
 @pytest.mark.parametrize(
     "options, size, line",
     [
