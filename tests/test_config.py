@@ -161,7 +161,7 @@ def test_the_shift_is_a_number_or_auto(given, kept, tmp_path):
     assert config.snr_shift == kept == train_script.parse(["--snr_shift", str(given)]).snr_shift
     assert TrainConfig(**yaml.safe_load(config.to_yaml())).snr_shift == kept
     # runs from before the option had none
-    earlier = {"ddpm_num_steps": 1000}
+    earlier = {"loss_weighting": "uniform"}
     assert config.differences(earlier) == ([] if kept == "0.0" else [f"snr_shift: 0.0 -> {kept}"])
 
 

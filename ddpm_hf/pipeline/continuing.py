@@ -69,12 +69,14 @@ class ContinuingPipeline(CompletingPipeline):
             )
         encode_condition(self, condition, batch_size)
         scale, rescale, interval, guide = guidance
+        as_tensor = "pt" if output_type == "np" else output_type
         blocks = self.stream(
             size[0], batch_size, num_inference_steps, generator, overlap, class_labels=class_labels,
-            guidance_scale=scale, output_type="pt", eta=eta, guidance_rescale=rescale, guidance_interval=interval,
+            guidance_scale=scale, output_type=as_tensor, eta=eta, guidance_rescale=rescale, guidance_interval=interval,
             guide=guide,
         )  # fmt: skip
-        return self._output(self._in_form(torch.cat(list(blocks), dim=-1), output_type), None, return_dict)
+        whole = torch.cat(list(blocks), dim=-1)
+        return self._output(whole if as_tensor == output_type else self._in_form(whole, output_type), None, return_dict)
 
     def stream(
         self,
@@ -197,6 +199,9 @@ class ContinuingPipeline(CompletingPipeline):
             parts = [draw(tail, size, windows)[..., tail.shape[-1] :][..., :new]]
         else:
             parts = self._blocks(draw, tail, len(tail), new, overlap)
+        if output_type == "latent":
+            whole = self._encode(data, "known").repeat_interleave(num_samples, dim=0)
+            return self._output(torch.cat([whole, *parts], dim=-1), None, return_dict)
         drawn = torch.cat([self._decode(x, "pt").cpu() for x in parts], dim=-1)
         dtype = torch.promote_types(drawn.dtype, data.dtype)
         whole = torch.cat((data.repeat_interleave(num_samples, dim=0).to(dtype), drawn.to(dtype)), dim=-1)

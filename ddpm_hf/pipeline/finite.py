@@ -4,13 +4,27 @@ import torch
 from torch import Tensor
 
 
-def where_not_finite(x: Tensor, sums: list[Tensor], timesteps: Tensor) -> str:
-    """Return the words for how many samples are not finite, and since which timestep.
+def check_finite(model, x: Tensor, sums: list[Tensor], timesteps: Tensor) -> None:
+    """Check that x_0 is finite, which reads one number from its device.
 
     Args:
+        model: the model of the chain.
         x: x_0, `(B, C, *spatial)`.
         sums: the sum of x after each step that was made; none is finite where x is not.
         timesteps: those of the chain.
+
+    Raises:
+        FloatingPointError: it is not. It is not a RuntimeError, which torch raises for faults of memory and devices, so
+            that a caller can tell them apart.
+    """
+    if sums and not sums[-1].isfinite() and not x.isfinite().all():  # finite values can have a sum that is not
+        raise FloatingPointError(where_not_finite(x, sums, timesteps) + why_not_finite(model, x.dtype))
+
+
+def where_not_finite(x: Tensor, sums: list[Tensor], timesteps: Tensor) -> str:
+    """Return the words for how many samples are not finite, and since which timestep.
+
+    The arguments are those of `check_finite`.
     """
     finite = torch.stack(sums).isfinite().tolist()
     first = len(finite) - finite[::-1].index(True) if True in finite else 0

@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ddpm_hf.pipeline.finite import where_not_finite, why_not_finite
+from ddpm_hf.pipeline.finite import check_finite
 from ddpm_hf.pipeline.graphs import GraphedModel
 from ddpm_hf.pipeline.guidance import Guidance, as_list, make_guidance
 from ddpm_hf.pipeline.pairs import encode_condition, number_of_conditions, refuse_paired
@@ -45,6 +45,7 @@ class SamplingPipeline(SavedWithCode):
     _size_names: str  # of the arguments that say the size of larger samples
     _methods: tuple = ("single", "joint")
     _callback_tensor_inputs = ["latents"]
+    _check_finite = staticmethod(check_finite)
     _interrupt = False
     _graphs: GraphedModel | None = None
     _guide_graphs: GraphedModel | None = None
@@ -228,14 +229,8 @@ class SamplingPipeline(SavedWithCode):
                 trajectory.append(x)
             if self._interrupt:  # set by a callback, or from another thread, as in diffusers' own pipelines
                 break
-        self._check_finite(x, sums, timesteps)
+        self._check_finite(self.unet, x, sums, timesteps)
         return x
-
-    def _check_finite(self, x: Tensor, sums: list[Tensor], timesteps: Tensor) -> None:
-        """Raise FloatingPointError if x_0 is not finite; `sums` are the sums of x after each step that was made."""
-        if sums and not sums[-1].isfinite() and not x.isfinite().all():  # finite values can have a sum that is not
-            # not RuntimeError, which torch raises for faults of memory and devices: a caller can tell them apart
-            raise FloatingPointError(where_not_finite(x, sums, timesteps) + why_not_finite(self.unet, x.dtype))
 
     def _generate(
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict,

@@ -30,7 +30,7 @@ from ddpm_hf.trainer.progress import Run
 from ddpm_hf.unet import UNet1D, UNet2D
 
 SHAPES = tuple(f.name for f in dataclasses.fields(ModelOptions) if f.name != "dropout")
-SCHEDULE = ("ddpm_num_steps", "ddpm_beta_schedule", "rescale_betas_zero_snr")
+SCHEDULE = ("ddpm_num_steps", "ddpm_beta_schedule", "rescale_betas_zero_snr", "snr_shift")
 # Arguments of the U-Net that the data or the options of a run decide.
 DECIDED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "condition_channels")
 

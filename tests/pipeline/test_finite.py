@@ -123,3 +123,18 @@ def test_latents_have_the_type_of_the_model_and_no_clamping():
     pipe.unet.to(torch.bfloat16)
     out = pipe(1, 1, latents=torch.full((1, 1, 8, 8), 6.0), output_type="latent", return_dict=False)
     assert out[0].dtype == torch.bfloat16 and (out[0] == 3).all()
+
+
+@pytest.mark.parametrize("units", [None, UNITS])
+@pytest.mark.parametrize("how", ["sequential", "extend"])
+def test_longer_series_have_it_too(how, units):
+    pipe = pipeline(units, ndim=1)
+    data = torch.rand(2, 1, 20, generator=seeded())
+
+    def run(output_type):
+        options = {"num_inference_steps": 5, "generator": seeded(), "output_type": output_type}
+        return (pipe.extend(data, 30, **options) if how == "extend" else pipe(2, length=30, method=how, **options))[0]
+
+    latent, shown = run("latent"), run("pt")
+    assert latent.shape == (2, 1, 30)
+    torch.testing.assert_close(pipe._decode(latent, "pt"), shown, rtol=1e-5, atol=1e-5)

@@ -463,12 +463,12 @@ def test_a_metric_that_is_not_a_number_is_not_the_best_for_ever(tmp_path, monkey
 def test_samples_that_are_not_finite_end_no_run(tmp_path, monkeypatch, capsys):
     failures, check = iter([True, True]), DDPMPipeline._check_finite  # the picture and the evaluation of step 1
 
-    def fail_first(self, *arguments):
+    def fail_first(*arguments):
         if next(failures, False):
             raise FloatingPointError("it began at 9")
-        check(self, *arguments)
+        check(*arguments)
 
-    monkeypatch.setattr(DDPMPipeline, "_check_finite", fail_first)
+    monkeypatch.setattr(DDPMPipeline, "_check_finite", staticmethod(fail_first))
     evaluation = {"eval_steps": 1, "eval_metrics": ["fid"], "eval_num_samples": 4, "feature_network": "pixels"}
     options = {"eval_cache_dir": str(tmp_path / "cache"), "save_samples_steps": 1, **evaluation}
     train(config(tmp_path / "run", max_train_steps=2, **options))
