@@ -104,7 +104,8 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, ScoringPipeline)
 
         The arguments are those of a call of `DDPMPipeline`, but `latents` is `(B, C, length)`, `output_type` is
         "np" or "pt", or "latent" for x_0 in the model's units, the items to start from are called `sequence`,
-        `(B, C, length)` in the units of the data, and `condition` is an array or tensor `(B, C', length')` in its own units.
+        `(B, C, length)` in the units of the data, and `condition` is an array or tensor `(B, C', length')` in
+        its own units.
 
         Args:
             length: length of the sequences; None: as trained. Longer ones are sampled by `method`.
