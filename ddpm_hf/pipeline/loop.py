@@ -30,6 +30,7 @@ from ddpm_hf.pipeline.steps import X0Estimate, use_channels_last, without_known
 from ddpm_hf.pipeline.windows import Windows, choose_windows, over_windows
 
 
+# This class is longer than 250 lines because the loop documents everything that can enter a step of it.
 class SamplingPipeline(SavedWithCode):
     """The sampling loop. `_size`, `_encode`, `_decode` and `_output` of the subclasses say what the data is.
 
