@@ -4,6 +4,7 @@ import itertools
 from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import exact_abar
@@ -223,3 +224,72 @@ def test_a_saved_scheduler_has_the_same_hidden_entries(tmp_path):
     saved = GaussianScheduler.from_pretrained(tmp_path)
     assert saved.config["_use_default_values"] == own.config["_use_default_values"]
     assert dict(saved.config) == dict(own.config) == dict(GaussianScheduler.from_config(own.config).config)
+
+
+# ---------------------------------------------------------------------------------------------
+# What diffusers' tests of schedulers and pipelines expect of every one of theirs
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, in schedulers of diffusers
+def test_a_scheduler_comes_back_from_each_that_is_compatible():
+    own = GaussianScheduler(50)
+    for kind in own.compatibles:
+        try:
+            back = GaussianScheduler.from_config(kind.from_config(own.config).config)
+        except ImportError:  # some need further packages
+            continue
+        assert {name: back.config[name] for name in own.config} == dict(own.config), kind
+
+
+def test_betas_may_be_an_array(tmp_path):
+    own = GaussianScheduler(trained_betas=np.array([0.1, 0.3]))
+    own.save_pretrained(tmp_path)
+    assert GaussianScheduler.from_pretrained(tmp_path).betas.tolist() == own.betas.tolist()
+    assert own.betas.tolist() == pytest.approx([0.1, 0.3])
+
+
+def test_a_step_needs_no_chosen_timesteps_and_has_two_forms():
+    own, x = GaussianScheduler(50), torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t in (0, 1):
+        generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+        named = own.step(0.1 * x, t, x, generator=generators[0])
+        plain = own.step(0.1 * x, t, x, generator=generators[1], return_dict=False)
+        assert all(torch.equal(a, b) for a, b in zip(plain, named.to_tuple(), strict=True))
+        assert named.prev_sample.shape == x.shape == own.scale_model_input(x, 0.0).shape
+    own.set_timesteps(10)
+    assert own.add_noise(x, torch.zeros_like(x), own.timesteps[5][None]).shape == x.shape  # one timestep for all
+
+
+def test_unknown_attributes_are_errors():
+    own = GaussianScheduler(50)
+    own.register_to_config(of_ours=5)
+    with pytest.warns(FutureWarning, match="of_ours"):
+        assert own.of_ours == 5
+    with pytest.raises(AttributeError, match="'GaussianScheduler' object has no attribute 'does_not_exist'"):
+        own.does_not_exist  # noqa: B018
+
+
+def test_a_pipeline_has_the_habits_of_diffusers(tmp_path, capsys):
+    unet = UNet2D(sample_size=8, dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=4).eval()
+    pipe = DDPMPipeline(unet, GaussianScheduler(20))
+    assert set(pipe.components) == {"unet", "scheduler"}
+
+    def draw(pipe, count=1, **options):
+        generator = [torch.Generator().manual_seed(i) for i in range(count)]
+        return pipe(count, 2, generator=generator, output_type="np", **options)[0]
+
+    first = draw(pipe)
+    shown = capsys.readouterr().err
+    assert "2/2" in shown
+    pipe.set_progress_bar_config(disable=True)
+    assert np.abs(draw(pipe, 3)[0] - first[0]).max() < 1e-4  # a sample does not depend on its batch
+    assert np.array_equal(draw(pipe, return_dict=False), first)
+    pipe.enable_attention_slicing(1)
+    assert np.abs(draw(pipe) - first).max() < 1e-3
+    pipe.save_pretrained(tmp_path, safe_serialization=False)
+    again = DDPMPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert np.abs(draw(again) - first).max() < 5e-4
+    assert capsys.readouterr().err.count("2/2 [") <= 1  # that of loading the parts
+    pipe.to(torch.float16)
+    assert pipe.unet.dtype == torch.float16
