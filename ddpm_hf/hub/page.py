@@ -34,6 +34,7 @@ MOST_VISITORS = 8  # the number of visitors whose frames are kept
 MOST_WAITING = 32  # the number of clicks in the queue
 LARGEST_REQUEST = 2**20  # bytes; the page's fields send hundreds
 LARGEST_FILE = 2**23  # bytes of an uploaded image or table, on pages that complete
+MOST_TIMES = 20  # the largest length of a series, in lengths that the model was trained on
 PASSES = 5  # how often RePaint passes each place, for models that were not trained to complete
 CLEAN_EVERY, CLEAN_AFTER = 600, 3600  # seconds after which pictures in gradio's cache, and frames, are removed
 LARGEST_SEED = 2**32 - 1
@@ -130,6 +131,8 @@ class Page:
         # code that a folder carries may be older than this page
         self.varies = "strength" in inspect.signature(type(pipe).__call__).parameters and fits and not conditions
         self.scores = self.varies and hasattr(pipe, "score")
+        takes_length = "length" in inspect.signature(type(pipe).__call__).parameters
+        self.is_long = not self.is_image and takes_length and not conditions
         self.shape = (pipe.unet.config.in_channels, *pipe._size())
         self.most_samples = max(1, min(MOST_SAMPLES, MOST_VALUES // math.prod(self.shape)))
         self.most_points = max(2, min(MOST_POINTS, self.most_samples))
@@ -265,6 +268,21 @@ class Page:
             (samples,) = self.pipe(batch_size=points, latents=latents, generator=generators, **condition, **options)
         return self.picture(self.levels(samples), columns=points)
 
+    def longer(self, length, steps, sampler, seed, eta, chosen=EVERY_CLASS, scale=1.0):
+        """Return the picture of one series of a length; of all classes, it is of the first.
+
+        Args:
+            length: the length, at least that which the model was trained on.
+            steps, sampler, seed, eta, chosen, scale: the fields.
+        """
+        trained = self.shape[1]
+        length = whole("length", length, trained, MOST_TIMES * trained)
+        # windows of which neighbours share a half
+        _, steps, condition, generators = self.asked(1, steps, seed, chosen, scale, passes=-(-2 * length // trained))
+        with self.sampler(sampler, steps, eta) as options:
+            (samples,) = self.pipe(length=length, generator=generators, **condition, **options)
+        return self._plots(samples, 1, height=2.5 * self.shape[0])
+
     # -- pictures --------------------------------------------------------------------------------
 
     def levels(self, samples: np.ndarray) -> np.ndarray:
@@ -300,9 +318,9 @@ class Page:
             cell.paste(tile, (1, 1), tile if tile.mode == "RGBA" else None)
         return make_image_grid(cells, rows, columns)
 
-    def _plots(self, sequences: np.ndarray, columns: int) -> Image.Image:
+    def _plots(self, sequences: np.ndarray, columns: int, height: float = 1.5) -> Image.Image:
         rows = math.ceil(len(sequences) / columns)
-        figure = Figure(figsize=(12, 1.5 * rows + 0.5), layout="constrained", dpi=80)
+        figure = Figure(figsize=(12, height * rows + 0.5), layout="constrained", dpi=80)
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for i, axis in enumerate(axes):
             axis.set_visible(i < len(sequences))
@@ -568,6 +586,13 @@ def build_page(pipe, title: str) -> gr.Blocks:
             _add_completing(page, fields)
         if page.varies:
             _add_varying(page, fields)
+        if page.is_long:
+            with gr.Tab("Longer series"):
+                trained, most = page.shape[1], MOST_TIMES * page.shape[1]
+                length = gr.Number(4 * trained, label=f"Length ({trained} to {most:,})", elem_id="length")
+                longer = gr.Button("Generate a series", variant="primary", elem_id="longer")
+                series = gr.Image(show_label=False, format="png", elem_id="series")
+            longer.click(page.longer, [length, *fields[1:]], series)
         button.click(page.generate, fields, [samples, trajectory, step, frame])
         step.input(page.look_back, [trajectory, step], frame, trigger_mode="always_last", show_progress="hidden")
         walk.click(page.interpolate, [seed, other, points, steps, sampler, chosen, scale], line)

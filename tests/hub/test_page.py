@@ -581,6 +581,22 @@ def test_seeds_share_no_noise():
     assert not torch.equal(last, first)
 
 
+def test_a_series_of_a_length(monkeypatch):
+    """The length goes to the pipeline; a length, or more work than a click may ask for, is refused."""
+    page = Page(make("sequences"))
+    drawn_series = []
+    monkeypatch.setattr(page, "_plots", lambda samples, *_, **__: drawn_series.append(samples))
+    for seed in (0, 0, 1):
+        page.longer(40, 2, OWN, seed, 0)
+    assert drawn_series[0].shape == (1, 2, 40)
+    assert np.array_equal(*drawn_series[:2]) and not np.array_equal(drawn_series[0], drawn_series[2])
+    for length, steps, says in ((15, 2, "from 16 to 320, got 15"), (321, 2, "got 321"), (320, 999, "at most 400")):
+        with pytest.raises(gr.Error, match=says):
+            page.longer(length, steps, OWN, 0, 0)
+    found = {getattr(part, "elem_id", None) for part in build_page(make("images"), "x").blocks.values()}
+    assert "length" not in found
+
+
 @pytest.mark.parametrize("kind", ["images", "sequences"])
 def test_an_item_is_varied(kind, tmp_path):
     """Strength 0 shows the item again, strength 1 does not depend on it; the same seed gives the same picture."""
