@@ -187,7 +187,9 @@ def make_evaluator(config: EvaluateConfig, facts: dict, data: RealData, accelera
         per_class=config.per_class, classifier=config.classifier, num_neighbours=config.num_neighbours,
         likelihood_items=config.likelihood_items, likelihood_timesteps=config.likelihood_timesteps,
     )  # fmt: skip
-    return Evaluator(accelerator, data.dataset, data.shape, settings, data.held_out, data.classes)
+    return Evaluator(
+        accelerator, data.dataset, data.shape, settings, data.held_out, data.classes, data.pairs, data.held_out_pairs
+    )
 
 
 def read_records(folder: Path, name: str = "evaluation.json") -> list[dict]:

@@ -21,7 +21,7 @@ from ddpm_hf.evaluation.groups import ClassGroups
 from ddpm_hf.evaluation.held_out import HeldOutLoss
 from ddpm_hf.evaluation.likelihood import Likelihood
 from ddpm_hf.evaluation.memorization import Memorization, neighbour_size, neighbour_vectors
-from ddpm_hf.evaluation.pairs import Pairs
+from ddpm_hf.evaluation.pairs import PairErrors, Pairs, is_paired
 from ddpm_hf.evaluation.pictures import PictureDistances
 from ddpm_hf.evaluation.records import describe, make_records
 from ddpm_hf.evaluation.sampling import Sampling
@@ -202,7 +202,8 @@ class Evaluator:
             The value of each metric; with memorization also `memorization_real`, the rate of real data; with the
             held-out loss also a value for each bucket of timesteps, such as `held_out_loss_t0-99`; with bits
             per dimension also its parts and standard error; with `per_class`
-            also values such as `fid/cat`, of the class named cat; with a classifier also `class_agreement`.
+            also values such as `fid/cat`, of the class named cat; with a classifier also `class_agreement`; with
+            paired conditions also `pair_rmse`, the error to the true item of the pair, and for pictures `pair_psnr`.
 
         Raises:
             ValueError: if the pipeline cannot be measured; see `check`.
@@ -212,7 +213,14 @@ class Evaluator:
         if self.classifier is not None or self._any(*(set(METRICS) - set(HELD_OUT) - set(LIKELIHOOD))):
             self._announce(pipeline, num_inference_steps, guidance_scale)
             batches = self.sampling.draw(pipeline, num_inference_steps, guidance_scale, between)
+            scaling, errors = scaling_of(underlying(self.dataset)), None
+            if is_paired(pipeline):
+                share = self.shares.of(self.settings.num_samples)
+                errors = PairErrors(self.sampling.pairs, self.sampling.pair_numbers[share.start : share.stop], scaling)
+                batches = errors.watch(batches)
             values.update((self._of_images if self.is_image else self._of_sequences)(pipeline, batches))
+            if errors is not None:
+                values.update(errors.values(self.shares, self.is_image and not has_own_units(scaling)))
         if self._any(*HELD_OUT, *LIKELIHOOD):
             own = loss_scheduler or pipeline.scheduler
             encode = encoder(pipeline, underlying(self.dataset), self.is_image)

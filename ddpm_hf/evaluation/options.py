@@ -19,6 +19,10 @@ class EvaluateConfig:
     class_labels: str | None = _option(
         None, "The classes of the data, as in training. Default: as in the pipeline's run, if --data is its data."
     )
+    condition_column: str | None = _option(
+        None, "The conditions of the data, for a pipeline with paired conditions, as in training. Default: as in the "
+        "pipeline's run, if --data is its data."
+    )  # fmt: skip
     task: str | None = _option(
         None, "Measure how held-out items are completed, instead of comparing samples with data: 'forecast' hides the "
         "last part of each sequence, 'impute' a gap of each sequence or a block of each image. Default: no task."

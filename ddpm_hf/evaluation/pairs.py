@@ -1,6 +1,6 @@
 """The conditions of real items, for models with paired conditions: samples are given them, and losses are told them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_hf.data.loading import load_item, load_pair
-from ddpm_hf.data.scaling import Scaling
+from ddpm_hf.data.conditions import matching
+from ddpm_hf.data.loading import load_item, load_pair, underlying
+from ddpm_hf.data.scaling import Scaling, has_own_units
+from ddpm_hf.evaluation.shares import Shares
 from ddpm_hf.pipeline.pairs import encode_condition
 from ddpm_hf.randomness import Stream, derive_seed
 
@@ -36,6 +38,14 @@ class Pairs:
             held = cls(feed.held_out, feed.held_out_condition, feed.condition_scaling)
         return cls(feed.dataset, feed.condition, feed.condition_scaling), held
 
+    @classmethod
+    def of_part(cls, dataset: Any, condition: Any) -> "Pairs | None":
+        """Return the pairs of a part of stored data, whose conditions `condition` holds; None where there are none."""
+        if dataset is None or condition is None:
+            return None
+        own = matching(underlying(dataset), condition)
+        return cls(dataset, own, own.scaling)
+
     def conditions(self, numbers: Sequence[int]) -> Tensor:
         """Return the conditions of the items with these numbers as a pipeline is given them, (B, C', *own).
 
@@ -56,6 +66,42 @@ class Pairs:
         return partial(model, condition=encode_condition(pipeline, self.conditions(numbers), len(numbers)))
 
 
+class PairErrors:
+    """How far samples are from the true items of their pairs.
+
+    Args:
+        pairs: the pairs.
+        numbers: the number of the pair of each sample of this process, in the order in which samples are drawn.
+        scaling: the map between data units and model units of the items.
+    """
+
+    def __init__(self, pairs: Pairs, numbers: np.ndarray, scaling: Scaling):
+        self.pairs, self.numbers, self.scaling, self.errors = pairs, numbers, scaling, []
+
+    def watch(self, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield the batches of samples, as a pipeline gives them for "np", and keep their errors."""
+        done = 0
+        for samples in batches:
+            truths = self.pairs.items(self.numbers[done : done + len(samples)]).double().flatten(2)
+            done += len(samples)
+            if has_own_units(self.scaling):
+                truths = self.scaling.to_data(truths)
+            elif samples.ndim == 4:
+                truths = truths / 2 + 0.5
+            given = np.moveaxis(samples, -1, 1) if samples.ndim == 4 else samples
+            found = torch.from_numpy(np.ascontiguousarray(given)).double().flatten(2)
+            self.errors.append((found - truths).square().flatten(1).mean(dim=1))
+            yield samples
+
+    def values(self, shares: Shares, is_picture: bool) -> dict[str, float]:
+        """Return `pair_rmse`, in units of the samples, and for pictures `pair_psnr` in dB, the mean over samples."""
+        squared = shares.gather(torch.cat(self.errors) if self.errors else None)
+        values = {"pair_rmse": squared.mean().sqrt().item()}
+        if is_picture:
+            values["pair_psnr"] = (-10 * squared.clamp(min=1e-10).log10()).mean().item()  # 100 dB at most
+        return values
+
+
 def chosen_pairs(items: int, num_samples: int, seed: int) -> np.ndarray:
     """Return the number of the pair that each sample is asked for, int64 (num_samples,), drawn by the seed.
 
@@ -68,4 +114,4 @@ def chosen_pairs(items: int, num_samples: int, seed: int) -> np.ndarray:
 
 def is_paired(pipeline: Any) -> bool:
     """Return True if the model of a pipeline is given a paired condition."""
-    return getattr(pipeline.config, "condition", None) == "paired"
+    return getattr(getattr(pipeline, "config", None), "condition", None) == "paired"

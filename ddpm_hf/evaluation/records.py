@@ -50,6 +50,9 @@ def make_records(
             own["num_neighbours"] = neighbours_of(metric, evaluator.settings.num_neighbours)
         if metric == AGREEMENT:
             own["classifier"] = without_folders(evaluator.settings.classifier)
+        if name.startswith("pair_"):
+            kind = "held-out" if evaluator.sampling.held_out_pairs else "training"
+            own["compared_with"] = f"the true items of the {kind} pairs"
         if label:
             own |= {"class": label, **evaluator.by_class.sizes(label)}
         records.append({"metric": metric, "value": value, **more, **own})

@@ -25,12 +25,13 @@ from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.data.tables import table_folder
 from ddpm_hf.evaluation.classes import DataClasses
 from ddpm_hf.evaluation.options import EvaluateConfig
+from ddpm_hf.evaluation.pairs import Pairs, is_paired
 from ddpm_hf.evaluation.settings import HELD_OUT
 from ddpm_hf.run.record import without_folders
 
 # Options that tell how data is read: those of the data's own run are taken unless others are given.
 READING = ("stride", "sequence_columns", "image_column", "on_bad_image", "class_labels", "channels_last",
-           "csv_decimal", "recording", "on_missing")  # fmt: skip
+           "csv_decimal", "recording", "on_missing", "condition_column")  # fmt: skip
 
 
 @dataclass
@@ -43,6 +44,7 @@ class RealData:
         shape: the shape of an item, (C, *spatial).
         classes: the classes of the items, or None for data without classes.
         config: the options, with those that were taken from the run.
+        pairs, held_out_pairs: both with their conditions, for a pipeline with paired conditions, or None.
     """
 
     dataset: Any
@@ -50,6 +52,8 @@ class RealData:
     shape: tuple
     classes: DataClasses | None
     config: EvaluateConfig
+    pairs: Pairs | None = None
+    held_out_pairs: Pairs | None = None
 
 
 def open_real_data(
@@ -75,9 +79,16 @@ def open_real_data(
         config = replace(config, **{name: value for name, value in taken.items() if value is not None})
     dataset, shape = _open(config, run, pipeline, gaps)
     config.check_scope(is_image=len(shape) == 3)
+    if config.condition_column is not None and not is_paired(pipeline):
+        raise ValueError(
+            "condition_column needs a pipeline whose model is given paired conditions, and this one's is not; got "
+            f"{config.condition_column!r}"
+        )
+    condition = getattr(dataset, "condition", None)
     dataset, held_out = _split(config, run, dataset)
     classes = DataClasses.of(getattr(underlying(dataset), "labels", None), dataset, held_out)
-    return RealData(dataset, held_out, shape, classes, config)
+    pairs = [Pairs.of_part(part, condition) for part in (dataset, held_out)]
+    return RealData(dataset, held_out, shape, classes, config, *pairs)
 
 
 def read_record(place: str) -> dict:

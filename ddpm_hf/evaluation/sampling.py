@@ -34,6 +34,7 @@ class Sampling:
     Attributes:
         asked: the class (num_samples,) of the data that each sample is asked for, or None.
         pairs: those of both that samples are asked for, or None.
+        held_out_pairs: True if these are held out.
         pair_numbers: the number (num_samples,) of the pair of each sample, or None.
     """
 
@@ -45,6 +46,7 @@ class Sampling:
         self.asked = None
         if classes is not None:
             self.asked = sample_classes(classes.counts, settings.num_samples, settings.seed)
+        self.held_out_pairs = held_out_pairs is not None
         self.pairs, self.pair_numbers = held_out_pairs or pairs, None
         if self.pairs is not None:
             self.pair_numbers = chosen_pairs(len(self.pairs.dataset), settings.num_samples, settings.seed)

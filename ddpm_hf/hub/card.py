@@ -144,6 +144,18 @@ class Parts:
         counts = self.training.get("data", {}).get("classes", {})
         return {name: counts.get(name) for name in names}
 
+    def condition(self) -> str | None:
+        """Return what a call must be given beside each sample, for a model with paired conditions; else None."""
+        if self.index.get("condition") != "paired":
+            return None
+        channels, size = self.unet.get("condition_channels"), " x ".join(map(str, self.index["condition_size"]))
+        kind = "one image for all samples" if self.is_image else "one sequence for all samples"
+        column = self.training.get("options", {}).get("condition_column")
+        named = f", the data's {json.dumps(column)}" if column else ""
+        own_units = not self.is_image or self.index.get("condition_scale") is not None
+        units = "in its own units" if own_units else "with levels from 0 to 1, or PIL"
+        return f"{kind} or one each, channels x size {channels} x {size}, {units}{named}"
+
     def steps(self) -> int:
         """Return the number of sampling steps that a call takes by default."""
         return self.index.get("num_inference_steps") or self.scheduler["num_train_timesteps"]
@@ -319,8 +331,10 @@ def _counted(record: dict) -> str:
 def _snippet(first: str, load: str, field: str, parts: Parts) -> str:
     """Return code that loads the pipeline and draws four samples, or one of each of the first four classes."""
     asked = f"class_labels={list(range(min(4, len(parts.classes()))))}" if parts.classes() else "batch_size=4"
+    asked = f"condition=condition, {asked}" if parts.condition() else asked
     call = f"{field} = pipe({asked}, generator=torch.Generator().manual_seed(0)).{field}"
-    return f"import torch\n{first}\n\npipe = {load}\n{call}"
+    more = f"condition = ...  # {parts.condition()}\n" if parts.condition() else ""
+    return f"import torch\n{first}\n\npipe = {load}\n{more}{call}"
 
 
 def _shape(parts: Parts) -> str:
@@ -347,6 +361,8 @@ def _samples(parts: Parts) -> dict | None:
         return None
     step, steps = parts.training.get("samples_step"), parts.training.get("options", {}).get("ddpm_num_inference_steps")
     what = "Samples" if parts.is_image else "Generated sequences (left) beside real ones (right)"
+    if parts.condition():
+        what = "Side by side: the condition, the sample, the true item"
     scale = f", guidance scale {parts.training.get('samples_guidance_scale', 1):g}" if parts.classes() else ""
     return {"caption": f"{what}, {steps} sampling steps{scale}, not selected; after {step:,} training steps."}
 
@@ -359,6 +375,9 @@ def _model_rows(parts: Parts) -> list[tuple]:
     if classes := parts.classes():
         rows.append(("classes", _class_list(classes)))
         hidden.add("num_class_embeds")
+    if condition := parts.condition():
+        rows.append(("condition", condition))
+        hidden.add("condition_channels")
     settings = {k: v for k, v in parts.unet.items() if not k.startswith("_") and k not in hidden and v is not None}
     return rows + [(name, _cell(value)) for name, value in sorted(settings.items())]
 
@@ -414,6 +433,7 @@ def _metric_row(parts: Parts, record: dict) -> list[str]:
     compared = f"{record['num_real']:,} items of {parts.data_name(record)}"
     if "held_out" in record["metric"] or record["metric"].startswith("bits_per_dim"):
         compared = "items that training did not see" if "num_held_out" in record else parts.data_name(record)
+    compared = record.get("compared_with", compared)
     if record["metric"] == "class_agreement":
         compared = f"the class that the classifier {record['classifier']} sees"
     name = f"{record['metric']}, class {record['class']}" if "class" in record else record["metric"]
@@ -435,6 +455,8 @@ def _metrics_note(parts: Parts) -> str:
         notes.append("A FID of the features `pixels` only compares runs with each other, and is not that of papers.")
     if any("class_labels" in r for r in parts.evaluation):
         notes.append("Samples have the frequencies of the data's classes.")
+    if parts.condition():
+        notes.append("Each sample was given the condition of an item of the data.")
     return Verbatim(" ".join(notes))
 
 

@@ -1,21 +1,25 @@
 """Training with paired conditions: what the model is told, the saved pipeline, resuming, evaluation, pictures."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import load_program
 from helpers import MODEL, OnDevice, config, metrics, state
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D, train
 from ddpm_hf.data import open_data
 from ddpm_hf.data.loading import Batch
-from ddpm_hf.evaluation.pairs import Pairs, chosen_pairs
+from ddpm_hf.data.scaling import EIGHT_BIT, Scaling
+from ddpm_hf.evaluation.pairs import PairErrors, Pairs, chosen_pairs
 from ddpm_hf.pipeline.pairs import enlarged
 from ddpm_hf.trainer.loop import Trainer
 from ddpm_hf.trainer.step import TrainingStep
 
+evaluate_script = load_program("evaluate")
 RNG = np.random.default_rng(0)
 LONG = RNG.normal(size=(24, 2, 16)).cumsum(axis=2)
 SHORT = 10 * LONG[:, :1, ::4] + 3  # of other units than the items
@@ -144,3 +148,44 @@ def test_what_does_not_fit(waves, tmp_path):
     model = UNet2D(8, in_channels=1, condition_channels=1, **MODEL)
     with pytest.raises(ValueError, match="condition_channels of the model must be 0 with condition None, got 1"):
         Trainer(config(tmp_path), model=model)
+
+
+def test_evaluate_gives_samples_the_conditions_of_the_run(waves, tmp_path):
+    """The column and the held-out items are found in the run's record; the error is that of the true items."""
+    result = train(config(tmp_path / "run", **waves, holdout=6))
+    command = ["--pipeline", str(result.pipeline_dir), "--data", waves["train_data_file"], "--num_inference_steps=2"]
+    seen, forward = [], UNet1D.forward
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(UNet1D, "forward", lambda *a, **k: (seen.append(k.get("condition")), forward(*a, **k))[1])
+        metrics = ["--metrics", "frechet", "held_out_loss", "--num_samples=12", f"--output_dir={tmp_path / 'out'}"]
+        assert evaluate_script.main(command + metrics) == 0
+    records = {r["metric"]: r for r in json.loads((tmp_path / "out" / "evaluation.json").read_text())}
+    assert {"frechet", "held_out_loss", "pair_rmse"} <= records.keys()
+    assert records["pair_rmse"]["compared_with"] == "the true items of the held-out pairs"
+    assert 0 < records["pair_rmse"]["value"] < 20
+    feed = open_data(config(tmp_path, **waves, holdout=6))
+    x = Pairs.of_feed(feed)[1].conditions(range(6)).numpy()
+    scale, shift = (np.asarray(v)[:, None] for v in (feed.condition_scaling.scale, feed.condition_scaling.shift))
+    known = {round(v, 4) for v in ((x - shift) / scale)[:, 0, 0].tolist()}
+    told = [c for c in seen if c is not None]
+    assert len(told) >= 3 and all(round(v, 4) in known for c in told for v in c[:, 0, 0].tolist())
+    assert evaluate_script.main([*command, "--condition_column=none"]) == 2
+    card = (result.pipeline_dir / "README.md").read_text()
+    assert 'one each, channels x size 1 x 4, in its own units, the data\'s "small"' in card and "condition=c" in card
+
+
+def test_the_error_is_that_of_the_true_items():
+    """Samples that are off by 0.1 of a level, and by a tenth in the data's own units."""
+
+    class Given:
+        items = staticmethod(lambda numbers: torch.tensor([[[[-1.0]]], [[[0.5]]], [[[1.0]]]])[list(numbers)])
+
+    shares = SimpleNamespace(gather=lambda rows: rows)
+    levels = np.array([0.75, 1.0])[:, None, None, None] - 0.1
+    errors = PairErrors(Given, np.array([1, 2]), EIGHT_BIT)
+    list(errors.watch(iter([levels[:1], levels[1:]])))
+    assert errors.values(shares, True) == pytest.approx({"pair_rmse": 0.1, "pair_psnr": 20.0})
+    Given.items = staticmethod(lambda numbers: torch.tensor([[[1.0, 0.0]]])[list(numbers)])
+    errors = PairErrors(Given, np.array([0]), Scaling((5.0,), (2.0,)))
+    list(errors.watch(iter([np.array([[[7.1, 4.9]]])])))
+    assert errors.values(shares, False) == pytest.approx({"pair_rmse": 0.1})
