@@ -484,6 +484,18 @@ def test_samples_that_are_not_finite_end_no_run(tmp_path, monkeypatch, capsys):
     [
         ({"dataset_name": "ecg", "sequence_length": 37, "dim_mults": [1, 2, 2]}, 37, "it pads 37 to 40 inside"),
         ({"resolution": [9, 7]}, [9, 7], "it pads 9 x 7 to 10 x 8 inside"),
+        pytest.param(
+            {"dataset_name": "ecg", "sequence_length": 187, "dim_mults": [1, 2, 2, 2]},
+            187,
+            "it pads 187 to 192 inside",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"resolution": [100, 75], "dim_mults": [1, 2, 2, 2]},
+            [100, 75],
+            "it pads 100 x 75 to 104 x 80 inside",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_sizes_that_cannot_be_halved(options, size, line, tmp_path, capsys):
