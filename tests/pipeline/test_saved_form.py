@@ -19,6 +19,19 @@ from safetensors.torch import load_file, save_file
 from ddpm_hf import DDPMPipeline, GaussianScheduler, UNet2D
 
 SMALL = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "attn_dim_head": 4}
+# What the methods that start from given items find for `out`.
+METHODS = """
+import numpy as np, torch
+seeded = lambda: torch.Generator().manual_seed(2)
+given = {"sequence" if out.ndim == 3 else "image": out}
+found = [
+    pipe(**given, strength=0.5, generator=seeded(), output_type="np", return_dict=False)[0],
+    pipe.encode(out, 3).numpy(),
+    pipe.reconstruct(out, 0.5, generator=seeded()).mean,
+    pipe.score(out, strengths=(0.3,), generator=seeded()).maps,
+    pipe.score(out, "denoising", num_timesteps=3, generator=seeded()).scores,
+]
+"""
 # Where the package cannot be imported.
 STOCK = """
 import sys
@@ -37,9 +50,10 @@ if out.ndim == 3:
     assert next(pipe.stream(num_inference_steps=1)).shape == pipe.extend(out[:1, :, :5], 16).sequences.shape
 assert pipe.use_cuda_graphs() is pipe
 assert all(w.movedim(1, -1).is_contiguous() for w in pipe.unet.parameters() if w.ndim > 2)
-print(*(hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in (out, completed, larger)))
+METHODS
+print(*(hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in (out, completed, larger, *found)))
 pipe.save_pretrained(again)
-"""
+""".replace("METHODS", METHODS)
 
 
 def files(folder):
@@ -115,7 +129,10 @@ def test_the_same_samples_in_every_way(kind, stock, tmp_path):
         done = run_program("-c", STOCK, name, tmp_path / source, tmp_path / target, cwd=tmp_path, **env)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.strip())
-    digests = (hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in (samples, completed, larger))
+    names = {"pipe": ours, "out": samples}
+    exec(METHODS, names)
+    results = (samples, completed, larger, *names["found"])
+    digests = (hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in results)
     assert printed == [" ".join(digests)] * 2
     ours.save_pretrained(tmp_path / "ours again")
     for copy in ("again", "third", "ours again"):
