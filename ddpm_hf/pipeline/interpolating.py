@@ -17,7 +17,7 @@ INTERPOLATIONS = ("noise", "latent")
 
 
 def slerp(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
-    """Interpolate spherically between latents (B, C, *spatial), item by item (Song et al., arXiv:2010.02502, D.3).
+    """Interpolate spherically between latents (B, C, *spatial), item by item (Song et al., arXiv:2010.02502, section 5.3).
 
     Between two latents of standard normal values the norm then stays that of such latents.
     """
@@ -58,7 +58,7 @@ class InterpolatingPipeline(EncodingPipeline):
         """Noise two pieces of data, mix them, and denoise the mix (Ho et al., section 4.3).
 
         Both ends get the same noise, so that the mix has the noise level of its timestep. With method="latent", the
-        latents of both ends are found (`encode`) and mixed spherically (Song et al., arXiv:2010.02502, section 4.3);
+        latents of both ends are found (`encode`) and mixed spherically (Song et al., arXiv:2010.02502, section 5.3);
         weights 0 and 1 then give the ends back, but for the error of the way there and back.
 
         Args:
