@@ -17,7 +17,7 @@ INTERPOLATIONS = ("noise", "latent")
 
 
 def slerp(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
-    """Interpolate spherically between latents (B, C, *spatial), item by item (Song et al., arXiv:2010.02502, section 5.3).
+    """Interpolate between latents (B, C, *spatial) on the sphere (Song et al., arXiv:2010.02502, section 5.3).
 
     Between two latents of standard normal values the norm then stays that of such latents.
     """
