@@ -188,7 +188,7 @@ def _train_config(size: int, place: Path, steps: int) -> TrainConfig:
     return TrainConfig(
         dataset_name="digits", output_dir=str(place / f"{time.monotonic_ns()}"), dim=8, dim_mults=(1,), num_samples=1,
         train_batch_size=size, max_train_steps=steps, report_to="none", ddpm_num_inference_steps=1,
-        logging_steps=1000,
+        logging_steps=1000, num_cpu_threads=1,
     )  # fmt: skip
 
 
