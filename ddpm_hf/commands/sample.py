@@ -174,6 +174,11 @@ def prepare(given: argparse.Namespace) -> Work:
         ValueError: options and pipeline do not fit.
     """
     pipeline = load_pipeline(given.pipeline)
+    if pipeline.config.get("condition") == "paired":
+        raise ValueError(
+            "this program has no option for the conditions that the pipeline's model needs: call pipe(condition=...) "
+            "from Python (docs/conditions.md)"
+        )
     guide = load_pipeline(given.guide) if given.guide else None
     choose_scheduler(pipeline, given.scheduler, given.num_inference_steps)
     form = choose_format(pipeline, given.format)

@@ -37,6 +37,8 @@ def pipelines(tmp_path_factory):
     DDPMPipeline(UNet2D(**bands), scheduler, **units).save_pretrained(folder / "units")
     colours = DDPMPipeline(UNet2D(**{**small, "in_channels": 3}), scheduler)
     colours.save_pretrained(folder / "colours")
+    paired = UNet2D(condition_channels=1, **small)
+    DDPMPipeline(paired, scheduler, condition="paired", condition_size=[4, 4]).save_pretrained(folder / "paired")
     return folder
 
 
@@ -118,6 +120,7 @@ def test_parts_of_a_stopped_run_are_kept(pipelines, tmp_path, monkeypatch):
         ("nothing", "--seed=0", "cannot be loaded"),
         ("sequences", "--eta=2", "eta must be a number from 0 to 1, got 2.0"),
         ("images", "--guidance_rescale=2", "guidance_rescale must be a number from 0 to 1, got 2.0"),
+        ("paired", "--seed=0", "no option for the conditions that the pipeline's model needs"),
         ("images", "--mask=a.npy", "--known is missing"),
         ("images", "--length=20", "--length does not apply to a pipeline of images, got 20"),
         ("sequences", "--length=4", "length must be at least the size that the model was trained on"),
