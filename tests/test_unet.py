@@ -435,6 +435,7 @@ def test_channels_last_keeps_the_numbers_and_the_file(ndim, tmp_path, double):
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("isolate_recompiles" not in inspect.signature(torch.compile).parameters, reason="newer torch")
 def test_every_block_is_compiled():
     """Of more widths than torch compiles of one class."""

@@ -2,6 +2,8 @@
 
 import json
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 from conftest import load_program
@@ -91,7 +93,9 @@ def test_a_run_with_classes_is_measured_as_in_training(tmp_path):
         (["--data=digit"], "did you mean digits?"),
     ],
 )
-def test_what_the_program_refuses_with_classes(options, message, digits, capsys):
+def test_what_the_program_refuses_with_classes(options, message, digits, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # without a connection each try waits
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert evaluate([f"--pipeline={digits}", "--feature_network=pixels", "--num_inference_steps=2", *options]) == 2
     said = capsys.readouterr()
     assert message in said.err and "sampling" not in said.err

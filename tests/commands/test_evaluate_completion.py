@@ -108,6 +108,7 @@ def test_a_model_that_is_given_the_known_part(tmp_path):
     assert {r.get("channel") for r in records} == {None, 0, 1} and not any("jump_length" in r for r in records)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over processes is tested on Linux")
 def test_three_processes_complete_what_one_does(sequences, tmp_path):
     """The same completions, in batches of other sizes, whose rounding is other: to 1e-4."""

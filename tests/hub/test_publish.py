@@ -161,6 +161,7 @@ def test_trained_published_and_loaded_in_every_way(hub, at, load, session, tmp_p
     assert "training.json" not in hub.files("alice/digits")  # how the changed one was trained is not known
 
 
+@pytest.mark.slow
 def test_sequences_by_name(hub, load, tmp_path):
     pipe = make("sequences")
     pipe.save_pretrained(tmp_path / "saved")

@@ -387,7 +387,7 @@ def test_stock_pipelines_take_our_parts():
     "options,message",
     [
         ({"batch_size": 0}, "batch_size"), ({"num_inference_steps": 0}, "from 1 to 1000"),
-        ({"num_inference_steps": 1001}, "1001"), ({"output_type": "latent"}, "'latent'"), ({"eta": -0.1}, "eta"),
+        ({"num_inference_steps": 1001}, "1001"), ({"output_type": "jpeg"}, "'jpeg'"), ({"eta": -0.1}, "eta"),
         ({"generator": seeds(1)}, "got 1 generators"),
         ({"generator": 3}, "torch.Generator"), ({"eta": float("nan")}, "eta"), ({"latents": np.zeros(3)}, "tensor"),
         ({"latents": torch.zeros(2, 3, 8, 9)}, r"\(2, 3, 8, 8\)"),

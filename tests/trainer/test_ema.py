@@ -144,6 +144,7 @@ def sharded(folder, version=2, **options):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over processes is tested on Linux")
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6's FSDP2 has no CPU")
 def test_weights_spread_over_processes(tmp_path):
@@ -168,6 +169,7 @@ def test_weights_spread_over_processes(tmp_path):
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_shards_that_cannot_be_averaged(tmp_path):
     done = sharded(tmp_path, version=1, max_train_steps=2)
     assert done.returncode != 0 and "FSDP must be of version 2" in done.stderr

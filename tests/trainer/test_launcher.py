@@ -101,6 +101,7 @@ def test_fp16_on_cpu_is_refused(asked, dry_run, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_configuration_of_several_cpu_processes(tmp_path):
     """accelerate's launcher starts one, by the real program."""
     file = tmp_path / "two.yaml"

@@ -155,6 +155,7 @@ def test_a_training_step_moves_the_weights_of_both_sides_alike(tmp_path, monkeyp
         assert moved.abs().median() == pytest.approx(1e-4, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_contender_works_in_its_own_process_and_says_what_failed(tmp_path):
     task = contenders.save_weights(contenders.Task("peer", "call", (1, 3, 16, 16)), tmp_path)
     contender = contenders.Contender(contenders.replace(task, side="ours", keep_memory=True))
@@ -200,6 +201,7 @@ def test_larger_batches(tmp_path, monkeypatch):
         benchmark.main([*command, "--batch_factor", "0"])
 
 
+@pytest.mark.slow
 def test_an_import_is_measured(tmp_path):
     assert benchmark.main(["--only", "import", "--rounds", "1", "--output_dir", str(tmp_path)]) == 0
     (row,) = rows_of(tmp_path, "import")
