@@ -247,6 +247,7 @@ def test_an_upload_that_fails_does_not_end_the_run(hub, session, tmp_path):
     assert [status for _, path, status in hub.requests if "/commit/" in path] == [503] * 4 + [200]
 
 
+@pytest.mark.slow
 def test_every_save_with_state_on_a_branch_of_a_private_repo(hub, session, tmp_path):
     """The state that was uploaded is that which a run goes on from, elsewhere, to the same bits."""
     run = ["hf_alice", TRAIN, *OPTIONS, "--lr_scheduler=constant", "--checkpointing_steps=2"]

@@ -64,6 +64,7 @@ def test_the_clock_stops_while_it_measures(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["ours", "peer", "tuned"])
 def test_a_training_of_each_side(side, tmp_path):
     config = {} if side == "peer" else {**recipe.RECIPE, "train_batch_size": 16, "max_train_steps": 4}
