@@ -1,4 +1,4 @@
-"""What the pipelines return."""
+"""Outputs of the pipelines: images, sequences, reconstructions and scores."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ class SequenceOutput(BaseOutput):
 
 @dataclass
 class ReconstructionOutput(BaseOutput):
-    """What a model takes for the normal form of items, in the units of the data.
+    """The normal form of given items according to the model, in the units of the data.
 
     Attributes:
         mean, std: mean and standard deviation over the draws (0 for one draw), arrays or tensors of the form of the
