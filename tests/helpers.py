@@ -6,13 +6,15 @@ import tarfile
 
 import datasets
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D, train
+from ddpm_hf.trainer.loop import Trainer
 
 # Options of a run of seconds.
 SMALL = {
@@ -24,6 +26,20 @@ SMALL = {
 
 def config(folder, **options):
     return TrainConfig(**{"dataset_name": "digits", "output_dir": str(folder), **SMALL, **options})
+
+
+def train_until(step, monkeypatch, options):
+    """Train as the options say, and be interrupted when `step` steps are done."""
+    train_step = Trainer._train_step
+
+    def stop(self, batches):
+        if self.progress.step == step:
+            raise KeyboardInterrupt
+        return train_step(self, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_train_step", stop)
+        train(options)
 
 
 def weights(folder):

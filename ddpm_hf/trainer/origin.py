@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ from ddpm_hf.unet import UNet1D, UNet2D
 
 SHAPES = tuple(f.name for f in dataclasses.fields(ModelOptions) if f.name != "dropout")
 SCHEDULE = ("ddpm_num_steps", "ddpm_beta_schedule", "rescale_betas_zero_snr", "snr_shift")
+# Schedules that options can name: ddpm_beta_schedule and rescale_betas_zero_snr.
+NAMED_SCHEDULES = tuple(product(("sigmoid", "cosine", "linear"), (False, True)))
 # Arguments of the U-Net that the data or the options of a run decide.
 DECIDED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "condition_channels")
 
@@ -233,12 +236,15 @@ class Initialised(Origin):
             base_model=hub_repo(place) or published_repo(Path(place).parent) or (earlier and earlier.get("base_model")),
         )  # fmt: skip
         lines: list[str] = []
-        config = self._taken(config, pipeline.scheduler, lineage, lines)
+        told_known = pipeline.config.get("condition") == "known"
+        config = self._taken(config, pipeline.scheduler, told_known, lineage, lines)
         lineage.changed = changed_options(config, trained.get("options") or {}, public=True)
         super().__init__(config, lineage)
         self.lines = [f"beginning with the weights of {place}", *lines]
 
-    def _taken(self, config: TrainConfig, scheduler, lineage: Lineage, lines: list[str]) -> TrainConfig:
+    def _taken(
+        self, config: TrainConfig, scheduler, told_known: bool, lineage: Lineage, lines: list[str]
+    ) -> TrainConfig:
         """Return the options with those of the pipeline where none was given."""
         values = _as_options(dict(self.unet.config))
         _warn_of_target(lines, config, scheduler.config.prediction_type, "pipeline", config.is_given("prediction_type"))
@@ -249,23 +255,19 @@ class Initialised(Origin):
                 raise ValueError(
                     f"{name} must be that of the pipeline in init_from, {value!r}, got {now!r}: leave it out"
                 )
-        if self.unet.config.condition_channels:
+        if told_known:  # a model with paired conditions follows condition_column instead
             values["condition"] = "known"
         betas = scheduler.betas.double()
         if not any(map(config.is_given, SCHEDULE)):
             lineage.betas = scheduler.config.get("trained_betas") or betas.tolist()
             lineage.betas = [float(beta) for beta in lineage.betas]
             values["ddpm_num_steps"] = len(lineage.betas)
-            for schedule in ("sigmoid", "cosine", "linear"):
-                for zero_snr in (False, True):
-                    if _is_schedule(lineage.betas, schedule, zero_snr):
-                        values.update(ddpm_beta_schedule=schedule, rescale_betas_zero_snr=zero_snr)
-                        lineage.betas = None
-                        break
-                if lineage.betas is None:
-                    break
-            else:
+            named = next(filter(lambda each: _is_schedule(lineage.betas, *each), NAMED_SCHEDULES), None)
+            if named is None:
                 lines.append("the noise schedule is the pipeline's, which no ddpm_beta_schedule has")
+            else:
+                values.update(ddpm_beta_schedule=named[0], rescale_betas_zero_snr=named[1])
+                lineage.betas = None
         own = self.unet.config
         lineage.model = {
             name: value for name, value in own.items()

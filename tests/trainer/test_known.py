@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_program
-from helpers import MODEL, config, metrics, state
+from helpers import MODEL, config, metrics, state, train_until
 
 from ddpm_hf import DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D, train
 from ddpm_hf.data import open_data
@@ -137,17 +137,7 @@ def test_a_run_with_missing_values_is_resumed_to_the_bit(tmp_path, monkeypatch):
         "holdout": 4, "eval_steps": 2, "eval_metrics": ["held_out_loss"], "self_condition": True,
     }  # fmt: skip
     result = train(config(tmp_path / "whole", **options))
-    step = Trainer._train_step
-
-    def stop(self, batches):
-        if self.progress.step == 3:
-            raise KeyboardInterrupt
-        return step(self, batches)
-
-    monkeypatch.setattr(Trainer, "_train_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(tmp_path / "parts", **options))
-    monkeypatch.undo()
+    train_until(3, monkeypatch, config(tmp_path / "parts", **options))
     train(config(tmp_path / "parts", **options))
     whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
     assert whole.keys() == parts.keys()

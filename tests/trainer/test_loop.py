@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import LoggerType
 from diffusers import UNet2DModel
-from helpers import SMALL, config, metrics, state, weights
+from helpers import SMALL, config, metrics, state, train_until, weights
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -57,18 +57,7 @@ def test_six_steps_are_four_a_stop_and_two_more(options, tmp_path, monkeypatch):
     """Stopped in step 5, after the checkpoint of step 4; the same call again ends with the same bits."""
     options = {"max_train_steps": 6, "checkpointing_steps": 4, **options}
     train(config(tmp_path / "whole", **options))
-
-    step = Trainer._train_step
-
-    def stop(self, batches):
-        if self.progress.step == 5:
-            raise KeyboardInterrupt
-        return step(self, batches)
-
-    monkeypatch.setattr(Trainer, "_train_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(tmp_path / "parts", **options))
-    monkeypatch.undo()
+    train_until(5, monkeypatch, config(tmp_path / "parts", **options))
     torch.rand(7)  # what else the process draws does not matter
     assert train(config(tmp_path / "parts", **options)).steps == 6
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_program
-from helpers import MODEL, OnDevice, config, metrics, state
+from helpers import MODEL, OnDevice, config, metrics, state, train_until
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet1D, UNet2D, train
@@ -88,17 +88,8 @@ def test_a_run_of_sequences_is_resumed_to_the_bit(waves, tmp_path, monkeypatch):
         "holdout": 6, "eval_steps": 2, "eval_metrics": ["held_out_loss", "frechet"], "eval_num_samples": 8,
         "sequence_norm": "meanstd",
     }  # fmt: skip
-    result, step = train(config(tmp_path / "whole", **options)), Trainer._train_step
-
-    def stop(self, batches):
-        if self.progress.step == 3:
-            raise KeyboardInterrupt
-        return step(self, batches)
-
-    monkeypatch.setattr(Trainer, "_train_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(tmp_path / "parts", **options))
-    monkeypatch.undo()
+    result = train(config(tmp_path / "whole", **options))
+    train_until(3, monkeypatch, config(tmp_path / "parts", **options))
     train(config(tmp_path / "parts", **options))
     whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
     assert whole.keys() == parts.keys()
@@ -189,6 +180,14 @@ def test_the_error_is_that_of_the_true_items():
     errors = PairErrors(Given, np.array([0]), Scaling((5.0,), (2.0,)))
     list(errors.watch(iter([np.array([[[7.1, 4.9]]])])))
     assert errors.values(shares, False) == pytest.approx({"pair_rmse": 0.1})
+
+
+def test_a_pipeline_with_conditions_is_fine_tuned(waves, tmp_path):
+    """The condition follows condition_column, and is not taken for the known part of a model that completes."""
+    options = {**waves, "max_train_steps": 1}
+    first = train(config(tmp_path / "first", **options))
+    tuned = train(config(tmp_path / "tuned", **options, init_from=str(first.pipeline_dir)))
+    assert DDPMPipeline1D.from_pretrained(tuned.pipeline_dir).config.condition == "paired"
 
 
 @pytest.mark.slow
