@@ -19,7 +19,7 @@ from ddpm_hf import options
 from ddpm_hf.arguments import unknown_option
 from ddpm_hf.choices import PREDICTION_ALIASES
 from ddpm_hf.reading import read_mapping
-from ddpm_hf.rules import TYPE_RULES, declared, default_of, split_optional
+from ddpm_hf.rules import TYPE_RULES, NumberOrAuto, declared, default_of, split_optional
 
 BUNDLED = {"digits": "scikit-learn's handwritten digits", "ecg": "PyWavelets' electrocardiogram"}
 SOURCES = ("dataset_name", "train_data_dir", "train_data_file")
@@ -101,8 +101,7 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
             self.mixed_precision = "no"
         if self.min_snr_gamma is None:  # as YAML may say it, and older runs do
             self.min_snr_gamma = 0.0
-        if options.as_number(str(self.snr_shift)) is not None and not isinstance(self.snr_shift, bool):
-            self.snr_shift = str(float(self.snr_shift))  # one form for a number and its text
+        self.snr_shift = NumberOrAuto(self.snr_shift)  # one form for a number and its text
         if self.loss_weighting is None:
             self.loss_weighting = "snr" if self.min_snr_gamma else "uniform"
         for name, (kind, _) in kinds().items():
@@ -174,7 +173,7 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
                 self.ddpm_beta_schedule,
                 prediction_type=self.prediction_type,
                 rescale_betas_zero_snr=self.rescale_betas_zero_snr,
-                snr_shift=options.as_number(self.snr_shift) or 0.0,  # that of "auto" follows the data
+                snr_shift=0.0 if self.snr_shift == "auto" else self.snr_shift,  # that of "auto" follows the data
             )
         except ValueError as error:
             raise ValueError(
@@ -295,7 +294,8 @@ def options_to_continue(source: str, output_dir: str) -> dict[str, Any]:
 def in_present_form(earlier: dict[str, Any]) -> dict[str, Any]:
     """Return the options of an earlier run with the values that null and missing options had in earlier versions."""
     # the only weighting, kind of variance and shift before they were options
-    present = {"loss_weighting": "snr", "learned_variance": False, "snr_shift": "0.0", **earlier}
+    present = {"loss_weighting": "snr", "learned_variance": False, "snr_shift": 0.0, **earlier}
+    present["snr_shift"] = NumberOrAuto(present["snr_shift"])
     if present.get("min_snr_gamma", 0.0) is None:
         present["min_snr_gamma"] = 0.0
     if present.get("mixed_precision", "no") in (None, False):

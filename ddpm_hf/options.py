@@ -4,7 +4,6 @@ The help of the command line and the page of options are made from these classes
 those of diffusers' unconditional training example where it has them.
 """
 
-import math
 from dataclasses import dataclass
 
 from ddpm_hf import scope
@@ -20,17 +19,18 @@ from ddpm_hf.choices import (
     TIMESTEP_SAMPLINGS,
     TRACKERS,
 )
-from ddpm_hf.rules import ABOVE_0, AT_LEAST_0, BELOW_1, FROM_0_TO_1, Rule, either, one_of, option, whole_number
-
-
-def as_number(text: str) -> float | None:
-    """Return a text as a finite number, or None if it is none."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
+from ddpm_hf.rules import (
+    ABOVE_0,
+    AT_LEAST_0,
+    BELOW_1,
+    FROM_0_TO_1,
+    NumberOrAuto,
+    Rule,
+    either,
+    one_of,
+    option,
+    whole_number,
+)
 
 SEQUENCE_NORMS = ("minmax", "meanstd")
 IMAGE_NORMS = ("bits", "minmax", "meanstd")
@@ -384,12 +384,11 @@ class DiffusionOptions:
         False, "Rescale the schedule so that it ends in pure noise; not with epsilon. The loss_weighting 'snr' then "
         "counts the SNR as at least 1."
     )  # fmt: skip
-    snr_shift: str = option(
-        "0.0", "A number, added to the log-SNR of the noise schedule at every timestep. Negative values add noise, "
+    snr_shift: NumberOrAuto = option(
+        0.0, "A number, added to the log-SNR of the noise schedule at every timestep. Negative values add noise, "
         "which large images and long sequences need more of (Hoogeboom et al.). 'auto' takes it from the size: "
         "2 log(64 / size) for images, with the root of height times width as their size, and log(256 / length) for "
         "sequences, but at most 0.",
-        Rule(lambda value: value == "auto" or as_number(value) is not None, "'auto' or a finite number"),
     )  # fmt: skip
 
 

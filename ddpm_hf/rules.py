@@ -63,7 +63,22 @@ def _is_text(value: Any) -> bool:
     return True
 
 
+class NumberOrAuto:
+    """The type of an option that is a finite number or the text "auto".
+
+    Calling it, as the command line does, returns the number that a text or a number stands for, as a float. Anything
+    else is returned as it is.
+    """
+
+    def __new__(cls, value: Any) -> Any:
+        try:
+            return value if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            return value
+
+
 TYPE_RULES = {
+    NumberOrAuto: Rule(lambda value: value == "auto" or is_finite(value), "'auto' or a finite number"),
     bool: Rule(lambda value: isinstance(value, bool), "true or false"),
     int: Rule(is_whole, "a whole number (of at most 64 bits)"),
     float: Rule(is_finite, "a finite number"),

@@ -155,14 +155,15 @@ def test_numbers_without_a_rule():
     assert free == {"num_mem_kv", "fourier_dim", "logit_mean"}
 
 
-@pytest.mark.parametrize("given, kept", [(0, "0.0"), (-1.5, "-1.5"), ("-1.50", "-1.5"), ("auto", "auto")])
+@pytest.mark.parametrize("given, kept", [(0, 0.0), ("0.0", 0.0), (-1.5, -1.5), ("-1.50", -1.5), ("auto", "auto")])
 def test_the_shift_is_a_number_or_auto(given, kept, tmp_path):
     config = TrainConfig(snr_shift=given)
     assert config.snr_shift == kept == train_script.parse(["--snr_shift", str(given)]).snr_shift
-    assert TrainConfig(**yaml.safe_load(config.to_yaml())).snr_shift == kept
+    assert type(config.snr_shift) is type(kept) and yaml.safe_load(config.to_yaml())["snr_shift"] == kept
+    assert not config.differences({**yaml.safe_load(config.to_yaml()), "snr_shift": str(kept)})  # as 0.5.0 wrote it
     # runs from before the option had none
     earlier = {"loss_weighting": "uniform"}
-    assert config.differences(earlier) == ([] if kept == "0.0" else [f"snr_shift: 0.0 -> {kept}"])
+    assert config.differences(earlier) == ([] if kept == 0 else [f"snr_shift: 0.0 -> {kept}"])
 
 
 @pytest.mark.parametrize(

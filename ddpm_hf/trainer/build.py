@@ -38,7 +38,7 @@ def make_scheduler(config: TrainConfig, feed, betas: list[float] | None = None) 
         prediction_type=config.prediction_type,
         variance_type="learned_range" if config.learned_variance else "fixed_small",
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        snr_shift=size_shift(feed.shape[1:]) if config.snr_shift == "auto" else float(config.snr_shift),
+        snr_shift=size_shift(feed.shape[1:]) if config.snr_shift == "auto" else config.snr_shift,
         clip_sample_range=feed.scaling.limit,
     )
 

@@ -238,7 +238,8 @@ class Initialised(Origin):
         lines: list[str] = []
         told_known = pipeline.config.get("condition") == "known"
         config = self._taken(config, pipeline.scheduler, told_known, lineage, lines)
-        lineage.changed = changed_options(config, trained.get("options") or {}, public=True)
+        options = trained.get("options")
+        lineage.changed = changed_options(config, in_present_form(options) if options else {}, public=True)
         super().__init__(config, lineage)
         self.lines = [f"beginning with the weights of {place}", *lines]
 
