@@ -3,6 +3,7 @@
     python training/sample.py --pipeline runs/digits/pipeline --num_samples 1000 --output_dir samples/
     python training/sample.py --pipeline runs/ecg/pipeline --num_samples 500 --output_dir ecg/ --format parquet
     accelerate launch training/sample.py --pipeline me/my-model --num_samples 50000 --output_dir samples/ --format npz
+    python training/sample.py --pipeline runs/larger/pipeline --condition small/ --num_samples 4 --output_dir large/
 
 Sample number i follows from (seed, i). The batches are cut by the numbers, so that the number of processes does not
 change them. The batch size is one of the settings in settings.json, with which a stopped run must be started again.
@@ -37,10 +38,12 @@ from ddpm_hf.commands.sample_choices import (
     read_known,
     read_start,
 )  # fmt: skip
+from ddpm_hf.commands.sample_conditions import Conditions, read_conditions
 from ddpm_hf.commands.sample_files import IMAGE_FORMATS, SEQUENCE_FORMATS, SampleFiles
 from ddpm_hf.data.scaling import Scaling
 from ddpm_hf.evaluation.sampling import sample_generators
 from ddpm_hf.hub.publish import load_pipeline
+from ddpm_hf.pipeline.pairs import refuse_paired
 from ddpm_hf.plots import picture_of, save_image_grid
 from ddpm_hf.run.record import without_folders
 from ddpm_hf.version import __version__
@@ -55,7 +58,8 @@ def make_parser() -> SuggestingParser:
     parser = SuggestingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("samples")
     what.add_argument("--pipeline", required=True, help="Folder or Hub name of a saved pipeline.")
-    what.add_argument("--num_samples", type=int, required=True, help="Number of samples.")
+    what.add_argument("--num_samples", type=int, required=True, help="Number of samples; with --condition, of each "
+                      "condition.")  # fmt: skip
     what.add_argument("--output_dir", type=Path, required=True, help="New folder, or that of a run that was stopped.")
     what.add_argument("--format", help=f"Images: {', '.join(IMAGE_FORMATS)} (png; npy for units of the data). "
                       f"Sequences: {', '.join(SEQUENCE_FORMATS)} (npy). png and webp: a file a sample.")  # fmt: skip
@@ -68,6 +72,10 @@ def make_parser() -> SuggestingParser:
     what.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 1.0],
                       help="Lowest and highest noise level with guidance. Default: 0 1.")  # fmt: skip
     what.add_argument("--guide", help="Folder or Hub name of a pipeline of a worse model, for autoguidance.")
+    what = parser.add_argument_group("paired conditions")
+    what.add_argument("--condition", help="Conditions, for a model that is given one beside each sample: a picture, a "
+                      "folder of pictures, .npy or .npz; for sequences .npy, .npz, .csv or .parquet; or a folder of "
+                      ".npy files with one each. Each gets --num_samples samples.")  # fmt: skip
     what = parser.add_argument_group("completing")
     what.add_argument("--known", help="Items to complete, in turn: .npy, .npz, .csv or .parquet of sequences; .npy, "
                       ".npz, a picture or a folder of pictures for images. NaN is unknown.")  # fmt: skip
@@ -110,8 +118,9 @@ def digest(pipeline) -> str:
 
 
 def make_settings(
-    given: argparse.Namespace, pipeline, guide, form: str, labels, known: Known | None, start: Start | None
-) -> dict:
+    given: argparse.Namespace, pipeline, guide, form: str, labels, known: Known | None, start: Start | None,
+    conditions: Conditions | None,
+) -> dict:  # fmt: skip
     """Return everything that the samples depend on, for settings.json; without folders of this machine."""
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     settings = {name: value for name, value in vars(given).items() if name != "output_dir"}
@@ -124,6 +133,8 @@ def make_settings(
         settings["mask"] = given.mask and without_folders(given.mask)
     if start is not None:
         settings.update(start.settings())
+    if conditions is not None:
+        settings.update(conditions.settings())
     return {
         **settings, "pipeline": without_folders(given.pipeline), "format": form, "num_inference_steps": steps,
         "guide": given.guide and without_folders(given.guide), "weights": digest(pipeline),
@@ -131,6 +142,23 @@ def make_settings(
         "scheduler_config": {name: str(value) for name, value in sorted(scheduler.items())},
         "version": __version__,
     }  # fmt: skip
+
+
+def check_with_conditions(pipeline, conditions: Conditions, known: Known | None, start: Start | None, size: dict):
+    """Check that what else is given goes with the conditions of the samples.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if known is not None:
+        refuse_paired(pipeline, "--known")
+    if size:
+        raise ValueError(f"--{next(iter(size))} does not apply with --condition, which has the size of the samples")
+    if start is not None and len(start.items) not in (1, len(conditions.names)):
+        raise ValueError(
+            f"--init_{start.name} must have one item, or one for each of the {len(conditions.names):,} conditions of "
+            f"--condition; got {len(start.items):,}"
+        )
 
 
 class SharedError(ValueError):
@@ -162,6 +190,7 @@ class Work(NamedTuple):
     guide: DDPMPipeline | DDPMPipeline1D | None
     known: Known | None
     start: Start | None
+    conditions: Conditions | None
     size: dict
     files: SampleFiles
     settings: dict
@@ -174,21 +203,20 @@ def prepare(given: argparse.Namespace) -> Work:
         ValueError: options and pipeline do not fit.
     """
     pipeline = load_pipeline(given.pipeline)
-    if pipeline.config.get("condition") == "paired":
-        raise ValueError(
-            "this program has no option for the conditions that the pipeline's model needs: call pipe(condition=...) "
-            "from Python (docs/conditions.md)"
-        )
     guide = load_pipeline(given.guide) if given.guide else None
     choose_scheduler(pipeline, given.scheduler, given.num_inference_steps)
     form = choose_format(pipeline, given.format)
-    labels = choose_labels(pipeline, given.class_labels, given.num_samples)
+    conditions = read_conditions(pipeline, given.condition, given.num_samples)
+    count = given.num_samples if conditions is None else conditions.count
+    labels = choose_labels(pipeline, given.class_labels, count)
     check_numbers(given, pipeline, labels, guide)
     known = read_known(pipeline, given.known, given.mask)
     start, size = read_start(pipeline, given), choose_size(pipeline, given)
-    files = SampleFiles(given.output_dir, form, given.num_samples, given.batch_size, labels)
-    settings = make_settings(given, pipeline, guide, form, labels, known, start)
-    return Work(pipeline, guide, known, start, size, files, settings)
+    if conditions is not None:
+        check_with_conditions(pipeline, conditions, known, start, size)
+    files = SampleFiles(given.output_dir, form, count, given.batch_size, labels, conditions)
+    settings = make_settings(given, pipeline, guide, form, labels, known, start, conditions)
+    return Work(pipeline, guide, known, start, conditions, size, files, settings)
 
 
 def sample(given: argparse.Namespace) -> Path:
@@ -218,7 +246,7 @@ def sample(given: argparse.Namespace) -> Path:
         if not files.file.exists():
             save_picture(work, given.output_dir / "grid.png")
         place = files.join()
-        print(f"{given.num_samples:,} samples, {accelerator.num_processes} process(es): {place}")
+        print(f"{files.count:,} samples, {accelerator.num_processes} process(es): {place}")
     accelerator.end_training()
     return given.output_dir
 
@@ -240,12 +268,15 @@ def draw_missing(given: argparse.Namespace, work: Work, missing: list[int], acce
             if files.labels is not None:
                 options["class_labels"] = [files.labels[n] for n in numbers]
             options["generator"] = sample_generators(given.seed, numbers)
+            items = numbers  # the numbers by which the samples take given items in turn
+            if work.conditions is not None:
+                options["condition"], items = work.conditions.part(numbers), work.conditions.places(numbers)
             if work.start is not None:
-                samples = pipeline(**work.start.part(numbers), **options)[0]
+                samples = pipeline(**work.start.part(items), **options)[0]
             elif work.known is None:
                 samples = pipeline(batch_size=len(numbers), **work.size, **options)[0]
             else:
-                samples = pipeline.inpaint(*work.known.part(numbers), **jumps, **options)[0]
+                samples = pipeline.inpaint(*work.known.part(items), **jumps, **options)[0]
             files.write(block, in_form(samples, files.form))
             processes = accelerator.num_processes
             round_ = missing[turn * processes : (turn + 1) * processes]
@@ -277,15 +308,17 @@ def save_picture(work: Work, path: Path) -> None:
 
 
 def draw_sequences(samples: list[np.ndarray], files: SampleFiles, path: Path) -> None:
-    """Plot the first sequences, with the class of each as its title."""
+    """Plot the first sequences, with the class and the condition of each as its title."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     samples = samples[:SHOWN_SEQUENCES]
     figure = Figure(figsize=(9, 1.2 * len(samples) + 0.5), layout="constrained")
     for number, (axes, sequence) in enumerate(zip(figure.subplots(len(samples), 1, squeeze=False)[:, 0], samples)):
         axes.plot(sequence.T, linewidth=0.9)
-        if files.labels is not None:
-            axes.set_title(str(files.labels[number]), fontsize="small")
+        named = [] if files.labels is None else [str(files.labels[number])]
+        named += [] if files.conditions is None else [files.conditions.sample_names()[number]]
+        if named:
+            axes.set_title(", ".join(named), fontsize="small")
     figure.savefig(path, dpi=100)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ddpm_hf.commands.sample_conditions import Conditions
 from ddpm_hf.run.checkpoint import ASIDE, write_text
 
 IMAGE_FORMATS = ("png", "webp", "npz", "npy", "parquet")
@@ -91,10 +92,14 @@ class SampleFiles:
         count: the number of samples.
         block: the number of samples in a block; the last one may have fewer.
         labels: the class of each sample, a name or a number; None for a model without classes.
+        conditions: the conditions of the samples, by which pictures are named; None for a model without them.
     """
 
-    def __init__(self, folder: Path, form: str, count: int, block: int, labels: list | None = None):
+    def __init__(self, folder: Path, form: str, count: int, block: int, labels: list | None = None,
+                 conditions: Conditions | None = None):  # fmt: skip
         self.folder, self.form, self.count, self.block, self.labels = folder, form, count, block, labels
+        self.conditions = conditions
+        self._names = None if conditions is None else conditions.sample_names()
         self.parts = folder / "parts"
         self.file = folder / f"samples.{form}"
         self.as_pictures = form in ("png", "webp")
@@ -113,6 +118,8 @@ class SampleFiles:
 
     def picture(self, number: int) -> Path:
         """Return the place of the picture of a sample."""
+        if self._names is not None:  # in a folder of their own, since a name may be that of another file here
+            return self.folder / "samples" / f"{self._names[number]}.{self.form}"
         folder = self.folder if self.count <= FOLDER else self.folder / f"{number // FOLDER:05d}"
         return folder / f"{number:06d}.{self.form}"
 
@@ -150,9 +157,12 @@ class SampleFiles:
     def join(self) -> Path:
         """Write what belongs to all samples, once every block is whole, and return the place of the samples."""
         if self.labels is not None:
-            write_aside(self.folder / "labels.csv", self._write_labels)
+            write_aside(self.folder / "labels.csv", lambda path: _write_column(path, "label", self.labels))
+        if self.conditions is not None:
+            named = self.conditions.sample_conditions()
+            write_aside(self.folder / "conditions.csv", lambda path: _write_column(path, "condition", named))
         if self.as_pictures:
-            return self.folder
+            return self.folder if self.conditions is None else self.folder / "samples"
         if not self.file.exists():
             write_aside(
                 self.file, {"npy": self._npy, "npz": self._npz, "csv": self._csv, "parquet": self._parquet}[self.form]
@@ -166,10 +176,6 @@ class SampleFiles:
 
     def _labels(self, numbers: range) -> list:
         return [self.labels[n] for n in numbers]
-
-    def _write_labels(self, path: Path) -> None:
-        with open(path, "w", newline="") as file:
-            csv.writer(file).writerows([["label"], *([label] for label in self.labels)])
 
     def _npy(self, path: Path) -> None:
         first = np.load(self._part(0), mmap_mode="r")
@@ -216,6 +222,11 @@ class SampleFiles:
                 if self.labels is not None:
                     columns["label"] = self._labels(numbers)
                 writer.write_table(pa.Table.from_pydict(columns, schema=schema), row_group_size=ROW_GROUP)
+
+
+def _write_column(path: Path, name: str, values: list) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([[name], *([value] for value in values)])
 
 
 def _save(path: Path, array: np.ndarray) -> None:

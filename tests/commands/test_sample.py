@@ -39,6 +39,15 @@ def pipelines(tmp_path_factory):
     colours.save_pretrained(folder / "colours")
     paired = UNet2D(condition_channels=1, **small)
     DDPMPipeline(paired, scheduler, condition="paired", condition_size=[4, 4]).save_pretrained(folder / "paired")
+    leads = {"condition": "paired", "condition_size": [4], "condition_shift": [5, 0], "condition_scale": [2, 1]}
+    DDPMPipeline1D(UNet1D(condition_channels=2, **small), scheduler, **leads).save_pretrained(folder / "leads")
+    Image.new("L", (8, 8), 9).save(folder / "large.png")
+    (folder / "twice").mkdir()
+    for ending in ("png", "bmp"):
+        Image.new("L", (4, 4), 9).save(folder / "twice" / f"a.{ending}")
+    np.save(folder / "flat.npy", np.zeros(4))
+    np.save(folder / "bright.npy", np.array([0.0, 2.0]).repeat(16).reshape(2, 4, 4))
+    np.save(folder / "gap.npy", np.array([0.0, np.nan]).repeat(8).reshape(2, 2, 4))
     return folder
 
 
@@ -120,7 +129,16 @@ def test_parts_of_a_stopped_run_are_kept(pipelines, tmp_path, monkeypatch):
         ("nothing", "--seed=0", "cannot be loaded"),
         ("sequences", "--eta=2", "eta must be a number from 0 to 1, got 2.0"),
         ("images", "--guidance_rescale=2", "guidance_rescale must be a number from 0 to 1, got 2.0"),
-        ("paired", "--seed=0", "no option for the conditions that the pipeline's model needs"),
+        ("paired", "--seed=0", "1 channels of the size 4 x 4: --condition names its file, or a folder"),
+        ("images", "--condition=a.png", "--condition needs a model with paired conditions"),
+        ("paired", "--condition=none.png", "--condition must be a file or a folder, got none.png: No such file"),
+        ("paired", "--condition={}/large.png", "the size 4 x 4, as in training; {}/large.png has the shape (1, 8, 8)"),
+        ("paired", "--condition={}/flat.npy", "must hold conditions (N, 1, 4 x 4), got (4,)"),
+        ("paired", "--condition={}/twice", "the names without endings must differ"),
+        ("paired", "--condition={}/bright.npy", "condition must lie in [0, 1], got 0 to 2"),
+        ("leads", "--condition={}/gap.npy", "the values must be finite, and 000001 of"),
+        ("leads", "--condition={}/flat.npy", "must have 2 channels of the size 4, as in training"),
+        ("leads", "--condition={}/twice", "has no .npy files"),
         ("images", "--mask=a.npy", "--known is missing"),
         ("images", "--length=20", "--length does not apply to a pipeline of images, got 20"),
         ("sequences", "--length=4", "length must be at least the size that the model was trained on"),
@@ -137,7 +155,7 @@ def test_parts_of_a_stopped_run_are_kept(pipelines, tmp_path, monkeypatch):
 )
 def test_refusals_come_before_anything_is_written(pipelines, tmp_path, capsys, kind, option, message):
     assert run(pipelines, kind, tmp_path / "a", option.format(pipelines)) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "a").exists()
+    assert message.replace("{}", str(pipelines)) in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
 def test_a_folder_with_other_files_is_left_alone(pipelines, tmp_path, capsys):
@@ -282,6 +300,63 @@ def test_given_items_are_varied_in_turn(pipelines, tmp_path, capsys):
     assert (images_of(tmp_path / "c") == 90).all()
 
 
+def test_every_condition_gets_its_samples(pipelines, tmp_path, capsys):
+    """A picture for each draw, under the name of its condition; the samples are those of a call of the pipeline."""
+    levels, small = np.random.default_rng(0).integers(0, 256, (3, 4, 4), np.uint8), tmp_path / "small"
+    (small / "sub").mkdir(parents=True)
+    for name, each in zip(("a.b", "grid", "sub/c"), levels):
+        Image.fromarray(each).save(small / f"{name}.png")
+    options = [f"--condition={small}", "--batch_size=6"]
+    assert run(pipelines, "paired", tmp_path / "a", *options, count=2) == 0
+    assert "6 samples" in capsys.readouterr().out
+    names = [f"{name}-{draw:03d}" for name in ("a.b", "grid", "sub/c") for draw in (0, 1)]
+    whole = content(tmp_path / "a")
+    assert {f"samples/{n}.png" for n in names} | {"settings.json", "conditions.csv", "grid.png"} == set(whole)
+    assert whole["conditions.csv"].decode().split() == ["condition", "a.b", "a.b", "grid", "grid", "sub/c", "sub/c"]
+    pipe = load_pipeline(str(pipelines / "paired"))
+    call = {"num_inference_steps": 2, "generator": sample_generators(0, range(6)), "output_type": "np"}
+    expected = pipe(condition=levels.repeat(2, axis=0)[..., None] / 255, **call).images
+    found = np.stack([np.asarray(Image.open(tmp_path / "a" / "samples" / f"{n}.png")) for n in names])
+    assert np.array_equal(found, (expected[..., 0] * 255).round())
+    (tmp_path / "a" / "samples" / "grid-001.png").unlink()
+    assert run(pipelines, "paired", tmp_path / "a", *options, count=2) == 0 and content(tmp_path / "a") == whole
+    Image.fromarray(levels[0]).save(small / "grid.png")
+    assert run(pipelines, "paired", tmp_path / "a", *options, count=2) == 2
+    assert "condition_items" in capsys.readouterr().err
+    # the same samples from an array, and one sample has the condition's own name
+    np.save(tmp_path / "small.npy", levels)
+    options[0] = f"--condition={tmp_path}/small.npy"
+    assert run(pipelines, "paired", tmp_path / "b", *options, "--format=npy", count=2) == 0
+    assert np.array_equal(np.load(tmp_path / "b" / "samples.npy")[:, 0], expected[..., 0])
+    assert run(pipelines, "paired", tmp_path / "c", f"--condition={small}/sub/c.png", count=1) == 0
+    assert (tmp_path / "c" / "samples" / "c.png").exists()
+
+
+@pytest.mark.parametrize("form", ["npy", "csv", "folder"])
+def test_conditions_of_sequences_are_in_their_own_units(pipelines, tmp_path, form):
+    leads = np.random.default_rng(0).normal(5, 2, size=(3, 2, 4))
+    if form == "folder":
+        for number, each in enumerate(leads):
+            (tmp_path / "leads").mkdir(exist_ok=True)
+            np.save(tmp_path / "leads" / f"{number}.npy", each)
+    elif form == "npy":
+        np.save(tmp_path / "leads.npy", leads)
+    else:  # one row a channel, and so a single condition
+        leads = leads[:1]
+        np.savetxt(tmp_path / "leads.csv", leads[0], delimiter=",")
+    place = tmp_path / ("leads" if form == "folder" else f"leads.{form}")
+    assert run(pipelines, "leads", tmp_path / "a", f"--condition={place}", count=2) == 0
+    pipe = load_pipeline(str(pipelines / "leads"))
+    numbers = range(2 * len(leads))
+    call = {"num_inference_steps": 2, "generator": sample_generators(0, numbers)}
+    expected = pipe(condition=leads.repeat(2, axis=0), **call).sequences
+    np.testing.assert_allclose(np.load(tmp_path / "a" / "samples.npy"), expected, rtol=0, atol=1e-5)
+    names = (tmp_path / "a" / "conditions.csv").read_text().split()[1::2]
+    assert names == [f"{n}" if form == "folder" else f"{n:06d}" for n in range(len(leads))]
+    for option, message in (("--length=16", "length"), (f"--init_sequence={pipelines}/gap.npy", "init_sequence")):
+        assert run(pipelines, "leads", tmp_path / "b", f"--condition={place}", option) == 2, message
+
+
 def test_images_in_units_of_the_data(pipelines, tmp_path):
     assert run(pipelines, "units", tmp_path / "a") == 0
     samples = np.load(tmp_path / "a" / "samples.npy")
@@ -345,8 +420,12 @@ def test_two_processes_refuse_together(pipelines, tmp_path, problem):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_files(pipelines, tmp_path):
-    command = ["--pipeline", pipelines / "images", "--num_samples=7", "--batch_size=2", "--num_inference_steps=2"]
+@pytest.mark.parametrize("kind", ["images", "paired"])
+def test_two_processes_write_the_same_files(pipelines, tmp_path, kind):
+    command = ["--pipeline", pipelines / kind, "--num_samples=7", "--batch_size=2", "--num_inference_steps=2"]
+    if kind == "paired":
+        np.save(tmp_path / "small.npy", np.linspace(0, 1, 7 * 16).reshape(7, 4, 4))
+        command[2:3] = ["--num_samples=1", f"--condition={tmp_path}/small.npy"]
     done = two_processes(*command, "--output_dir=two", cwd=tmp_path)
     assert done.returncode == 0 and "7 samples, 2 process(es)" in done.stdout, done.stdout + done.stderr
     script = ROOT / "training" / "sample.py"
