@@ -43,7 +43,6 @@ from ddpm_hf.commands.sample_files import IMAGE_FORMATS, SEQUENCE_FORMATS, Sampl
 from ddpm_hf.data.scaling import Scaling
 from ddpm_hf.evaluation.sampling import sample_generators
 from ddpm_hf.hub.publish import load_pipeline
-from ddpm_hf.pipeline.pairs import refuse_paired
 from ddpm_hf.plots import picture_of, save_image_grid
 from ddpm_hf.run.record import without_folders
 from ddpm_hf.version import __version__
@@ -144,14 +143,14 @@ def make_settings(
     }  # fmt: skip
 
 
-def check_with_conditions(pipeline, conditions: Conditions, known: Known | None, start: Start | None, size: dict):
+def check_with_conditions(conditions: Conditions, known: Known | None, start: Start | None, size: dict):
     """Check that what else is given goes with the conditions of the samples.
 
     Raises:
         ValueError: it does not.
     """
     if known is not None:
-        refuse_paired(pipeline, "--known")
+        raise ValueError("--known does not apply to a model with paired conditions: leave it out")
     if size:
         raise ValueError(f"--{next(iter(size))} does not apply with --condition, which has the size of the samples")
     if start is not None and len(start.items) not in (1, len(conditions.names)):
@@ -213,7 +212,7 @@ def prepare(given: argparse.Namespace) -> Work:
     known = read_known(pipeline, given.known, given.mask)
     start, size = read_start(pipeline, given), choose_size(pipeline, given)
     if conditions is not None:
-        check_with_conditions(pipeline, conditions, known, start, size)
+        check_with_conditions(conditions, known, start, size)
     files = SampleFiles(given.output_dir, form, count, given.batch_size, labels, conditions)
     settings = make_settings(given, pipeline, guide, form, labels, known, start, conditions)
     return Work(pipeline, guide, known, start, conditions, size, files, settings)
