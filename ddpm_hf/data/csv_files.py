@@ -1,6 +1,7 @@
 """Tables in .csv files: their form is found in their first lines, and their numbers are read at once.
 
-Files above `BIG` bytes are read in several threads, as float32 where that is exact enough.
+Files above `BIG` bytes are read as float32 where that is exact enough, block by block, in little more memory than the
+array takes.
 """
 
 import csv
@@ -175,7 +176,8 @@ def _read_big(
     """Return the numbers of some columns, or None where pandas must look at the cells.
 
     They are float32 if its rounding, 2^-24 of the largest number, is at most 5e-7 of the range of every column; else
-    float64. Beside the array there is at most a second one of its size in memory.
+    float64. The blocks of the file are freed while they are copied into the array, so that both take little more memory
+    than the array.
     """
     import pyarrow
     from pyarrow import csv as arrow_csv
@@ -187,7 +189,8 @@ def _read_big(
         try:
             table = arrow_csv.read_csv(
                 path,
-                arrow_csv.ReadOptions(skip_rows=form.skipped, column_names=present),
+                # in one thread: several ones queue any number of blocks as text, which takes more than the array
+                arrow_csv.ReadOptions(skip_rows=form.skipped, column_names=present, use_threads=False),
                 arrow_csv.ParseOptions(delimiter=form.separator),
                 arrow_csv.ConvertOptions(
                     column_types=dict.fromkeys(chosen, kind), include_columns=chosen, decimal_point=form.decimal,
@@ -199,20 +202,24 @@ def _read_big(
         shape = (len(chosen), table.num_rows) if by_column else (table.num_rows, len(chosen))
         numbers = np.empty(shape, kind.to_pandas_dtype())
         numbers = numbers.T if by_column else numbers
+        blocks, start = table.to_batches()[::-1], 0
+        del table  # the blocks alone hold its memory now
+        while blocks:
+            block = blocks.pop()
+            for place in range(len(chosen)):
+                numbers[start : start + len(block), place] = block.column(place).to_numpy(zero_copy_only=False)
+            start += len(block)
+            del block
+            pyarrow.default_memory_pool().release_unused()
         exact = True
-        for place, name in enumerate(chosen):
-            column = numbers[:, place]
-            start = 0
-            for chunk in table.column(name).chunks:
-                column[start : start + len(chunk)] = chunk.to_numpy(zero_copy_only=False)
-                start += len(chunk)
+        for column in numbers.T:
             if np.isinf(column).any() or (not missing and np.isnan(column).any()):
                 return None
             low, high = np.fmin.reduce(column), np.fmax.reduce(column)
             exact &= bool(max(abs(low), abs(high)) <= 8 * (high - low))
         if exact or kind == pyarrow.float64():
             return numbers
-        del table, numbers, column
+        del numbers, column
     return None
 
 

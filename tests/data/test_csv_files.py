@@ -1,6 +1,9 @@
 """Tables in .csv files: decimal commas, dates, columns of texts, missing values, and large files."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pyarrow
 import pytest
 
 from ddpm_hf import TrainConfig
@@ -100,6 +103,26 @@ def test_large_files_are_read_as_float32_where_that_is_enough(missing, tmp_path,
     read = read_csv(str(path), missing=missing)
     assert read.dtype == np.float64
     np.testing.assert_array_equal(read, table)
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+def test_a_large_file_takes_less_than_twice_its_array(by_column, tmp_path, monkeypatch):
+    """The blocks of the file are freed while the array is filled from them."""
+    monkeypatch.setattr(csv_files, "BIG", 0)
+    path = tmp_path / "x.csv"
+    path.write_text("".join(",".join([str(k)] * 8) + "\n" for k in range(1000)) * 300)
+    usual, held = pyarrow.default_memory_pool(), []
+    counted = pyarrow.proxy_memory_pool(usual)
+    recorder = SimpleNamespace(release_unused=lambda: held.append(counted.bytes_allocated()))
+    monkeypatch.setattr(pyarrow, "default_memory_pool", lambda: recorder)
+    pyarrow.set_memory_pool(counted)
+    try:
+        size = read_csv(str(path), by_column=by_column).nbytes
+    finally:
+        pyarrow.set_memory_pool(usual)
+    filled = size / len(held) * np.arange(1, len(held) + 1)  # the parts of the array that were written
+    assert size == 300_000 * 8 * 4 and len(held) > 5 and held[-1] == 0
+    assert counted.max_memory() < 1.7 * size and (np.array(held) + filled).max() < 1.3 * size
 
 
 def test_large_files_with_comments_are_read_too(tmp_path, monkeypatch):
