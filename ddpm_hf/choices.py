@@ -19,3 +19,7 @@ TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tenso
 LOSS_WEIGHTINGS = ("snr", "uniform")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 MASK_STRATEGIES = ("random", "blocks", "forecast", "mixed")
+# of samples in files, and of the model's calls that make them
+IMAGE_FORMATS = ("png", "webp", "npz", "npy", "parquet")
+SEQUENCE_FORMATS = ("npy", "csv", "parquet")
+SAMPLING_PRECISIONS = ("no", "fp16", "bf16")

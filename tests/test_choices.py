@@ -20,20 +20,24 @@ def test_the_choices_are_those_of_their_owners():
 
 
 def test_the_command_line_loads_nothing_heavy():
-    """The options are parsed, and the help is printed, without torch, diffusers and what training and plots need."""
+    """Help and errors of options come without torch, diffusers and what training and plots need, in every program."""
     heavy = ("torch", "diffusers", "accelerate", "matplotlib", "scipy", "datasets", "torchvision", "gradio", "pandas",
              "sklearn", "ddpm_hf.trainer.loop", "ddpm_hf.unet")  # fmt: skip
-    program = f"""
-import sys
-import ddpm_hf.commands.convert, ddpm_hf.commands.demo, ddpm_hf.commands.publish
-import ddpm_hf.commands.evaluate, ddpm_hf.commands.train
-for program in (ddpm_hf.commands.train, ddpm_hf.commands.evaluate):
-    try:
-        program.main(["--help"])
-    except SystemExit:
-        pass
+    programs = sorted(file.stem for file in (ROOT / "training").glob("*.py"))
+    assert {"train", "sample", "score", "evaluate", "convert", "publish", "demo"} <= set(programs)
+    code = f"""
+import importlib, sys
+for name in {programs}:
+    program = importlib.import_module("ddpm_hf.commands." + name)
+    for option in ("--help", "--no_such_option"):
+        try:
+            print(name, option, "returned", program.main([option]))
+        except SystemExit as exit:
+            print(name, option, "exited", exit.code)
 print("loaded:", [name for name in {heavy} if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "--train_data_dir" in done.stdout and "--feature_network" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    for name in programs:
+        assert f"{name} --help exited 0\n" in done.stdout and f"{name} --no_such_option exited 2\n" in done.stdout
+    assert all(option in done.stdout for option in ("--train_data_dir", "--feature_network", "--jump_length", "--maps"))
     assert done.stdout.endswith("loaded: []\n")

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ddpm_hf import DDPMPipeline1D, GaussianScheduler
-from ddpm_hf.commands.sample_files import IMAGE_FORMATS, SEQUENCE_FORMATS
+from ddpm_hf.choices import IMAGE_FORMATS, SEQUENCE_FORMATS
 from ddpm_hf.data.images import find_images
 from ddpm_hf.data.sequence_files import read_sequences
 from ddpm_hf.evaluation.classes import has_classes

@@ -20,8 +20,6 @@ from PIL import Image
 from ddpm_hf.commands.sample_conditions import Conditions
 from ddpm_hf.run.checkpoint import ASIDE, write_text
 
-IMAGE_FORMATS = ("png", "webp", "npz", "npy", "parquet")
-SEQUENCE_FORMATS = ("npy", "csv", "parquet")
 FOLDER = 1000  # the largest number of pictures in one folder
 ROW_GROUP = 64  # the number of pictures in a row group of a .parquet file
 
@@ -88,7 +86,7 @@ class SampleFiles:
 
     Args:
         folder: the folder.
-        form: one of `IMAGE_FORMATS` for images, or of `SEQUENCE_FORMATS` for sequences.
+        form: one of `IMAGE_FORMATS` for images, or of `SEQUENCE_FORMATS` for sequences (`ddpm_hf.choices`).
         count: the number of samples.
         block: the number of samples in a block; the last one may have fewer.
         labels: the class of each sample, a name or a number; None for a model without classes.

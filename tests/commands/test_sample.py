@@ -16,6 +16,7 @@ from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
+from ddpm_hf.commands import sampling
 from ddpm_hf.data.sequence_files import read_sequences
 from ddpm_hf.evaluation.sampling import sample_generators
 from ddpm_hf.hub.publish import load_pipeline
@@ -99,7 +100,7 @@ def test_formats_of_sequences_are_read_as_data(pipelines, tmp_path):
 
 def test_parts_of_a_stopped_run_are_kept(pipelines, tmp_path, monkeypatch):
     assert run(pipelines, "sequences", tmp_path / "whole") == 0
-    write, written = program.SampleFiles.write, []
+    write, written = sampling.SampleFiles.write, []
 
     def stop(self, block, samples):
         written.append(len(samples))
@@ -107,7 +108,7 @@ def test_parts_of_a_stopped_run_are_kept(pipelines, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(self, block, samples)
 
-    monkeypatch.setattr(program.SampleFiles, "write", stop)
+    monkeypatch.setattr(sampling.SampleFiles, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         run(pipelines, "sequences", tmp_path / "a")
     assert run(pipelines, "sequences", tmp_path / "a") == 0
@@ -366,7 +367,7 @@ def test_images_in_units_of_the_data(pipelines, tmp_path):
 
 
 def test_more_than_a_thousand_pictures_lie_in_folders(tmp_path):
-    files = program.SampleFiles(tmp_path, "png", 2001, 500)
+    files = sampling.SampleFiles(tmp_path, "png", 2001, 500)
     assert [str(files.picture(n).relative_to(tmp_path)) for n in (0, 999, 1000, 2000)] == [
         "00000/000000.png", "00000/000999.png", "00001/001000.png", "00002/002000.png",
     ]  # fmt: skip

@@ -11,6 +11,7 @@ from conftest import ROOT, load_program, run_program
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
+from ddpm_hf.commands import scoring
 from ddpm_hf.hub.publish import load_pipeline
 
 program = load_program("score")
@@ -76,7 +77,7 @@ def test_sequences_are_the_same_for_any_batch_and_block(place, tmp_path, monkeyp
         folder.mkdir()
         assert run(place, "sequences", folder / "a.parquet", "--maps=npy", f"--method={method}") == 0
         with monkeypatch.context() as patch:
-            patch.setattr(program, "BLOCK", 2)
+            patch.setattr(scoring, "BLOCK", 2)
             more = (f"--maps={maps}", f"--method={method}", "--batch_size=3")
             assert run(place, "sequences", folder / "b.csv", *more) == 0
         one, two = pd.read_parquet(folder / "a.parquet"), pd.read_csv(folder / "b.csv")
@@ -106,10 +107,10 @@ def test_a_saved_reference_gives_percentiles(place, tmp_path):
 
 
 def test_a_stopped_run_goes_on(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "BLOCK", 2)
+    monkeypatch.setattr(scoring, "BLOCK", 2)
     (tmp_path / "whole").mkdir()
     assert run(place, "sequences", tmp_path / "whole" / "s.csv", "--maps=npy") == 0
-    write, written = program.ScoreParts.write, []
+    write, written = scoring.ScoreParts.write, []
 
     def stop(self, block, *arrays):
         written.append(block)
@@ -117,7 +118,7 @@ def test_a_stopped_run_goes_on(place, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(self, block, *arrays)
 
-    monkeypatch.setattr(program.ScoreParts, "write", stop)
+    monkeypatch.setattr(scoring.ScoreParts, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         run(place, "sequences", tmp_path / "a" / "s.csv", "--maps=npy")
     assert run(place, "sequences", tmp_path / "a" / "s.csv", "--maps=npy", "--seed=3") == 2  # the parts are others'

@@ -1,0 +1,339 @@
+"""The work of score.py: the scores of all items, on all processes, and the files that they are written to."""
+
+import argparse
+import contextlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ddpm_hf import DDPMPipeline1D
+from ddpm_hf.commands.sample_choices import choose_scheduler
+from ddpm_hf.commands.sample_files import check_settings, open_folder, write_aside
+from ddpm_hf.commands.sampling import DTYPES, digest, together
+from ddpm_hf.commands.score import METHODS, READING
+from ddpm_hf.commands.score_files import ENDINGS, ScoreParts, read_scores, write_table
+from ddpm_hf.data.loading import Part, underlying
+from ddpm_hf.data.scaling import has_own_units, scaling_of
+from ddpm_hf.evaluation.anomalies import (
+    is_label_file,
+    item_metrics,
+    item_names,
+    map_metrics,
+    percentiles,
+    read_anomalies,
+    read_masks,
+)
+from ddpm_hf.evaluation.completion import spread_out
+from ddpm_hf.evaluation.options import EvaluateConfig
+from ddpm_hf.evaluation.run_data import open_real_data, read_record
+from ddpm_hf.evaluation.sampling import sample_generators
+from ddpm_hf.evaluation.sequences import sample_units
+from ddpm_hf.evaluation.shares import Items
+from ddpm_hf.hub.publish import load_pipeline
+from ddpm_hf.pipeline.outputs import ScoreOutput
+from ddpm_hf.pipeline.rules import check_rules
+from ddpm_hf.pipeline.scoring import SCORING_RULES
+from ddpm_hf.plots import save_heat_map
+from ddpm_hf.run.checkpoint import write_text
+from ddpm_hf.run.record import without_folders
+from ddpm_hf.version import __version__
+
+BLOCK = 64  # the number of items in a part
+STRONGEST = 0.98  # the share of the items whose maps stay within the colours of the pictures
+# Settings on which no score depends: a run that was stopped may go on with others.
+FREE = ("output", "batch_size", "dataloader_num_workers", "labels", "normal", "save_reference")
+
+
+def check_options(given: argparse.Namespace, pipeline) -> None:
+    """Check the options against each other and against the pipeline.
+
+    Raises:
+        ValueError: one lies outside of its range, or does not apply.
+    """
+    if given.output.suffix.lower() not in ENDINGS:
+        raise ValueError(f"--output must end in {' or '.join(ENDINGS)}, got {given.output}")
+    if given.num_reference < 1:
+        raise ValueError(f"--num_reference must be at least 1, got {given.num_reference}")
+    for name, method in (("strengths", METHODS[0]), ("num_timesteps", METHODS[1])):
+        if getattr(given, name) is not None and given.method != method:
+            raise ValueError(f"--{name} applies to --method {method}, got {getattr(given, name)} for {given.method}")
+    check_rules(
+        SCORING_RULES, method=given.method, smoothing=given.smoothing, batch_size=given.batch_size,
+        strengths=given.strengths or [1], num_timesteps=2 if given.num_timesteps is None else given.num_timesteps,
+        scheduler=pipeline.scheduler, kind=type(pipeline.scheduler).__name__,
+    )  # fmt: skip
+    if given.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {given.seed}")
+    if given.save_reference and (not given.reference or not Path(given.pipeline).is_dir()):
+        raise ValueError("--save_reference needs --reference, and a --pipeline in a folder")
+    if given.complete and not isinstance(pipeline, DDPMPipeline1D):
+        raise ValueError("--complete applies to sequences; got a pipeline of images: leave it out")
+    if given.complete and given.on_missing != "stop":
+        raise ValueError(f"--complete and --on_missing {given.on_missing} exclude each other")
+    if given.normal and not given.labels:
+        raise ValueError(f"--normal needs --labels, got {given.normal}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass
+class Scored:
+    """Items to score.
+
+    Attributes:
+        dataset: the items, map-style.
+        shape: the shape of an item, (C, *spatial).
+        names: the names of the columns that say what an item is.
+        rows: their values, a list for each item.
+    """
+
+    dataset: Any
+    shape: tuple
+    names: list[str]
+    rows: list
+
+
+def open_items(given: argparse.Namespace, data: str, pipeline, say, labels: str | None = None) -> Scored:
+    """Open items in the units of the pipeline.
+
+    Raises:
+        ValueError: they cannot be opened, or do not fit the pipeline.
+    """
+    options = {name: getattr(given, name) for name in READING}
+    column = labels if labels is not None and not is_label_file(labels) else None
+    config = EvaluateConfig(pipeline=given.pipeline, data=data, holdout=0, class_labels=column, **options)
+    real = open_real_data(config, read_record(given.pipeline), pipeline, say, gaps=given.complete)
+    return Scored(real.dataset, real.shape, *item_names(real.dataset, data))
+
+
+def score_block(given, pipeline, scored: Scored, numbers: range) -> tuple[np.ndarray, np.ndarray, ScoreOutput | None]:
+    """Score the items with these numbers.
+
+    Returns:
+        Scores (n,) and maps (n, C, *spatial), of which an item that could not be read, and was to be skipped, has NaN;
+        and what `pipe.score` returned, or None if no item could be read.
+
+    Raises:
+        ValueError: an item cannot be read, or has a value that is missing or infinite.
+    """
+    scores, maps = np.full(len(numbers), np.nan), np.full((len(numbers), *scored.shape), np.nan, np.float32)
+    found = None
+    reading = Items(scored.dataset, given.on_bad_image, len(numbers), given.dataloader_num_workers)
+    for batch in reading.read(numbers):
+        items = sample_units(batch.x0, underlying(scored.dataset))
+        wrong = ~items.flatten(1).isfinite().all(dim=1)
+        if wrong.any() and not given.complete:
+            row = scored.rows[batch.numbers[int(wrong.nonzero()[0])]]
+            place = ", ".join(f"{name} {value}" for name, value in zip(scored.names, row))
+            raise ValueError(f"items must be finite; NaN or infinity is in {place}: --complete completes it first")
+        options = {name: getattr(given, name) for name in ("strengths", "num_timesteps")}
+        found = pipeline.score(
+            items, method=given.method, smoothing=given.smoothing, batch_size=given.batch_size,
+            complete=given.complete, generator=sample_generators(given.seed, batch.numbers),
+            **{name: value for name, value in options.items() if value is not None},
+        )  # fmt: skip
+        places = [number - numbers.start for number in batch.numbers]
+        scores[places] = found.scores
+        maps[places] = found.maps if found.maps.ndim == 3 else np.moveaxis(found.maps, -1, 1)
+    return scores, maps, found
+
+
+# ---------------------------------------------------------------------------------------------
+# The program
+
+
+def make_settings(given: argparse.Namespace, pipeline, scored: Scored) -> dict:
+    """Return everything that the scores and files depend on; without folders of this machine."""
+    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    settings = {name: value for name, value in vars(given).items() if name not in FREE}
+    for name in ("pipeline", "data", "reference", "masks"):
+        settings[name] = settings[name] and without_folders(settings[name])
+    return {
+        **settings, "items": len(scored.dataset), "shape": list(scored.shape), "weights": digest(pipeline),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_config": {name: str(value) for name, value in sorted(scheduler.items())}, "version": __version__,
+    }  # fmt: skip
+
+
+class Run:
+    """One run of the program, on one of its processes.
+
+    Args:
+        given: the options.
+        accelerator: accelerate's `Accelerator`.
+
+    Raises:
+        ValueError: options, pipeline, data, labels and masks do not fit each other.
+    """
+
+    def __init__(self, given: argparse.Namespace, accelerator):
+        self.given, self.accelerator = given, accelerator
+        if given.masks and "npy" not in given.maps:
+            given.maps = [*given.maps, "npy"]
+        self.pipeline = load_pipeline(given.pipeline)
+        choose_scheduler(self.pipeline, given.scheduler, None)
+        check_options(given, self.pipeline)
+        self.items = open_items(given, given.data, self.pipeline, accelerator.print, given.labels)
+        self.anomalous = self.masks = self.reference = None
+        if given.labels:
+            self.anomalous = read_anomalies(given.labels, self.items.dataset, given.normal)
+        if given.masks:
+            self.masks = read_masks(given.masks, self.items.dataset, self.items.shape, self.items.rows)
+        if given.reference:
+            found = open_items(given, given.reference, self.pipeline, accelerator.print)
+            chosen = spread_out(len(found.dataset), given.num_reference)
+            found.dataset, found.rows = Part(found.dataset, chosen), [found.rows[n] for n in chosen]
+            self.reference = found
+        self.settings = json.loads(json.dumps(make_settings(given, self.pipeline, self.items)))
+        output = given.output
+        self.facts, self.folder = output.with_suffix(".json"), output.with_name(f"{output.name}.parts")
+        self.map_file, self.pictures = (output.with_name(f"{output.stem}-maps{end}") for end in (".npy", ""))
+
+    def is_done(self) -> bool:
+        """Return True if an earlier run has scored all items.
+
+        Raises:
+            ValueError: the output belongs to a run with other settings, or to something else.
+        """
+        if not self.given.output.exists():
+            return False
+        try:
+            found = json.loads(self.facts.read_text())["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"--output {self.given.output} is there already, and {self.facts.name} with its settings is not: "
+                "choose another --output"
+            ) from error
+        check_settings(found, self.settings, f"--output {self.given.output}", "output", "scores")
+        return True
+
+    def score(self, scored: Scored, name: str) -> ScoreParts:
+        """Score what is missing of the items, on all processes, and return the parts."""
+        given, accelerator = self.given, self.accelerator
+        has_maps = name == "items" and bool(given.maps)
+        parts = ScoreParts(self.folder / name, len(scored.dataset), BLOCK, has_maps)
+        missing = parts.missing()
+        accelerator.wait_for_everyone()  # before any process writes
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        dtype = DTYPES[given.mixed_precision]
+        precision = contextlib.nullcontext() if dtype is None else torch.autocast(accelerator.device.type, dtype)
+        shown = tqdm(mine, desc=f"scoring {name}", unit="block", disable=not accelerator.is_main_process)
+        with precision:
+            for block in shown:
+                parts.write(block, *score_block(given, self.pipeline, scored, parts.numbers(block)))
+        accelerator.wait_for_everyone()
+        return parts
+
+    def __call__(self) -> dict:
+        """Score what is missing, write the files, and return the metrics."""
+        accelerator, is_main = self.accelerator, self.accelerator.is_main_process
+        if together(accelerator, self.is_done):
+            return self.finish(read_scores(self.given.output))
+
+        def open_parts() -> None:
+            open_folder(self.folder, self.settings, "output", "parts of scores")
+
+        together(accelerator, lambda: open_parts() if is_main else None)
+        together(accelerator, lambda: None if is_main else open_parts())  # the folder is there now
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.to(accelerator.device)
+        self.pipeline.unet.eval()
+        if accelerator.device.type == "cuda":
+            self.pipeline.use_cuda_graphs()
+        parts = self.score(self.items, "items")
+        reference = None if self.reference is None else self.score(self.reference, "reference")
+        if "pictures" in self.given.maps:
+            self.draw(parts)
+        if accelerator.is_main_process:
+            if "npy" in self.given.maps:
+                parts.write_maps(self.map_file)
+            if self.given.save_reference:
+                self.save_reference(reference)
+            self.write_table(parts, reference)
+        accelerator.wait_for_everyone()
+        return self.finish(read_scores(self.given.output))
+
+    def draw(self, parts: ScoreParts) -> None:
+        """Draw this process' share of the pictures, all with the same colours."""
+        low, high = np.nanmedian(parts.joined("lowest")), np.nanquantile(parts.joined("highest"), STRONGEST)
+        limits = float(low), float(high if high > low else low + 1)
+        data = underlying(self.items.dataset)
+        for block in parts.blocks[self.accelerator.process_index :: self.accelerator.num_processes]:
+            numbers = parts.numbers(block)
+            reading = Items(self.items.dataset, "skip", len(numbers), self.given.dataloader_num_workers)
+            maps = parts.maps_of(block)
+            for batch in reading.read(numbers):
+                items = sample_units(batch.x0, data).numpy()
+                if items.ndim == 4 and has_own_units(scaling_of(data)):
+                    items = scaling_of(data).to_levels(items)
+                for number, item in zip(batch.numbers, items):
+                    path, heat = self.pictures / self.picture_name(number), maps[number - numbers.start]
+                    if not path.exists():
+                        write_aside(path, lambda aside, x=item, h=heat: save_heat_map(x, h, limits, aside))
+        self.accelerator.wait_for_everyone()
+
+    def picture_name(self, number: int) -> str:
+        """Return the name of the picture of an item: that of its file, with .png added to other endings."""
+        name = self.items.rows[number][0]
+        if not isinstance(name, str) or Path(name).is_absolute():
+            return f"{number:06d}.png"
+        return name if name.endswith(".png") else f"{name}.png"
+
+    def save_reference(self, reference: ScoreParts) -> None:
+        """Keep the distribution of the reference's scores in the pipeline's folder, as `calibrate_score` does."""
+        scores, file = reference.joined("scores"), Path(self.given.pipeline) / "model_index.json"
+        found = ScoreOutput(scores=scores[np.isfinite(scores)], maps=None, options=reference.options())
+        self.pipeline.calibrate_score(found)
+        settings = json.loads(file.read_text()) | {"score_quantiles": self.pipeline.config["score_quantiles"]}
+        write_text(file, json.dumps(settings, indent=2) + "\n")
+
+    def write_table(self, parts: ScoreParts, reference: ScoreParts | None) -> None:
+        """Write the settings, and then the table, which makes the run complete."""
+        scores, places = parts.joined("scores"), parts.joined("percentiles")
+        if reference is not None:
+            found = reference.joined("scores")
+            places = percentiles(scores, found[np.isfinite(found)])
+        columns, rows = [*self.items.names, "score"], [[*row, s] for row, s in zip(self.items.rows, scores.tolist())]
+        if np.isfinite(places).any():
+            columns, rows = [*columns, "percentile"], [[*row, p] for row, p in zip(rows, places.tolist())]
+        write_text(self.facts, json.dumps({"settings": self.settings}, indent=1))
+        write_table(self.given.output, columns, rows)
+
+    def finish(self, scores: np.ndarray) -> dict:
+        """Compute the metrics, print them, and add them to the JSON file."""
+        metrics, accelerator = {}, self.accelerator
+        if accelerator.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self.masks is not None and self.anomalous is None:
+                self.anomalous = self.masks.reshape(len(self.masks), -1).any(axis=1)
+            if self.anomalous is not None and not self.anomalous.all() and self.anomalous.any():
+                metrics |= item_metrics(scores, self.anomalous)
+            if self.masks is not None:
+                metrics |= map_metrics(np.load(self.map_file, mmap_mode="r"), self.masks)
+            write_text(self.facts, json.dumps({"settings": self.settings, "metrics": metrics}, indent=1))
+            print(f"{len(scores):,} items, {accelerator.num_processes} process(es): {self.given.output}")
+            for name, value in metrics.items():
+                print(f"  {name.replace('_', ' '):<22} {value:.5g}")
+        accelerator.wait_for_everyone()
+        return metrics
+
+
+def score(given: argparse.Namespace) -> dict:
+    """Score items as the options say, and return the metrics, on the main process.
+
+    Raises:
+        ValueError: options, pipeline or data do not fit.
+    """
+    accelerator = Accelerator()
+    metrics = together(accelerator, lambda: Run(given, accelerator))()
+    accelerator.end_training()
+    return metrics
