@@ -9,10 +9,14 @@ import torch
 from conftest import exact_abar
 from diffusers import ModelMixin  # loading looks for it among this module's names
 from diffusers.utils import BaseOutput
+from measuring import evaluator, grey
+from measuring import images as image_data
 from test_pipeline import images, seeds, sequences
 from test_pipeline_guidance import NAMES, mixture
 
-from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
+from ddpm_hf.data.sequences import SequenceDataset
+from ddpm_hf.pipeline import scoring
 from ddpm_hf.pipeline.outputs import ScoreOutput
 from ddpm_hf.pipeline.scoring import COMPLETION, BoundTimesteps, smoothed
 
@@ -108,6 +112,63 @@ def test_the_denoising_score_has_the_bound_as_its_expectation(number, mean, std)
     error = result.scores.std() / n**0.5
     assert abs(result.scores.mean() - expected) < 5 * error and error < 0.1 * abs(expected)
     np.testing.assert_allclose(result.maps.ravel(), result.scores, rtol=1e-5)
+
+
+def small(kind):
+    """A pipeline with random weights, its data as the evaluator has it, and the items as a user gives them."""
+    torch.manual_seed(0)
+    options = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 1, "attn_dim_head": 4, "sample_size": 8}
+    schedule = {"variance_type": "learned_range"} if kind == "learned variance" else {}
+    own = GaussianScheduler(12, **schedule)
+    if kind == "sequences":
+        x = np.random.default_rng(0).normal(3, 2, (4, 2, 8))
+        x[:, 1] = 7.0  # a channel that never changes does not count
+        data = SequenceDataset(x)
+        pipe = DDPMPipeline1D(
+            UNet1D(in_channels=2, **options), own, data_shift=list(data.scaling.shift),
+            data_scale=list(data.scaling.scale),
+        )  # fmt: skip
+        return pipe, data, x
+    data = image_data(list(grey(4)))
+    pipe = DDPMPipeline(UNet2D(in_channels=1, out_channels=2 if schedule else 1, **options), own)
+    return pipe, data, np.stack([(data.load(i) / 2 + 0.5).movedim(0, -1).numpy() for i in range(4)])
+
+
+@pytest.mark.parametrize("number", [12, 5])
+@pytest.mark.parametrize("kind", ["images", "learned variance", "sequences"])
+def test_the_map_sums_to_the_bound_of_the_evaluator(kind, number, monkeypatch):
+    """For the same timesteps, weights and noise, to the rounding of float64; a call of the model is of one item."""
+    pipe, data, x = small(kind)
+    pipe.set_progress_bar_config(disable=True)
+    shape = (pipe.unet.config.in_channels, *pipe._size())
+    e = evaluator(data, shape, data, metrics=["bits_per_dim"], likelihood_timesteps=number, batch_size=1)
+    draws, seen = e.likelihood._draws, []
+
+    def kept(chosen, stratum, low, high, x0):
+        t, noise = draws(chosen, stratum, low, high, x0)
+        seen.append((int(t), float(high - low), noise))
+        return t, noise
+
+    monkeypatch.setattr(e.likelihood, "_draws", kept)
+    bound = e(pipe, 5, pipe.scheduler)["bits_per_dim"]
+    assert len(seen) == 4 * number and (number == 12 or max(weight for _, weight, _ in seen) > 1)
+    again = iter(seen)
+    noises = []
+
+    def drawn(self, place, generator):
+        t, weight, noise = next(again)
+        noises.append(noise)
+        return t, weight
+
+    monkeypatch.setattr(BoundTimesteps, "draw", drawn)
+    monkeypatch.setattr(scoring, "randn_tensor", lambda *args, **named: noises.pop())
+    found = pipe.score(x, "denoising", num_timesteps=number, batch_size=1)
+    counted = [scale > 0 for scale in pipe.config.get("data_scale") or [1.0]]
+    units = np.mean([math.log2(s) for s in pipe.config.get("data_scale") or [1.0] if s > 0])  # of a density
+    assert abs(found.scores.mean() / math.log(2) + units - bound) < 1e-12 * abs(bound)
+    maps = found.maps if kind == "sequences" else found.maps.transpose(0, 3, 1, 2)
+    # the maps are returned in float32
+    np.testing.assert_allclose(maps[:, counted].mean((1, *range(2, maps.ndim))), found.scores, rtol=1e-5)
 
 
 def test_the_reconstruction_score_has_its_closed_form():
