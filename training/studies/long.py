@@ -1,7 +1,8 @@
 """The figures and the picture of docs/long.md: long electrocardiograms by each method, and how they fit at their seams.
 
     python training/train.py --config training/configs/ecg.yaml
-    python training/studies/long.py        # runs/long/: table.md, long.png and the series, in some minutes
+    python training/studies/long.py             # runs/long/: table.md, long.png and the series, in some minutes
+    python training/studies/long.py --extend    # runs/long/extend.md: continuations of the recording by both methods
 
 A seam is where a window begins or ends. "Beside each other" are samples of the trained length without any overlap.
 """
@@ -112,16 +113,56 @@ ROWS = ("beside each other", "one call, 1 times", "one call, 2 times", "one call
         "sequential, overlap 128")  # fmt: skip
 
 
+def continuations(pipe, real: np.ndarray, folder: Path, items: int = 4) -> None:
+    """Write a table of continuations, by both methods, of four pieces of the recording that are a window long.
+
+    Each continuation is four windows long. "Seam" is the first new value after the recording; the other seams are as
+    for series. The mean square of a jump is divided by that of the recording, which the largest jumps dominate.
+    """
+    window = pipe.unet.config.sample_size
+    length, shared = 5 * window, window // 2
+    begins = np.linspace(0, real.shape[1] - window, items).astype(int)
+    known = np.stack([real[:, place : place + window] for place in begins])
+    lines = ["| method | calls of the model | seam | other seams | other jumps | deviation | spectrum, dB | "
+             "autocorrelation | beats |", "|" + "---|" * 9]  # fmt: skip
+    for method in ("sequential", "joint"):
+        rows, calls = [], []
+        hook = pipe.unet.register_forward_pre_hook(lambda model, args, calls=calls: calls.append(len(args[0])))
+        x = pipe.extend(
+            known, length, num_inference_steps=STEPS, method=method, generator=torch.Generator().manual_seed(0)
+        ).sequences[:, 0]
+        hook.remove()
+        begin = window - shared
+        ends = [begin + place for place in starts(length - begin, window, shared)]
+        seams = [place for place in ends if place > window]
+        if method == "sequential":
+            seams = list(range(window + shared, length, shared))
+        jumps = abs(np.diff(x, axis=1))
+        at = np.array([place - 1 for place in seams])
+        rest = np.setdiff1d(np.arange(window, length - 1), at)
+        for part in (jumps[:, window - 1], jumps[:, at], jumps[:, rest]):
+            rows.append(f"{np.median(part):.1f}, {np.quantile(part, 0.95):.0f}, {part.max():.0f}")
+        cells = measure(x[:, window:], real, [])
+        rows += [cells[0], *cells[3:6]]
+        np.save(folder / f"extend-{method}.npy", x)
+        lines.append(f"| {method} | {sum(calls) / items:,.0f} | " + " | ".join(rows) + " |")
+        print(lines[-1], flush=True)
+        (folder / "extend.md").write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default="runs/ecg/pipeline", help="Pipeline of the electrocardiogram.")
     parser.add_argument("--output_dir", default="runs/long", help="Folder for the table, the picture and the series.")
+    parser.add_argument("--extend", action="store_true", help="Measure continuations instead.")
     options = parser.parse_args()
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     pipe = DDPMPipeline1D.from_pretrained(options.pipeline)
     pipe.set_progress_bar_config(disable=True)
     real = np.asarray(ecg(), np.float64)[None]
+    if options.extend:
+        return continuations(pipe, real, folder)
     length = WINDOWS * pipe.unet.config.sample_size
     head = "| series | deviation | jumps at seams | other jumps | spectrum, dB | autocorrelation | beats | intervals |"
     lines = [head,
