@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm_hf.pipeline.guidance import as_list, for_each_sample, make_guidance
 from ddpm_hf.pipeline.loop import SamplingPipeline
-from ddpm_hf.pipeline.pairs import refuse_paired
+from ddpm_hf.pipeline.pairs import encode_condition
 from ddpm_hf.pipeline.rules import INPAINT_RULES, ClassLabels, Generators, check_call, check_rules
 from ddpm_hf.pipeline.schedulers import is_own_scheduler, step_options
 
@@ -135,6 +135,7 @@ class CompletingPipeline(SamplingPipeline):
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] = (0.0, 1.0),
         guide=None,
+        condition=None,
     ):
         """Complete data of which a part is known: holes of images, gaps and the future of sequences.
 
@@ -158,6 +159,8 @@ class CompletingPipeline(SamplingPipeline):
             class_labels: class of the samples, of a model with classes: one for all, one per item, or one per sample.
             generator: generator of all noise: one, one per item, or one per sample.
             output_type, return_dict, eta, guidance_scale, guidance_rescale, guidance_interval, guide: as in the call.
+            condition: what the items belong to, as in the call, for a model with paired conditions: one for all, one
+                per item, or one per sample.
 
         Returns:
             The output of a call, with len(known) * num_samples samples. The known part is as it was given: to the bit
@@ -165,11 +168,11 @@ class CompletingPipeline(SamplingPipeline):
             it has the model's units and type.
 
         Raises:
-            ValueError: a shape is wrong, a value is outside its range, nothing or everything is unknown, or the model
-                was not trained for it and the scheduler is not a `GaussianScheduler`.
+            ValueError: a shape is wrong, a value is outside its range, nothing or everything is unknown, a condition
+                is missing or does not fit, or the model was not trained for it and the scheduler is not a
+                `GaussianScheduler`.
             FloatingPointError: as in the call.
         """
-        refuse_paired(self, "inpaint")
         check_rules(INPAINT_RULES, num_samples=num_samples, jump_length=jump_length, jump_n_sample=jump_n_sample)
         data, unknown = self._read_known(known, mask)
         items, output_type = len(data), output_type or self._output_types[0]
@@ -179,12 +182,14 @@ class CompletingPipeline(SamplingPipeline):
         guidance = make_guidance(
             self, items * num_samples, labels, guidance_scale, guidance_rescale, guidance_interval, guide
         )
+        condition = encode_condition(self, condition, items, num_samples, data.shape[2:])
         data, unknown = (x.repeat_interleave(num_samples, dim=0) for x in (data, unknown))
         options = step_options(self.scheduler, generator, eta)
         self._set_timesteps(num_inference_steps, None)
         x = self._complete(
-            self._encode(data, "known"), unknown, generator, options, guidance, jump_length, jump_n_sample
-        )
+            self._encode(data, "known"), unknown, generator, options, guidance, jump_length, jump_n_sample,
+            condition=condition,
+        )  # fmt: skip
         self.maybe_free_model_hooks()
         if output_type == "latent":
             x = torch.where(unknown.to(x.device), x, self._encode(data, "known"))
@@ -197,7 +202,7 @@ class CompletingPipeline(SamplingPipeline):
         )
 
     def _check_completion(self) -> None:
-        if not self.config.get("condition") and not is_own_scheduler(self.scheduler):
+        if self.config.get("condition") != "known" and not is_own_scheduler(self.scheduler):
             raise ValueError(
                 "a model that was not trained to complete is sampled by RePaint, whose jumps need GaussianScheduler: "
                 "set pipe.scheduler = GaussianScheduler.from_config(pipe.scheduler.config); got "
@@ -222,12 +227,17 @@ class CompletingPipeline(SamplingPipeline):
             raise ValueError(f"known must be finite where it is known, got {data.min():.4g} to {data.max():.4g}")
         return data, unknown
 
-    def _complete(self, x0, unknown, generator, options, guidance, jump_length, jump_n_sample, windows=None) -> Tensor:
-        """Return samples in the model's units for x0, `(B, C, *spatial)`, which may be anything where it is unknown."""
+    def _complete(
+        self, x0, unknown, generator, options, guidance, jump_length, jump_n_sample, windows=None, condition=None
+    ) -> Tensor:
+        """Return samples in the model's units for x0, `(B, C, *spatial)`, which may be anything where it is unknown.
+
+        `condition` is a paired one, as the model takes it.
+        """
         unknown = unknown.to(x0.device)
         x = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         x = x * self.scheduler.init_noise_sigma
-        if self.config.get("condition"):
+        if self.config.get("condition") == "known":
             condition = torch.cat((x0.masked_fill(unknown, 0), (~unknown).to(x0.dtype)), dim=1)
             return self._denoise(
                 x, self.scheduler.timesteps, options, guidance=guidance, condition=condition, windows=windows
@@ -235,5 +245,5 @@ class CompletingPipeline(SamplingPipeline):
         repaint = Repaint(self.scheduler, x0, unknown, jump_length, jump_n_sample, generator)
         return self._denoise(
             x, repaint.timesteps, options, callback=repaint, callback_inputs=("latents",), guidance=guidance,
-            windows=windows,
+            condition=condition, windows=windows,
         )  # fmt: skip

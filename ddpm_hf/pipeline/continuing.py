@@ -67,6 +67,7 @@ class ContinuingPipeline(CompletingPipeline):
             raise ValueError(
                 f"{', '.join(given)} need one chain for all windows, and method='sequential' has one for each"
             )
+        refuse_paired(self)
         encode_condition(self, condition, batch_size)
         scale, rescale, interval, guide = guidance
         as_tensor = "pt" if output_type == "np" else output_type
@@ -220,7 +221,7 @@ class ContinuingPipeline(CompletingPipeline):
         interval, guide, num_samples=1,
     ):  # fmt: skip
         """Return a function that draws one canvas in the model's units, of which a beginning may be known; checked."""
-        refuse_paired(self, "going on from a beginning")
+        refuse_paired(self)
         self._check_completion()
         check_rules(INPAINT_RULES, num_samples=num_samples, jump_length=jump_length, jump_n_sample=jump_n_sample)
         if num_inference_steps is not None:

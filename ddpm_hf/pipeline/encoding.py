@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm_hf.pipeline.guidance import Guidance, as_list, make_guidance
 from ddpm_hf.pipeline.loop import SamplingPipeline
-from ddpm_hf.pipeline.pairs import refuse_paired
+from ddpm_hf.pipeline.pairs import encode_condition
 from ddpm_hf.pipeline.rules import ClassLabels, is_whole
 from ddpm_hf.pipeline.schedulers import is_own_scheduler
 from ddpm_hf.pipeline.steps import X0Estimate
@@ -30,15 +30,17 @@ class Predictor:
         pipeline: its model, scheduler and what the model was trained with are used.
         guidance: as in the loop.
         device: where the model runs.
+        condition: a paired condition in the size of the items, as the model takes it; None: it takes none.
     """
 
-    def __init__(self, pipeline, guidance: Guidance | None, device):
+    def __init__(self, pipeline, guidance: Guidance | None, device, condition: Tensor | None = None):
         self.guidance, self.model, self.dtype = guidance, pipeline._model_to_call(device), pipeline.unet.dtype
         self.prediction_type, abar = pipeline._trained
         self.signal, self.spread = abar.sqrt(), (1 - abar).sqrt()
         self.angle = torch.atan2(self.spread, self.signal)
         self.clip = X0Estimate(pipeline.scheduler).clip
         self.self_condition = pipeline.unet.config.get("self_condition", False)
+        self.constant = {} if condition is None else {"condition": condition}
 
     def rates(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(abar_t) and sqrt(1 - abar_t) for t, 0-d or (B,) on the CPU, broadcasting against `like`."""
@@ -48,7 +50,9 @@ class Predictor:
     def output(self, x: Tensor, t: Tensor, x0: Tensor | None = None) -> Tensor:
         """Return the model's prediction at x (B, C, *spatial) and t; x0 is an estimate for self-conditioning."""
         x, there = x.to(self.dtype), t.to(x.device)
-        extra = {"x_self_cond": None if x0 is None else x0.to(self.dtype)} if self.self_condition else {}
+        extra = dict(self.constant)
+        if self.self_condition:
+            extra["x_self_cond"] = None if x0 is None else x0.to(self.dtype)
         if self.guidance is None:
             return self.model(x, there, **extra)
         level = t.float().mean().item() / max(len(self.signal) - 1, 1)
@@ -74,6 +78,7 @@ class Predictor:
 class EncodingPipeline(SamplingPipeline):
     """A pipeline that finds the latents of given items."""
 
+    # This function is longer than 60 lines because it documents every option.
     @torch.no_grad()
     def encode(
         self,
@@ -85,11 +90,13 @@ class EncodingPipeline(SamplingPipeline):
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] = (0.0, 1.0),
         guide=None,
+        condition=None,
     ) -> Tensor:
         """Find the latents from which the model draws given items.
 
         `pipe(latents=pipe.encode(x), batch_size=len(x), eta=0, num_inference_steps=250)` brings the items back, with
-        the same number of steps, classes and guidance. Each step takes one call of the model, the first one two.
+        the same number of steps, condition, classes and guidance. Each step takes one call of the model, the first one
+        two.
 
         Args:
             x: the items, in the form in which the pipeline gives its samples.
@@ -100,14 +107,16 @@ class EncodingPipeline(SamplingPipeline):
             class_labels: class of the items, of a model with classes: one for all, or one per item.
             guidance_scale, guidance_rescale, guidance_interval, guide: as in the call. Guidance of other scales than 1
                 makes the latents less like standard normal noise.
+            condition: what the items belong to, as in the call, for a model with paired conditions: one for all, or one
+                per item.
 
         Returns:
             x_T, `(B, C, *spatial)` in the model's units, on its device.
 
         Raises:
-            ValueError: a shape is wrong, a value is outside its range, or the scheduler does not make DDIM steps.
+            ValueError: a shape is wrong, a value is outside its range, a condition is missing or does not fit, or the
+                scheduler does not make DDIM steps.
         """
-        refuse_paired(self, "encode")
         if method not in ENCODINGS:
             raise ValueError(f"method must be one of {', '.join(ENCODINGS)}; got {method!r}")
         if is_whole(num_inference_steps) and num_inference_steps < 2:
@@ -121,6 +130,7 @@ class EncodingPipeline(SamplingPipeline):
         guidance = make_guidance(
             self, len(x), as_list(class_labels), guidance_scale, guidance_rescale, guidance_interval, guide
         )
+        condition = encode_condition(self, condition, len(x), size=x.shape[2:])
         self._set_timesteps(num_inference_steps, None)
         chain = self.scheduler.timesteps.flip(0)
         sampler, total = self.scheduler.config.sampler, self.scheduler.config.num_train_timesteps
@@ -129,7 +139,7 @@ class EncodingPipeline(SamplingPipeline):
                 "encode needs DDIM steps, whose way back exists: fewer steps than training timesteps, or a scheduler "
                 f"with sampler='ddim'; got {len(chain)} steps and sampler={sampler!r}"
             )
-        x = self._invert(x, chain, Predictor(self, guidance, x.device), method)
+        x = self._invert(x, chain, Predictor(self, guidance, x.device, condition), method)
         self.maybe_free_model_hooks()
         return x
 

@@ -145,7 +145,8 @@ class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
             overlap: number of pixels that neighbouring windows share; None: half of the trained size.
             condition: what the samples belong to, for a model with paired conditions: PIL images, an array
                 (B, H, W, C') or a tensor (B, C', H, W) in [0, 1], or in the units of condition_scale, of the size
-                condition_size; one for all samples, or one per sample. batch_size may then be left out.
+                condition_size, and larger in proportion for larger images; one for all samples, one per sample, or one
+                per item of `image`. batch_size may then be left out.
 
         Raises:
             ValueError: a value is outside its range, a shape is wrong, the guide is a model of other data, a condition

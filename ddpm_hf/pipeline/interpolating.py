@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm_hf.pipeline.encoding import EncodingPipeline
 from ddpm_hf.pipeline.guidance import as_list, for_each_sample, make_guidance
-from ddpm_hf.pipeline.pairs import refuse_paired
+from ddpm_hf.pipeline.pairs import encode_condition
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_call, interpolation_numbers
 from ddpm_hf.pipeline.schedulers import begin_at, step_options
 
@@ -54,6 +54,7 @@ class InterpolatingPipeline(EncodingPipeline):
         guidance_interval: Sequence[float] = (0.0, 1.0),
         guide=None,
         method: str = "noise",
+        condition=None,
     ):
         """Noise two pieces of data, mix them, and denoise the mix (Ho et al., section 4.3).
 
@@ -74,15 +75,17 @@ class InterpolatingPipeline(EncodingPipeline):
             method: "noise" or "latent". "latent" needs a `GaussianScheduler`, goes all the way to the latents (leave
                 `strength` out), and draws no noise (eta is 0). It takes the number of steps that is given, else the
                 pipeline's, else 250.
+            condition: what the samples belong to, as in the call, for a model with paired conditions: one for all, or
+                one per pair, which both of its ends have too.
 
         Returns:
             The output of a call, with len(x1) * len(weights) samples.
 
         Raises:
-            ValueError: the ends have different or unfitting shapes, or a value is outside its range.
+            ValueError: the ends have different or unfitting shapes, a value is outside its range, or a condition is
+                missing or does not fit.
             FloatingPointError: as in the call.
         """
-        refuse_paired(self, "interpolate")
         if method not in INTERPOLATIONS:
             raise ValueError(f"method must be one of {', '.join(INTERPOLATIONS)}; got {method!r}")
         weights, strength = interpolation_numbers(weights, strength)
@@ -96,6 +99,8 @@ class InterpolatingPipeline(EncodingPipeline):
         guidance = make_guidance(
             self, len(x1) * len(weights), labels, guidance_scale, guidance_rescale, guidance_interval, guide
         )
+        given_condition = condition
+        condition = encode_condition(self, condition, len(x1), len(weights), x1.shape[2:])
         if method == "latent":
             if strength != 0.5 or eta:
                 raise ValueError(f"method='latent' takes no strength and no eta but 0, got {strength} and {eta}")
@@ -104,13 +109,14 @@ class InterpolatingPipeline(EncodingPipeline):
                 self.encode(
                     x, steps, class_labels=class_labels, guidance_scale=guidance_scale,
                     guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, guide=guide,
+                    condition=given_condition,
                 )
                 for x in (given1, given2)
             ]  # fmt: skip
             mixed = torch.stack([slerp(*ends, w) for w in weights], dim=1).flatten(0, 1)
             options = step_options(self.scheduler, None, 0)
             return self._run(
-                mixed, self.scheduler.timesteps, options, guidance, output_type, return_dict, None, (), False
+                mixed, self.scheduler.timesteps, options, guidance, output_type, return_dict, None, (), False, condition
             )
         self._set_timesteps(num_inference_steps, None)
         chain = self.scheduler.timesteps[begin_at(self.scheduler, strength, self.is_spaced_by_log_snr()) :]
@@ -119,6 +125,6 @@ class InterpolatingPipeline(EncodingPipeline):
         noised1, noised2 = (self.scheduler.add_noise(x, noise, t) for x in (x1, x2))
         mixed = torch.stack([torch.lerp(noised1, noised2, w) for w in weights], dim=1).flatten(0, 1)
         options = step_options(self.scheduler, for_each_sample(generator, len(x1), len(weights)), eta)
-        x = self._denoise(mixed, chain, options, guidance=guidance)
+        x = self._denoise(mixed, chain, options, guidance=guidance, condition=condition)
         self.maybe_free_model_hooks()
         return self._output(self._decode(x, output_type), None, return_dict)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_hf.pipeline.finite import check_finite
 from ddpm_hf.pipeline.graphs import GraphedModel
 from ddpm_hf.pipeline.guidance import Guidance, as_list, make_guidance
-from ddpm_hf.pipeline.pairs import encode_condition, number_of_conditions, refuse_paired
+from ddpm_hf.pipeline.pairs import encode_condition, number_of_conditions
 from ddpm_hf.pipeline.pieces import check_max_batch_size, in_pieces
 from ddpm_hf.pipeline.rules import check_call, check_steps
 from ddpm_hf.pipeline.saving import SavedWithCode
@@ -245,11 +245,9 @@ class SamplingPipeline(SavedWithCode):
             batch_size = len(class_labels)
         if condition is not None and batch_size == 1:
             batch_size = number_of_conditions(condition)
-        if size is not None:
-            refuse_paired(self, "a size of its own")
         check_call(self, batch_size, generator, output_type, latents, callback_on_step_end, callback_inputs, size)
         callback_inputs = [callback_inputs] if isinstance(callback_inputs, str) else callback_inputs
-        condition = encode_condition(self, condition, batch_size)
+        condition = encode_condition(self, condition, batch_size, size=size, windows=windows)
         guidance = make_guidance(self, batch_size, class_labels, *guidance)
         self._set_timesteps(num_inference_steps, timesteps)
         options = step_options(self.scheduler, generator, eta)

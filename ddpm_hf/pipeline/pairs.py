@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ddpm_hf.pipeline.outputs import IMAGE_MODES
 from ddpm_hf.pipeline.units import checked_units, from_units
+from ddpm_hf.pipeline.windows import Windows
 
 CONDITIONS = ("known", "paired")
 
@@ -94,16 +95,24 @@ def _sequence_tensor(sequences, name: str, channels: int) -> Tensor:
     return x
 
 
-def encode_condition(pipeline, condition, batch_size: int) -> Tensor | None:
-    """Return the condition of a call as its model takes it, (batch_size, C', *size of the samples).
+def encode_condition(
+    pipeline, condition, items: int, samples: int = 1, size: tuple[int, ...] | None = None,
+    windows: Windows | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Return the condition of a call as its model takes it, (items * samples, C', *size of the samples).
 
     Args:
         pipeline: the pipeline that is called.
-        condition: in its own units, one for all samples or one for each; None where the model takes none.
-        batch_size: the number of samples.
+        condition: in its own units: one for all samples, one for each item, or one for each sample; None where the
+            model takes none.
+        items: the number of items.
+        samples: the number of samples of each item, which lie together.
+        size: the size of the samples, without channels; None: as trained. The condition has the share of it that a
+            condition had in training.
+        windows: those in which the model predicts; None: it predicts for whole samples.
 
     Raises:
-        ValueError: it does not fit the pipeline or the number of samples, or is missing.
+        ValueError: it does not fit the pipeline, the number of samples or the windows, or is missing.
     """
     c = pipeline.config
     if c.get("condition") != "paired":
@@ -113,30 +122,59 @@ def encode_condition(pipeline, condition, batch_size: int) -> Tensor | None:
                 "not; got one"
             )
         return None
-    channels, size = pipeline.unet.config.condition_channels, tuple(c.condition_size)
+    channels, own, whole = pipeline.unet.config.condition_channels, _own_size(pipeline, size, windows), size
     if condition is None:
-        raise ValueError(f"condition must be given to this model, {channels} channels of the size {size}; got None")
+        raise ValueError(f"condition must be given to this model, {channels} channels of the size {own}; got None")
     has_units, is_pil = c.condition_scale is not None or c.condition_shift is not None, False
-    if len(size) == 1:
+    if len(own) == 1:
         x = _sequence_tensor(condition, "condition", channels)
     else:
         x, is_pil = image_tensor(condition, "condition", channels)
         x = x.cpu().double()
-    if tuple(x.shape[2:]) != size or len(x) not in (1, batch_size):
+    numbers = sorted({items, items * samples})
+    if tuple(x.shape[2:]) != own or len(x) not in (1, *numbers):
         raise ValueError(
-            f"condition must be of the size {size}, one for all samples or one for each of {batch_size}; got "
-            f"{len(x)} of the size {tuple(x.shape[2:])}"
+            f"condition must be of the size {own}, one for all samples or one for each of "
+            f"{' or '.join(map(str, numbers))}; got {len(x)} of the size {tuple(x.shape[2:])}"
         )
     if not x.isfinite().all():
         raise ValueError("condition must be finite, got NaN or infinity")
-    if is_pil or (len(size) == 2 and not has_units):
+    if is_pil or (len(own) == 2 and not has_units):
         if x.min() < 0 or x.max() > 1:
             raise ValueError(f"condition must lie in [0, 1], got {x.min():.4g} to {x.max():.4g}")
         x = x * 2 - 1
     elif has_units:
         x = from_units(pipeline, x, "condition")
-    x = x.to(pipeline._execution_device, pipeline.unet.dtype).expand(batch_size, -1, *size)
-    return enlarged(x, pipeline._size())
+    if len(x) == items and samples > 1:
+        x = x.repeat_interleave(samples, dim=0)
+    x = x.to(pipeline._execution_device, pipeline.unet.dtype).expand(items * samples, -1, *own)
+    return enlarged(x, whole or pipeline._size())
+
+
+def _own_size(pipeline, size: tuple[int, ...] | None, windows: Windows | None) -> tuple[int, ...]:
+    """Return the size of the conditions of samples of a size, which is checked; the arguments are as above."""
+    own = tuple(pipeline.config.condition_size)
+    if size is None:
+        return own
+    factor = pipeline._size()[0] // own[0]
+    if any(side % factor for side in size):
+        raise ValueError(
+            f"samples must have a multiple of {factor} as their size, because a value of the condition belongs to "
+            f"{factor} along each axis; got {tuple(size)}"
+        )
+    if windows is not None and any(side.start % factor for place in windows.places for side in place):
+        raise ValueError(
+            f"overlap must be a multiple of {factor}, so that windows begin where a value of the condition does; got "
+            f"windows that begin at {sorted({side.start for place in windows.places for side in place})}"
+        )
+    return tuple(side // factor for side in size)
+
+
+def chosen_conditions(condition, items: list[int]):
+    """Return the conditions of some items in the form in which they were given; one for all items stays as it is."""
+    if number_of_conditions(condition) == 1:
+        return condition
+    return [condition[i] for i in items] if isinstance(condition, (list, tuple)) else condition[items]
 
 
 def number_of_conditions(condition) -> int:
@@ -144,7 +182,12 @@ def number_of_conditions(condition) -> int:
     return len(condition) if isinstance(condition, (list, tuple, np.ndarray, Tensor)) else 1
 
 
-def refuse_paired(pipeline, name: str) -> None:
-    """Raise ValueError if the model of a pipeline needs a paired condition, which the method `name` does not take."""
+def refuse_paired(pipeline) -> None:
+    """Raise ValueError if the model of a pipeline needs a paired condition, for series that grow window by window."""
     if pipeline.config.get("condition") == "paired":
-        raise ValueError(f"{name} needs a model without paired conditions, and this one has them: call the pipeline")
+        raise ValueError(
+            "stream, extend and method='sequential' need a model without paired conditions, because their last window "
+            "goes on beyond the end of the series, where there is no condition. For a series of a known length give "
+            "pipe(length=..., condition=...) method 'joint' or 'single'; to go on from a beginning, give "
+            "pipe.inpaint(known, condition=...) a sequence that ends in NaN; got a model with paired conditions"
+        )

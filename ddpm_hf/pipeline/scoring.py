@@ -15,7 +15,7 @@ from ddpm_hf.pipeline.completing import CompletingPipeline
 from ddpm_hf.pipeline.encoding import Predictor
 from ddpm_hf.pipeline.guidance import as_list, for_each_sample, make_guidance
 from ddpm_hf.pipeline.outputs import ReconstructionOutput, ScoreOutput
-from ddpm_hf.pipeline.pairs import refuse_paired
+from ddpm_hf.pipeline.pairs import chosen_conditions, encode_condition
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_rules, is_number, is_whole
 from ddpm_hf.pipeline.schedulers import is_own_scheduler
 from ddpm_hf.pipeline.units import affine
@@ -134,6 +134,7 @@ class ReconstructingPipeline(VaryingPipeline):
         guidance_interval: Sequence[float] = (0.0, 1.0),
         guide=None,
         eta: float | None = None,
+        condition=None,
     ) -> ReconstructionOutput:
         """Find what the model takes for the normal form of given items: they are noised by a part, and denoised.
 
@@ -147,14 +148,16 @@ class ReconstructingPipeline(VaryingPipeline):
             output_type: "np" or "pt".
             class_labels: class of the items, of a model with classes: one for all, or one per item.
             guidance_scale, guidance_rescale, guidance_interval, guide, eta: as in the call.
+            condition: what the items belong to, as in the call, for a model with paired conditions: one for all, or one
+                per item.
 
         Returns:
             A `ReconstructionOutput` with `mean` and `std` over the draws, and the `samples`, in the units of the data.
 
         Raises:
-            ValueError: a value is outside its range, a shape is wrong, or the scheduler cannot start from items.
+            ValueError: a value is outside its range, a shape is wrong, a condition is missing or does not fit, or the
+                scheduler cannot start from items.
         """
-        refuse_paired(self, "reconstruct")
         if output_type not in ("np", "pt"):
             raise ValueError(f"output_type must be one of np, pt; got {output_type!r}")
         if not (is_whole(num_samples) and num_samples >= 1 and is_whole(batch_size) and batch_size >= 1):
@@ -162,6 +165,7 @@ class ReconstructingPipeline(VaryingPipeline):
                 f"num_samples and batch_size must be whole numbers of at least 1, got {num_samples!r}, {batch_size!r}"
             )
         data, _ = read_items(self, x, "x")
+        encode_condition(self, condition, len(data), size=data.shape[2:])  # its rules
         draws = []
         for each in generators_of_items(generator, len(data)):
             draws += generators_of_items(each, num_samples)
@@ -169,11 +173,11 @@ class ReconstructingPipeline(VaryingPipeline):
         samples = []
         for first in range(0, len(draws), batch_size):
             chosen = slice(first, min(first + batch_size, len(draws)))
-            items = data[torch.arange(chosen.start, chosen.stop) // num_samples]
+            numbers = [draw // num_samples for draw in range(chosen.start, chosen.stop)]
             out = self._vary(
-                "x", items, strength, 1, 1, num_inference_steps, draws[chosen], None, eta, "pt", False, None,
-                ("latents",), False, None, labels[chosen] if isinstance(labels, list) else labels, None, guidance_scale,
-                guidance_rescale, guidance_interval, guide,
+                "x", data[numbers], strength, 1, 1, num_inference_steps, draws[chosen], None, eta, "pt", False, None,
+                ("latents",), False, None, labels[chosen] if isinstance(labels, list) else labels,
+                chosen_conditions(condition, numbers), guidance_scale, guidance_rescale, guidance_interval, guide,
             )  # fmt: skip
             samples.append(out[0].cpu())
         samples = torch.cat(samples).unflatten(0, (len(data), num_samples))
@@ -204,6 +208,7 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
         batch_size: int = 64,
         complete: bool = False,
         class_labels: ClassLabels = None,
+        condition=None,
     ) -> ScoreOutput:
         """Score how strange items are to the model: one number for each item, and a map of its size; more is stranger.
 
@@ -223,15 +228,17 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
             batch_size: number of items at one strength or timestep in each batch, which is filled across both.
             complete: complete NaN in the items first (`inpaint`); they do not count in the scores.
             class_labels: class of the items, of a model with classes: one for all, or one per item.
+            condition: what the items belong to, as in the call, for a model with paired conditions: one for all, or one
+                per item. The score then says how strange an item is given its condition.
 
         Returns:
             A `ScoreOutput` with `scores`, the means of the maps before smoothing, `maps`, and `percentiles` among the
             scores that `calibrate_score` was given, if it was with these options.
 
         Raises:
-            ValueError: a value is outside its range, a shape is wrong, items have NaN, or the scheduler has no bound.
+            ValueError: a value is outside its range, a shape is wrong, items have NaN, a condition is missing or does
+                not fit, or the scheduler has no bound.
         """
-        refuse_paired(self, "score")
         check_rules(
             SCORING_RULES, method=method, strengths=strengths, num_timesteps=num_timesteps, smoothing=smoothing,
             batch_size=batch_size, scheduler=self.scheduler, kind=type(self.scheduler).__name__,
@@ -239,15 +246,17 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
         given, known = self._read_to_score(x, complete)
         labels = as_list(class_labels)
         make_guidance(self, len(given), labels)  # its rules
+        told = encode_condition(self, condition, len(given), size=given.shape[2:])
+        told = None if told is None else told.cpu()
         draws = generators_of_items(generator, len(given))
         if not known.all():
-            given = self._completed(given, known, draws, labels)
+            given = self._completed(given, known, draws, labels, condition)
         _, x0 = read_items(self, given, "x")
         x0 = x0.cpu()
         options = {"method": method, "num_timesteps": num_timesteps}
         if method == "reconstruction":
             options = {"method": method, "strengths": list(strengths)}
-        maps = self._maps(x0, options, draws, batch_size, labels)
+        maps = self._maps(x0, options, draws, batch_size, labels, told)
         self.maybe_free_model_hooks()
         scale, _ = affine(self, x0.shape[1], x0.ndim)
         counted = known & (scale > 0)  # not the channels that never change
@@ -268,24 +277,27 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
             raise ValueError(f"x has NaN in {numbers_of(missing)}: complete=True completes it before the scoring")
         if missing.flatten(1).all(dim=1).any():
             raise ValueError("x must have something known in each item, got an item of NaN alone")
-        if missing.any() and not self.config.get("condition") and not is_own_scheduler(self.scheduler):
+        if missing.any() and self.config.get("condition") != "known" and not is_own_scheduler(self.scheduler):
             raise ValueError(f"complete=True needs GaussianScheduler, got {type(self.scheduler).__name__}")
         return data, ~missing
 
-    def _completed(self, data: Tensor, known: Tensor, draws: list, labels) -> Tensor:
+    def _completed(self, data: Tensor, known: Tensor, draws: list, labels, condition) -> Tensor:
         """Return items with their unknown values drawn by `inpaint`."""
         chosen = (~known).flatten(1).any(dim=1).nonzero().flatten().tolist()
         steps = min(COMPLETION["num_inference_steps"], self.scheduler.config.num_train_timesteps)
         filled = self.inpaint(
             data[chosen], generator=[draws[i] for i in chosen], output_type="pt", return_dict=False,
             class_labels=[labels[i] for i in chosen] if isinstance(labels, list) else labels,
+            condition=chosen_conditions(condition, chosen),
             **{**COMPLETION, "num_inference_steps": steps},
         )[0]  # fmt: skip
         data = data.clone()
         data[chosen] = filled.cpu().to(data.dtype)
         return data
 
-    def _maps(self, x0: Tensor, options: dict, draws: list, batch_size: int, labels) -> Tensor:
+    def _maps(
+        self, x0: Tensor, options: dict, draws: list, batch_size: int, labels, condition: Tensor | None
+    ) -> Tensor:
         """Return the maps of items in the model's units, float64; batches are filled across items and places."""
         device, dtype = self._execution_device, self.unet.dtype
         maps = torch.zeros(x0.shape, dtype=torch.float64)
@@ -311,7 +323,8 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
             guidance = make_guidance(
                 self, len(batch), [labels[item] for item, _ in batch] if isinstance(labels, list) else labels
             )
-            predict = Predictor(self, guidance, device)
+            told = None if condition is None else condition[items].to(device)
+            predict = Predictor(self, guidance, device, told)
             error = self._error if strengths else self._bound
             found = error(predict, x0[items].to(device), torch.cat(noise), t).cpu().double()
             maps.index_add_(0, items, found * weights.view(-1, *(1,) * (x0.ndim - 1)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddpm_hf.pipeline.guidance import as_list, for_each_sample, make_guidance
 from ddpm_hf.pipeline.loop import SamplingPipeline
-from ddpm_hf.pipeline.pairs import encode_condition, number_of_conditions
+from ddpm_hf.pipeline.pairs import encode_condition
 from ddpm_hf.pipeline.rules import check_call, check_rules, is_number, is_whole
 from ddpm_hf.pipeline.schedulers import begin_at, step_options
 from ddpm_hf.pipeline.units import affine
@@ -107,10 +107,7 @@ class VaryingPipeline(SamplingPipeline):
         check_call(self, n, generator, output_type, None, callback_on_step_end, callback_inputs)
         callback_inputs = [callback_inputs] if isinstance(callback_inputs, str) else callback_inputs
         guidance = make_guidance(self, n, for_each_sample(as_list(class_labels), len(data), num_samples), *guidance)
-        each = number_of_conditions(condition) == len(data)
-        condition = encode_condition(self, condition, len(data) if each else n)
-        if each and condition is not None:
-            condition = condition.repeat_interleave(num_samples, dim=0)
+        condition = encode_condition(self, condition, len(data), num_samples, x0.shape[2:])
         options = step_options(self.scheduler, generator, eta)
         if strength == 0:
             samples = (x0 if output_type == "latent" else data).repeat_interleave(num_samples, dim=0)
