@@ -147,11 +147,12 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
                     f"streaming is for tables of images, and not with {', '.join(refused)} "
                     "(evaluate such a run with training/evaluate.py)"
                 )
-        if self.condition is not None and self.condition_column is not None:
-            raise ValueError(
-                "a model is given the known part (condition) or a paired condition (condition_column), not both; got "
-                f"condition {self.condition!r} and condition_column {self.condition_column!r}"
-            )
+        for name in ("condition_column", "condition_dir"):
+            if self.condition is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"a model is given the known part (condition) or a paired condition ({name}), not both; got "
+                    f"condition {self.condition!r} and {name} {getattr(self, name)!r}"
+                )
         if self.image_norm is not None and self.image_range is not None:
             raise ValueError(
                 f"image_norm and image_range exclude each other, got {self.image_norm!r} and {self.image_range}"

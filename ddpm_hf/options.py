@@ -87,10 +87,15 @@ class DataOptions:
     )  # fmt: skip
     condition_column: str | None = option(
         None, "The condition paired with each item, an image or a sequence of the item's size or a whole divisor of "
-        "it: a column of images or of lists in a table; the name of an array in a .npz file; for a dataset from "
-        "Python, the entry of items that are dicts (any name for items (x, condition), or (x, y, condition) with "
-        "class_labels).",
-        Rule(bool, "a name"), scope.PAIRS, none="no conditions",
+        "it: a column of images in a table; a column of a table of sequences, or several that commas separate; the "
+        "name of an array in a .npz file; a .npy file beside an array; for a dataset from Python, the entry of items "
+        "that are dicts (any name for items (x, condition), or (x, y, condition) with class_labels).",
+        Rule(bool, "a name or a file"), scope.PAIRS, none="no conditions",
+    )  # fmt: skip
+    condition_dir: str | None = option(
+        None, "Folder of the conditions of the images in train_data_dir: each under the same path, but for its ending. "
+        "They have the size of the images or a whole divisor of it, and may be .npy or TIFF files of any range.",
+        Rule(bool, "a folder"), scope.PAIR_FOLDERS, none="no conditions",
     )  # fmt: skip
     holdout: int = option(
         0, "Number of items that are kept out of training, drawn by the seed, for the held-out loss. If items are "

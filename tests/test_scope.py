@@ -39,6 +39,7 @@ ALWAYS = {
 VALUES = {
     "dataset_config_name": ("plain", {}), "dataset_split": ("test", {}), "image_column": ("image", {}),
     "sequence_columns": (["wave"], {}), "class_labels": ("label", {}), "condition_column": ("c", {}),
+    "condition_dir": ("small", {}),
     "class_dropout_prob": (0.2, {"class_labels": "label"}), "mask_strategy": ("blocks", {"condition": "known"}),
     "channels_last": (True, {}), "image_norm": ("minmax", {}), "image_range": ([-2.0, 5.0], {}),
     "resolution": ([16], {}), "image_channels": (3, {}), "center_crop": (False, {}),
@@ -93,7 +94,7 @@ UNITS = {"image_norm", "image_range"}
 DATA = IMAGE | SEQUENCE | FEATURES | TABLE | UNITS | {
     "channels_last",
     "image_column", "sequence_columns", "streaming", "shuffle_buffer", "cache_gb", "on_bad_image", "class_labels",
-    "condition_column", "class_dropout_prob", "recording", "csv_decimal", "on_missing",
+    "condition_column", "condition_dir", "class_dropout_prob", "recording", "csv_decimal", "on_missing",
 }  # fmt: skip
 # Those that apply to each kind of data.
 HAS = {
@@ -122,8 +123,11 @@ for kind in set(HAS) - {"ecg"}:
     HAS[kind] = HAS[kind] | {"class_labels", "class_dropout_prob"}
 
 
-for kind in ("image table", "sequence table", "sequence file", "array", "given images", "given sequences"):
+for kind in ("image table", "image array", "sequence table", "sequence file", "array", "given images",
+             "given sequences"):  # fmt: skip
     HAS[kind] = HAS[kind] | {"condition_column"}
+for kind in ("folder", "data folder"):
+    HAS[kind] = HAS[kind] | {"condition_dir"}
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ddpm_hf.data.labels import check_column
 from ddpm_hf.data.sequences import MISSING_WAYS
-from ddpm_hf.data.tables import choose_columns
+from ddpm_hf.data.tables import choose_columns, named_columns
 
 MISSING = ("", "nan", "na", "n/a", "null")  # cells that stand for a missing value, in any case
 BIG = 1 << 26  # bytes of a file that is read as float32
@@ -240,6 +240,22 @@ def csv_column(path: str, column: str) -> list[str]:
     options = form.options() | {"usecols": [present.index(column)]}
     table = pandas.read_csv(path, dtype=str, keep_default_na=False, **options)
     return [text.strip() for text in table.iloc[:, 0]]
+
+
+def csv_columns(path: str, text: str, option: str) -> list[str]:
+    """Return the columns of a table that a text names, separated by commas.
+
+    Raises:
+        ValueError: the table cannot be read, or has no such column; the message has the name of the option.
+    """
+    try:
+        present = _names(path, find_form(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the table {path}: {error}") from error
+    names = named_columns(text, present)
+    for name in names:
+        check_column(name, present, path, option=option)
+    return names
 
 
 def _names(path: str, form: Form) -> list[str]:

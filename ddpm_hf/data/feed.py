@@ -57,7 +57,7 @@ class StoredFeed:
         class_names: the names of the classes, whose place is the class number; None without class_labels.
         class_counts: the number of items to train on in each class; None where it is not known.
         condition, held_out_condition: the conditions of the items to train on and of the held-out items, as `load_pair`
-            takes them; None without condition_column.
+            takes them; None without condition_column and condition_dir.
         condition_shape: shape of a condition, or None.
         condition_scaling: the map between data units and model units of conditions, or None.
 
@@ -113,12 +113,12 @@ class StoredFeed:
     def _find_conditions(self, kind: str | None) -> None:
         self.condition = self.held_out_condition = self.condition_scaling = None
         column = self.config.condition_column
-        if column is None:
-            return
-        if kind is None:
+        if kind is None and column is not None:
             whole = GivenConditions(column, place=1 if self.config.class_labels is None else 2)
         else:
-            whole = self.units.condition
+            whole = None if kind is None else getattr(self.units, "condition", None)
+        if whole is None:
+            return
         self.condition = matching(self.units, whole)
         self.condition_scaling = self.condition.scaling
         if self.held_out is not None:
@@ -139,6 +139,7 @@ class StoredFeed:
             ]
         if not isinstance(self.units, (ImageDataset, SequenceDataset, ScientificImages, GivenUnits)):
             notes += [warning for warning in [range_warning(self.units)] if warning]
+        notes += getattr(self.condition, "notes", ())
         if self.condition_shape is not None:
             notes.append(f"conditions of shape {self.condition_shape}")
         return notes + (class_notes(self.class_names, self.class_counts) if self.class_names else [])

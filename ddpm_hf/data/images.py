@@ -238,7 +238,7 @@ class ImageDataset(Dataset):
 
     scaling = EIGHT_BIT
     notes: Sequence[str] = ()
-    condition: "ImageDataset | None" = None
+    condition: Dataset | None = None
 
     def __init__(
         self,

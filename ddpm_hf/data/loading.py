@@ -283,7 +283,8 @@ class TrainingView(Dataset):
         self.labels, self.condition = labels, condition
         sources = (underlying(dataset), condition)
         # a seed and a generator take longer than a cached item, so they are made where something is drawn
-        self._draws = augment and any(isinstance(data, ImageDataset) and data.augments for data in sources)
+        images = [data for data in sources if isinstance(data, (ImageDataset, ScientificImages))]
+        self._draws = augment and any(data.augments for data in images)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ddpm_hf.config import BUNDLED, SOURCES, TrainConfig
 from ddpm_hf.data import tables
-from ddpm_hf.data.conditions import image_conditions, sequence_conditions
+from ddpm_hf.data.conditions import array_conditions, folder_conditions, image_conditions, sequence_conditions
 from ddpm_hf.data.feed import StoredFeed, StreamedFeed
 from ddpm_hf.data.given import GivenUnits
 from ddpm_hf.data.images import ImageDataset, digits, find_images, image_folder, subfolder_labels
@@ -187,7 +187,16 @@ def _open_folder(config: TrainConfig, listing: Listing | None = None) -> ImageDa
     classes, size = config.class_labels is not None, _resolution(config, 64)
     data = image_folder(config.train_data_dir, size, _picture_channels(config), classes, listing, **_crops(config))
     data.notes = [*data.notes, *(warning for warning in [dark_warning(data)] if warning)]
+    data.condition = _folder_conditions(config, data)
     return data
+
+
+def _folder_conditions(config: TrainConfig, data: ImageDataset | ScientificImages) -> Any:
+    """Return the conditions of the images of a folder, or None without condition_dir."""
+    if config.condition_dir is None:
+        return None
+    skip = config.on_bad_image == "skip"
+    return folder_conditions(config.condition_dir, config.train_data_dir, data, config.channels_last, skip)
 
 
 def _own_units(config: TrainConfig) -> dict[str, Any]:
@@ -211,6 +220,7 @@ def _open_data_folder(config: TrainConfig, listing: Listing | None = None) -> Sc
     name = os.path.basename(os.path.normpath(folder))
     data = ScientificImages(paths, _resolution(config, 64), labels=labels, name=name, **_own_units(config))
     data.notes = [*notes, *data.notes]
+    data.condition = _folder_conditions(config, data)
     return data
 
 
@@ -219,7 +229,12 @@ def _open_image_array(config: TrainConfig) -> ScientificImages:
     array = read_sequences(path, leave_out=_left_out(config))
     labels = None if config.class_labels is None else read_labels(path, config.class_labels, len(array))
     size = None if config.resolution is None else _resolution(config, 64)
-    return ScientificImages(array, size, labels=labels, name=path, **_own_units(config))
+    data = ScientificImages(array, size, labels=labels, name=path, **_own_units(config))
+    if config.condition_column is not None:
+        where = f"{config.condition_column!r} of {path}"
+        condition = read_condition(path, config.condition_column)
+        data.condition = array_conditions(condition, data, where, config.channels_last)
+    return data
 
 
 def _open_image_table(config: TrainConfig) -> ImageDataset:
@@ -260,9 +275,9 @@ def _open_sequence_file(config: TrainConfig) -> SequenceDataset:
     data.notes[:0] = notes
     if config.condition_column is not None:
         where = f"{config.condition_column!r} of {path}"
-        condition = read_condition(path, config.condition_column)
+        condition = read_condition(path, config.condition_column, config.stride is not None, gaps, config.csv_decimal)
         condition = np.swapaxes(condition, 1, 2) if config.channels_last and condition.ndim == 3 else condition
-        data.condition = sequence_conditions(condition, data, where)
+        data.condition = sequence_conditions(condition, data, where, config.on_missing == "interpolate")
     return data
 
 
@@ -323,8 +338,9 @@ def _open_sequence_table(config: TrainConfig) -> SequenceDataset:
     _check_not_recording(config, array, name)
     data = _cut(config, array, name, _table_labels(config, table, name))
     if config.condition_column is not None:
-        condition = tables.table_condition(table, config.condition_column, name)
-        data.condition = sequence_conditions(condition, data, f"the column {config.condition_column!r} of {name}")
+        condition = tables.table_condition(table, config.condition_column, config.stride is not None, name)
+        where = f"the column {config.condition_column!r} of {name}"
+        data.condition = sequence_conditions(condition, data, where, config.on_missing == "interpolate")
     return data
 
 

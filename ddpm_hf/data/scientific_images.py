@@ -360,7 +360,7 @@ class ScientificImages(Dataset):
             not finite or do not fit the norm (the message names the file or the row).
     """
 
-    condition = None
+    condition: Dataset | None = None  # the condition of each image, or None
 
     # This function is longer than 60 lines because the shape, the channels and the scaling are checked together.
     def __init__(
@@ -474,6 +474,11 @@ class ScientificImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    @property
+    def augments(self) -> bool:
+        """True if loading an image draws from the generator that is given."""
+        return self.random_flip or not self.center_crop
 
     def __getitem__(self, index: int) -> Tensor:
         """Return image `index` without augmentation, float32 (C, H, W) in model units."""

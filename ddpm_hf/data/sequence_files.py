@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_hf.data.csv_files import csv_column, is_number, read_csv
+from ddpm_hf.data.csv_files import csv_column, csv_columns, is_number, read_csv
 from ddpm_hf.data.labels import Labels, check_column, table_labels
 from ddpm_hf.data.tables import arrange, open_files, table_condition, table_sequences
 
@@ -63,20 +63,35 @@ def read_sequences(
         raise ValueError(f"cannot read the arrays of {path}: {error}") from error
 
 
-def read_condition(path: str, column: str) -> Any:
-    """Read the conditions of the sequences of a file, an array (N, C, length) or (N, length).
+def read_condition(
+    path: str, column: str, as_recording: bool = False, missing: bool = False, decimal: str | None = None
+) -> Any:
+    """Read the conditions of the items of a file, an array (N, C, length) or (N, length); (N, C, H, W) for images.
 
     Args:
-        column: the name of an array in a .npz file, or a column of lists of a .parquet file.
+        path: the file of the items.
+        column: columns of a table, separated by commas; the name of an array in a .npz file; or a .npy file beside an
+            array (memory-mapped).
+        as_recording, missing, decimal: as for `read_sequences`.
 
     Raises:
-        ValueError: the file is of another kind, or has no such array or column.
+        ValueError: the file cannot be read, or has no such array or column.
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".parquet":
-        return table_condition(open_files("parquet", [path]), column, path)
+        return table_condition(open_files("parquet", [path]), column, as_recording, path)
+    if suffix == ".csv":
+        names = csv_columns(path, column, "condition_column")
+        return arrange(read_csv(path, names, None, missing, decimal, by_column=as_recording), as_recording)
+    if column.lower().endswith(".npy"):
+        if not Path(column).is_file():
+            raise ValueError(f"condition_column must be a file on disk, got {column}: No such file")
+        try:
+            return np.load(column, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # NumPy raises many kinds
+            raise ValueError(f"condition_column: cannot read the array of {column}: {error}") from error
     if suffix != ".npz":
-        raise ValueError(f"condition_column needs a .npz file or a table with columns of lists, got {path}")
+        raise ValueError(f"condition_column must be a .npy file of conditions for {path}, got {column!r}")
     with np.load(path, allow_pickle=False) as archive:
         check_column(column, archive.files, path, "an array", "condition_column")
         return archive[column]

@@ -198,17 +198,24 @@ def choose_columns(
     """Return the columns asked for, or all that are present but those to leave out.
 
     Args:
-        leave_out: columns that hold no sequences, by the option that names each.
+        leave_out: columns that hold no sequences, as `named_columns` takes them, by the option that names them.
 
     Raises:
         ValueError: a column that was asked for, or one to leave out, is not there.
     """
-    for option, column in (leave_out or {}).items():
+    others = [(option, column) for option, text in (leave_out or {}).items() for column in named_columns(text, present)]
+    for option, column in others:
         check_column(column, present, name, option=option)
     missing = [column for column in columns or () if column not in present]
     if missing:
         raise ValueError(f"sequence_columns must be columns of {name}: {', '.join(present)}; got {', '.join(missing)}")
-    return list(columns or [column for column in present if column not in (leave_out or {}).values()])
+    left_out = {column for _, column in others}
+    return list(columns or [column for column in present if column not in left_out])
+
+
+def named_columns(text: str, present: Sequence[str]) -> list[str]:
+    """Return the columns that a text names: one that is present, or several that commas separate."""
+    return [text] if text in present else [name.strip() for name in text.split(",") if name.strip()]
 
 
 class ListColumns:
@@ -282,14 +289,16 @@ def table_sequences(
     )
 
 
-def table_condition(table: Any, column: str, name: str) -> ListColumns:
-    """Return a column of lists of a `datasets.Dataset` as conditions (N, 1, length).
+def table_condition(table: Any, column: str, as_recording: bool, name: str) -> Any:
+    """Return columns of a `datasets.Dataset`, which `named_columns` takes, as conditions; see `table_sequences`.
 
     Raises:
-        ValueError: there is no such column, or it holds no lists of numbers.
+        ValueError: there is no such column, or the columns hold something else.
     """
-    check_column(column, table.column_names, name, option="condition_column")
-    array = table_sequences(table, [column], False, name)
-    if not isinstance(array, ListColumns):
-        raise ValueError(f"condition_column must be a column of lists of numbers; {column!r} of {name} is not")
-    return array
+    names = named_columns(column, table.column_names)
+    for each in names:
+        check_column(each, table.column_names, name, option="condition_column")
+    try:
+        return table_sequences(table, names, as_recording, name)
+    except ValueError as error:
+        raise ValueError(f"condition_column {column!r}: {error}") from error

@@ -23,6 +23,10 @@ class EvaluateConfig:
         None, "The conditions of the data, for a pipeline with paired conditions, as in training. Default: as in the "
         "pipeline's run, if --data is its data."
     )  # fmt: skip
+    condition_dir: str | None = _option(
+        None, "Folder of the conditions of the images in --data, as in training. Default: as in the pipeline's run, if "
+        "--data is its data."
+    )  # fmt: skip
     task: str | None = _option(
         None, "Measure how held-out items are completed, instead of comparing samples with data: 'forecast' hides the "
         "last part of each sequence, 'impute' a gap of each sequence or a block of each image. Default: no task."

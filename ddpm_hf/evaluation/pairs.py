@@ -49,13 +49,22 @@ class Pairs:
     def conditions(self, numbers: Sequence[int]) -> Tensor:
         """Return the conditions of the items with these numbers as a pipeline is given them, (B, C', *own).
 
-        Images are levels from 0 to 1, and sequences are in their own units.
+        Sequences and images in units of their own are in these units, and other images are levels from 0 to 1.
         """
-        found = [load_pair(self.dataset, self.condition, int(number))[1] for number in numbers]
-        x = torch.stack(found)
+        x = self._loaded(numbers)
         if x.dtype == torch.uint8:
             return x.float() / 255
-        return self.scaling.to_data(x.double()) if x.ndim == 3 else x / 2 + 0.5
+        if x.ndim == 4 and not has_own_units(self.scaling):
+            return x / 2 + 0.5
+        return self.scaling.to_data(x.double().flatten(2)).reshape(x.shape)
+
+    def levels(self, numbers: Sequence[int]) -> Tensor:
+        """Return the conditions of images with these numbers as levels from 0 to 1, for a picture."""
+        x = self._loaded(numbers)
+        return x.float() / 255 if x.dtype == torch.uint8 else (x / self.scaling.limit / 2 + 0.5).clamp(0, 1)
+
+    def _loaded(self, numbers: Sequence[int]) -> Tensor:
+        return torch.stack([load_pair(self.dataset, self.condition, int(number))[1] for number in numbers])
 
     def items(self, numbers: Sequence[int]) -> Tensor:
         """Return the items with these numbers in model units, (B, C, *spatial)."""

@@ -31,7 +31,7 @@ from ddpm_hf.run.record import without_folders
 
 # Options that tell how data is read: those of the data's own run are taken unless others are given.
 READING = ("stride", "sequence_columns", "image_column", "on_bad_image", "class_labels", "channels_last",
-           "csv_decimal", "recording", "on_missing", "condition_column")  # fmt: skip
+           "csv_decimal", "recording", "on_missing", "condition_column", "condition_dir")  # fmt: skip
 
 
 @dataclass
@@ -79,11 +79,12 @@ def open_real_data(
         config = replace(config, **{name: value for name, value in taken.items() if value is not None})
     dataset, shape = _open(config, run, pipeline, gaps)
     config.check_scope(is_image=len(shape) == 3)
-    if config.condition_column is not None and not is_paired(pipeline):
-        raise ValueError(
-            "condition_column needs a pipeline whose model is given paired conditions, and this one's is not; got "
-            f"{config.condition_column!r}"
-        )
+    for name in ("condition_column", "condition_dir"):
+        if getattr(config, name) is not None and not is_paired(pipeline):
+            raise ValueError(
+                f"{name} needs a pipeline whose model is given paired conditions, and this one's is not; got "
+                f"{getattr(config, name)!r}"
+            )
     condition = getattr(dataset, "condition", None)
     dataset, held_out = _split(config, run, dataset)
     classes = DataClasses.of(getattr(underlying(dataset), "labels", None), dataset, held_out)

@@ -64,7 +64,7 @@ class Sampling:
         if is_paired(pipeline) and self.pairs is None:
             raise ValueError(
                 "the pipeline's model is given paired conditions, and samples get them from the data: condition_column "
-                "must name those of the data"
+                "or condition_dir must name those of the data"
             )
         if not 0 <= guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must be a finite number of at least 0, got {guidance_scale}")

@@ -150,7 +150,8 @@ class Parts:
             return None
         channels, size = self.unet.get("condition_channels"), " x ".join(map(str, self.index["condition_size"]))
         kind = "one image for all samples" if self.is_image else "one sequence for all samples"
-        column = self.training.get("options", {}).get("condition_column")
+        options = self.training.get("options", {})
+        column = options.get("condition_column") or options.get("condition_dir")
         named = f", the data's {json.dumps(column)}" if column else ""
         own_units = not self.is_image or self.index.get("condition_scale") is not None
         units = "in its own units" if own_units else "with levels from 0 to 1, or PIL"

@@ -160,7 +160,8 @@ def _check_condition(config: TrainConfig, feed, model) -> None:
     if config.condition == "known":
         check_strategy(config.mask_strategy, len(feed.shape))
     if has != channels:
-        option = "condition" if config.condition_column is None else "condition_column"
+        paired = [name for name in ("condition_column", "condition_dir") if getattr(config, name) is not None]
+        option = paired[0] if paired else "condition"
         raise ValueError(
             f"condition_channels of the model must be {channels} with {option} {getattr(config, option)!r}, got {has}"
         )

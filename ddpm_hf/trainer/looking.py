@@ -204,7 +204,7 @@ class Looks:
 
     def _beside_pairs(self, samples: list) -> list:
         """Return three pictures for each sample: its condition in the size of the sample, the sample, the true item."""
-        conditions = enlarged(self._pairs.conditions(self._asked), tuple(self.run.feed.shape[1:])).numpy()
+        conditions = enlarged(self._pairs.levels(self._asked), tuple(self.run.feed.shape[1:])).numpy()
         truths = (self._pairs.items(self._asked) / self.run.feed.scaling.limit / 2 + 0.5).clamp(0, 1).numpy()
         rows = zip(map(picture_of, conditions), samples, map(picture_of, truths))
         return [picture for row in rows for picture in row]

@@ -20,6 +20,7 @@ LARGE = np.repeat(np.repeat(SMALL, 2, axis=1), 2, axis=2)  # every pixel twice i
 SHORT = RNG.normal(5, 2, size=(10, 2, 16))
 LONG = np.repeat(SHORT, 4, axis=2)[:, :1]  # the first channel, every point four times
 CLASSES = [0, 1] * 5
+CLASSES_OF_FOLDERS = "even", "odd"
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,22 @@ def sources(tmp_path_factory):
     lists.save_to_disk(str(folder / "lists"))
     lists.to_parquet(str(folder / "lists.parquet"))
     np.savez(folder / "waves.npz", data=LONG, small=SHORT)
+    np.save(folder / "long.npy", LONG)
+    np.save(folder / "short.npy", SHORT)
+    for name, values in (("x", LARGE), ("c", SMALL)):
+        for number, each in enumerate(values):
+            place = folder / "pictures" / name / CLASSES_OF_FOLDERS[number % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(each).save(place / f"{number}.{'bmp' if name == 'c' else 'png'}")
+            (folder / "bands" / name).mkdir(parents=True, exist_ok=True)
+            np.save(folder / "bands" / name / f"{number}.npy", each * (1.0 if name == "x" else 3.0) + 7)
+    Image.fromarray(SMALL[0]).save(folder / "pictures" / "c" / "more.png")
+    np.savez(folder / "images.npz", data=LARGE[:, None], small=SMALL[:, None].repeat(2, axis=1))
+    leads = np.stack([LONG[0, 0], LONG[0, 0] ** 2, LONG[0, 0], np.arange(64.0)], axis=1)
+    np.savetxt(folder / "leads.csv", leads, delimiter=",", header="a,b,c,t", comments="")
+    rows = dict(zip("abct", leads.T.tolist()))
+    datasets.Dataset.from_dict(rows).to_parquet(str(folder / "leads.parquet"))
+    leads = {"condition_column": "a,b", "sequence_length": 16, "stride": 4}
     images = {"train_data_dir": str(folder / "images"), "image_column": "image", "condition_column": "small",
               "resolution": [8]}  # fmt: skip
     npz = {"train_data_file": str(folder / "waves.npz"), "condition_column": "small"}
@@ -48,24 +65,35 @@ def sources(tmp_path_factory):
                          "condition_column": "c"}, None),
         "parquet": ({"train_data_file": str(folder / "lists.parquet"), "condition_column": "c",
                      "class_labels": "y"}, None),
+        "npy": ({"train_data_file": str(folder / "long.npy"), "condition_column": str(folder / "short.npy")}, None),
+        "csv": ({"train_data_file": str(folder / "leads.csv"), **leads, "sequence_columns": ["c"]}, None),
+        "csv rest": ({"train_data_file": str(folder / "leads.csv"), **leads}, None),
+        "numbers": ({"train_data_file": str(folder / "leads.parquet"), **leads}, None),
+        "folder": ({"train_data_dir": str(folder / "pictures" / "x"), "condition_dir": str(folder / "pictures" / "c"),
+                    "resolution": [8], "random_flip": True, "class_labels": "folder"}, None),
+        "bands": ({"train_data_dir": str(folder / "bands" / "x"), "condition_dir": str(folder / "bands" / "c"),
+                   "resolution": [8], "random_flip": True}, None),
+        "image array": ({"train_data_file": str(folder / "images.npz"), "condition_column": "small",
+                         "random_flip": True}, None),
         "pairs": ({"condition_column": "c"}, list(zip(x, c))),
         "triples": ({"condition_column": "c", "class_labels": "y"}, list(zip(x, CLASSES, c))),
         "dicts": ({"condition_column": "c"}, [{"image": a, "c": b} for a, b in zip(x, c)]),
     }  # fmt: skip
 
 
-ALL = ["image table", "flipped", "npz", "windows", "meanstd", "saved lists", "parquet", "pairs", "triples", "dicts"]
+ALL = ["image table", "flipped", "npz", "windows", "meanstd", "saved lists", "parquet", "pairs", "triples", "dicts",
+       "npy", "csv", "csv rest", "numbers", "folder", "bands", "image array"]  # fmt: skip
+FLIPPED = ("flipped", "folder", "bands", "image array")
 
 
 def belongs(x0, condition, feed):
     """Assert that each condition is the smaller form of its item, in the data's own units."""
     if x0.ndim == 4:
-        assert condition.shape[1:] == (1, 4, 4)
-        torch.testing.assert_close(x0[:, :1, ::2, ::2], condition, rtol=0, atol=1e-6)
+        assert condition.shape[2:] == (4, 4)
+        torch.testing.assert_close(x0[:, :1, ::2, ::2], condition[:, :1], rtol=0, atol=1e-6)
         return
     x, c = feed.scaling.to_data(x0.double()), feed.condition_scaling.to_data(condition.double())
-    assert x.shape[2] == 4 * c.shape[2]
-    torch.testing.assert_close(x[:, 0, ::4], c[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(x[:, 0, :: x.shape[2] // c.shape[2]], c[:, 0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("holdout", [0, 3])
@@ -80,7 +108,8 @@ def test_batches_carry_the_condition_of_each_item(source, sources, holdout):
         assert (batch.labels is not None) == ("class_labels" in options)
         flips |= {tuple(row) for row in batch.x0.flatten(1)[:, :16].tolist()}
     assert f"conditions of shape {feed.condition_shape}" in feed.notes
-    assert len(flips) > 10 or source != "flipped"  # some items were seen in both directions
+    assert len(flips) > 10 or source not in FLIPPED  # some items were seen in both directions
+    assert dataset is not None or sum(note.startswith("conditions: ") for note in feed.notes) == 1
     assert "conditions" in feed.fingerprint() and (dataset is None) == (feed.condition_scaling is not MODEL_UNITS)
     for index in range(len(feed.held_out or ())):
         x, c = load_pair(feed.held_out, feed.held_out_condition, index)
@@ -123,7 +152,10 @@ def test_conditions_that_do_not_fit(sources, tmp_path):
     refused("must have the size of the items, 64, or that divided by one whole number; got 5", **wrong,
             condition_column="odd")  # fmt: skip
     np.save(tmp_path / "x.npy", LONG)
-    refused("needs a .npz file or a table", train_data_file=str(tmp_path / "x.npy"), condition_column="c")
+    refused("must be a .npy file of conditions for .*x.npy, got 'c'", train_data_file=str(tmp_path / "x.npy"),
+            condition_column="c")  # fmt: skip
+    refused("must be a file on disk, got none.npy: No such file", train_data_file=str(tmp_path / "x.npy"),
+            condition_column="none.npy")  # fmt: skip
     x = torch.zeros(1, 8, 8)
     for condition, message in [
         (torch.zeros(1, 3, 3), "8 x 8, or that divided by one whole number; got 3 x 3"),
@@ -133,6 +165,53 @@ def test_conditions_that_do_not_fit(sources, tmp_path):
         refused(message, [(x, condition)] * 4, condition_column="c")
     refused(r"needs items \(x, condition\) or dicts with 'c'; got Tensor", [x] * 4, condition_column="c")
     refused(r"needs items \(x, y, condition\)", [(x, 0), (x, 1)] * 2, condition_column="c", class_labels="y")
+
+
+def test_pairs_of_folders_that_do_not_fit(tmp_path):
+    """The message names the files, and comes before training."""
+    (tmp_path / "x" / "sub").mkdir(parents=True)
+    for name in ("a", "sub/b"):
+        Image.new("L", (8, 8), 9).save(tmp_path / "x" / f"{name}.png")
+    options = {"train_data_dir": str(tmp_path / "x"), "condition_dir": str(tmp_path / "c"), "resolution": [8]}
+    refused("condition_dir must be a folder of conditions, and .*c is not a folder", **options)
+    (tmp_path / "c" / "sub").mkdir(parents=True)
+    Image.new("L", (4, 4)).save(tmp_path / "c" / "a.png")
+    refused(r"without its ending: .*x/sub/b.png has none, one of 1 such images", **options)
+    for size, mode, message in (
+        ((3, 3), "L", "c/sub/b.png must have the size of the items, 8 x 8, or that divided .*; got 3 x 3"),
+        ((8, 8), "L", r"by one number, 2 as in the first pair; got 1 for .*b.png \(8 x 8\) with .*b.png \(8 x 8\)"),
+        ((4, 4), "RGB", "must have 1 channels, as the first one has; .*c/sub/b.png has 3"),
+    ):
+        Image.new(mode, size).save(tmp_path / "c" / "sub" / "b.png")
+        refused(message, **options)
+    Image.new("L", (4, 4)).save(tmp_path / "c" / "sub" / "b.bmp")
+    refused("must have one condition for each image, got .*b.bmp.*b.png", **options)
+    refused("another folder than that of the images", **{**options, "condition_dir": str(tmp_path / "x")})
+    refused("not both; got condition 'known' and condition_dir", **options, condition="known")
+    refused("condition_dir applies to folders of images", dataset_name="digits", condition_dir="c")
+    for number, values in enumerate((np.zeros((4, 4)), np.full((4, 4), np.nan))):
+        place = tmp_path / "c" / ("a", "sub/b")[number]
+        place.with_suffix(".png").unlink()
+        place.with_suffix(".bmp").unlink(missing_ok=True)
+        np.save(place.with_suffix(".npy"), values)
+    refused("c/sub/b.npy: all values must be finite; channel 0 has nan in row 0", **options)
+
+
+def test_gaps_of_conditions_are_named_or_interpolated(tmp_path):
+    rows = [[float(i), i / 2, -float(i)] for i in range(12)]
+    rows[5][1] = ""
+    (tmp_path / "x.csv").write_text("\n".join(["a,b,c", *(",".join(map(str, row)) for row in rows)]))
+    options = {"train_data_file": str(tmp_path / "x.csv"), "condition_column": "b", "sequence_length": 4, "stride": 4}
+    refused("row 5 has '' in column 'b'", **options)
+    refused("condition_column must be a column of .*: a, b, c; got 'd'", **{**options, "condition_column": "b, d"})
+    feed = open_data(TrainConfig(**options, on_missing="interpolate"))
+    values = feed.condition_scaling.to_data(load_pair(feed.dataset, feed.condition, 1)[1].double())
+    np.testing.assert_allclose(values, [[2, 2.5, 3, 3.5]], atol=1e-6)
+    with pytest.raises(ValueError, match="must be divisible"):
+        np.savez(tmp_path / "x.npz", data=LONG, small=np.where(SHORT > 7, np.nan, SHORT))
+        open_data(TrainConfig(train_data_file=str(tmp_path / "x.npz"), condition_column="small", sequence_length=6))
+    refused("'small' of .* has NaN or infinity in rows", train_data_file=str(tmp_path / "x.npz"),
+            condition_column="small")  # fmt: skip
 
 
 def test_a_run_does_not_go_on_with_other_conditions(tmp_path):

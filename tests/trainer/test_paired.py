@@ -1,6 +1,7 @@
 """Training with paired conditions: what the model is told, the saved pipeline, resuming, evaluation, pictures."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from ddpm_hf.pipeline.pairs import enlarged
 from ddpm_hf.trainer.loop import Trainer
 from ddpm_hf.trainer.step import TrainingStep
 
-evaluate_script = load_program("evaluate")
+evaluate_script, sample_script = load_program("evaluate"), load_program("sample")
 RNG = np.random.default_rng(0)
 LONG = RNG.normal(size=(24, 2, 16)).cumsum(axis=2)
 SHORT = 10 * LONG[:, :1, ::4] + 3  # of other units than the items
@@ -216,3 +217,34 @@ def test_samples_of_a_trained_model_have_the_conditional_law(tmp_path):
         assert (np.abs(mean - 0.8 * given) < 5 * 0.6 / np.sqrt(count) + slack).all()
         assert (np.abs(deviation - 0.6) < 5 * 0.6 / np.sqrt(2 * count) + slack).all()
         assert (np.abs(mean) > 3 * (5 / np.sqrt(count) + slack) / 2).all() and (deviation < 0.75).all()  # not N(0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pictures", "bands"])
+def test_a_run_on_two_folders_is_evaluated_and_sampled(kind, tmp_path, monkeypatch, capsys):
+    """The program prints the conditions; conditions of bands keep their units up to the samples of sample.py."""
+    monkeypatch.chdir(tmp_path)
+    levels = np.random.default_rng(0).integers(0, 256, size=(12, 4, 4), dtype=np.uint8)
+    for name, values in (("x", levels.repeat(2, axis=1).repeat(2, axis=2)), ("c", levels)):
+        (tmp_path / name).mkdir()
+        for number, each in enumerate(values):
+            if kind == "pictures":
+                Image.fromarray(each).save(tmp_path / name / f"{number}.png")
+            else:
+                np.save(tmp_path / name / f"{number}.npy", np.stack([each, each * 1e-3]).astype(np.float32))
+    options = {**SHORT_RUN, "condition_column": None, "train_data_dir": "x", "condition_dir": "c", "resolution": [8]}
+    options |= {"holdout": 4, "random_flip": True, "image_channels": 1 if kind == "pictures" else None}
+    train(config("dry", **options, dry_run=True))
+    assert "conditions: condition_dir c, of 1/2 of the size of the images" in capsys.readouterr().out
+    result = train(config("run", **options, eval_steps=3, eval_metrics=["held_out_loss"]))
+    assert np.isfinite([v for line in metrics(tmp_path / "run") for k, v in line.items() if "held_out_loss" in k]).all()
+    pipe = DDPMPipeline.from_pretrained(result.pipeline_dir)
+    assert (pipe.config.get("condition_scale") is not None) == (kind == "bands")
+    command = ["--pipeline", str(result.pipeline_dir), "--data", "x", "--num_inference_steps=2", "--num_samples=4"]
+    command += ["--metrics", "memorization", "held_out_loss", "--output_dir=out"]
+    assert evaluate_script.main(command) == 0, capsys.readouterr()
+    assert {"held_out_loss", "pair_rmse"} <= {r["metric"] for r in json.loads(Path("out/evaluation.json").read_text())}
+    command = ["--pipeline", str(result.pipeline_dir), "--condition=c", "--num_inference_steps=2", "--num_samples=1"]
+    assert sample_script.main([*command, "--output_dir=samples"]) == 0, capsys.readouterr()
+    assert len((tmp_path / "samples" / "conditions.csv").read_text().split()) == 13
+    assert 'the data\'s "c"' in (result.pipeline_dir / "README.md").read_text()
