@@ -602,18 +602,18 @@ def _variances_of_bound(betas: Tensor, posterior_variance: Tensor, is_large: boo
     return {"bound_log_small": small, "bound_log_large": large, "bound_log_fixed": fixed}
 
 
-def _log_bin_probability(distance: Tensor, deviation: Tensor, x0: Tensor) -> Tensor:
-    """Return the logarithm of the probability that a normal distribution gives the bins of 8-bit data around x0.
+def _log_bin_probability(distance: Tensor, deviation: Tensor, x0: Tensor, half: float | Tensor) -> Tensor:
+    """Return the logarithm of the probability that a normal distribution gives the bins of whole numbers around x0.
 
-    The bins are 2 / 255 wide; those of -1 and 1 extend to infinity, so that the 256 of them sum to 1 (DDPM, equation
-    13). Both tails are computed by `log_ndtr`, in which they do not underflow.
+    The bins of -1 and 1 extend to infinity, so that all of them sum to 1 (DDPM, equation 13). Both tails are computed
+    by `log_ndtr`, in which they do not underflow.
 
     Args:
         distance: x0 minus the mean, shaped as x0.
         deviation: the standard deviation, broadcasting against x0.
         x0: data in [-1, 1].
+        half: half the width of a bin, broadcasting against x0.
     """
-    half = 1 / 255
     low, high = x0 < half - 1, x0 > 1 - half
     near = torch.where(low, distance, torch.where(high, -distance, -distance.abs()))
     upper = torch.special.log_ndtr((near + half) / deviation)
@@ -958,6 +958,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         timesteps: int | Tensor,
         decoder: str = "discretized",
         clip: bool = True,
+        levels: int | Tensor = 256,
     ) -> Tensor:
         """Return the term of the variational bound at t for each value of x0, in nats, shaped as x0.
 
@@ -967,18 +968,17 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         of a DDPM step, with the variance that `variance_type` says (learned: Nichol & Dhariwal, equation 15). At t = 0,
         where the posterior's variance is 0, the smaller variance is the posterior's at t = 1; so is the larger one of
         "fixed_large" with the discretized decoder, as in the authors' code. A density with a fixed variance has beta_0,
-        the variance of the noise in x_t.
-
-        The term is differentiable in the model's output. Half-precision tensors give float32.
+        that of the noise in x_t. The term is differentiable in the model's output. Half-precision tensors give float32.
 
         Args:
             model_output: prediction of `prediction_type`, shaped as x0 (twice the channels for learned_range).
             x0: data, `(B, C, *spatial)`.
             x_t: x at t, shaped as x0.
             timesteps: t, an integer, or a 0-d or (B,) tensor of integers in [0, T).
-            decoder: "discretized" for 8-bit data in [-1, 1], whose bins are 2 / 255 wide, with those at both ends going
-                to infinity (DDPM, equation 13); "density" for a density of continuous data, in the units of x0.
+            decoder: "discretized" for `levels` evenly spaced values from -1 to 1, whose bins touch, with those at both
+                ends going to infinity (DDPM, equation 13); "density" for continuous data, in the units of x0.
             clip: clip the estimate of x0 as sampling does (`clip_x0`).
+            levels: number of values, at least 2 (256 for 8 bits), or a tensor of them that broadcasts against x0.
 
         Raises:
             ValueError: an unknown decoder, or a model output of another shape or on another device.
@@ -1002,7 +1002,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         ratio = log_small - log_variance
         divergence = 0.5 * (torch.exp(ratio) - 1 - ratio + distance.square() * torch.exp(-log_variance))
         if decoder == "discretized":
-            first = -_log_bin_probability(distance, torch.exp(0.5 * log_variance), x0)
+            first = -_log_bin_probability(distance, torch.exp(0.5 * log_variance), x0, 1 / (levels - 1))
         else:
             log_width = log_large if fraction is None else log_variance
             first = 0.5 * (math.log(2 * math.pi) + log_width + distance.square() * torch.exp(-log_width))

@@ -110,7 +110,9 @@ SEQUENCES = _data(
 )
 IMAGE_TABLES = _data("tables of images", ("image table", "image stream"))
 SEQUENCE_TABLES = _data("tables of sequences", ("sequence table", "sequence file"))
-MISSING = _data("tables and arrays of sequences", ("sequence table", "sequence file", "array"))
+MISSING = _data(
+    "tables, arrays and recordings of sequences", ("sequence table", "sequence file", "array", "recordings")
+)
 CSV = _data("tables in .csv files", ("sequence file",))
 SEQUENCE_ARRAYS = _data("arrays of sequences (.npy, .npz)", ("array",))
 CLASSES = _data("all data but the bundled electrocardiogram", [kind for kind in KINDS if kind != "ecg"])

@@ -20,22 +20,22 @@ from ddpm_hf.scheduler import PREDICTION_TYPES, VARIANCE_TYPES
 MEAN, DEVIATION = 0.3, 0.5
 
 
-def gaussian_bound(scheduler, best_variance=False):
-    """The bound of the optimal denoiser of x0 ~ N(0.3, 0.5^2), as the mean over x0 and epsilon.
+def gaussian_bound(scheduler, best_variance=False, deviation=DEVIATION):
+    """The bound of the optimal denoiser of x0 ~ N(0.3, deviation^2), as the mean over x0 and epsilon.
 
     The terms are polynomials of degree 2 in both, for which the rule of three points is exact.
     """
     nodes, weights = hermegauss(3)
     x, e = (torch.tensor(v.ravel()).reshape(-1, 1, 1) for v in np.meshgrid(nodes, nodes))
     w = torch.tensor(np.outer(weights, weights).ravel() / weights.sum() ** 2)
-    x0, total = MEAN + DEVIATION * x, 0.0
+    x0, total = MEAN + deviation * x, 0.0
     betas = scheduler.config.trained_betas
     for t in range(len(scheduler)):
         x_t = scheduler.add_noise(x0, e, t)
-        output = optimal_prediction(scheduler, x_t, t, MEAN, DEVIATION)
+        output = optimal_prediction(scheduler, x_t, t, MEAN, deviation)
         if best_variance:  # of x_{t-1} given x_t, where both are Gaussian: by the variances of both and what they share
             before = scheduler._abar[t - 1] if t else 1.0
-            spread = DEVIATION**2 * before + 1 - before
+            spread = deviation**2 * before + 1 - before
             best = spread * betas[t] / ((1 - betas[t]) * spread + betas[t])
             small, large = (scheduler._tables[f"bound_log_{name}"][t].item() for name in ("small", "large"))
             share = (math.log(best) - small) / (large - small)
@@ -137,12 +137,18 @@ def test_terms_by_quadrature(kind, variance):
 
 
 @pytest.mark.parametrize("guess", [-1.4, -1.0, -0.31, 0.999, 30.0])
-def test_the_bins_of_the_decoder_sum_to_one(guess):
-    """Also far from the data, and without underflow in the other bins."""
+@pytest.mark.parametrize("number", [256, 4096, 65536])
+def test_the_bins_of_the_decoder_sum_to_one(guess, number):
+    """Of 8, 12 and 16 bits; also far from the data, and without underflow in the other bins."""
     scheduler = GaussianScheduler(100, prediction_type="sample")
-    levels = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).reshape(1, 1, -1)
+    levels = (2 * torch.arange(number, dtype=torch.float64) / (number - 1) - 1).reshape(1, 1, -1)
     mean = torch.full_like(levels, guess)
-    terms = scheduler.bound_term(mean, levels, levels, 0, clip=False)
+    terms = scheduler.bound_term(mean, levels, levels, 0, clip=False, levels=number)
+    if number > 256:
+        assert terms.isfinite().all() and torch.exp(-terms).sum().item() == pytest.approx(1, abs=1e-12)
+        several = scheduler.bound_term(mean, levels, levels, 0, clip=False, levels=torch.tensor([[[number]]]).double())
+        assert torch.equal(several, terms)
+        return
     assert terms.isfinite().all() and torch.exp(-terms).sum().item() == pytest.approx(1, abs=1e-12)
     single = scheduler.bound_term(mean.float(), levels.float(), levels.float(), torch.tensor([0]), clip=False)
     torch.testing.assert_close(single.double(), terms, rtol=1e-4, atol=1e-4)

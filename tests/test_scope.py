@@ -108,7 +108,7 @@ HAS = {
     "sequence table": SEQUENCE | TABLE | {"sequence_columns", "on_missing"},
     "sequence file": SEQUENCE | {"sequence_columns", "on_missing", "csv_decimal"},
     "array": SEQUENCE | {"on_missing", "channels_last", "recording"},
-    "recordings": SEQUENCE,
+    "recordings": SEQUENCE | {"on_missing"},
     "given images": FEATURES | UNITS,
     "given ImageDataset": FEATURES | {"on_bad_image"},
     "given sequences": UNITS,

@@ -97,7 +97,22 @@ def read_csv(
         raise ValueError(f"{path} has no rows")
     if table is not None:
         _check_cells(path, form, numbers, table, left, missing)
-    return numbers
+    return numbers if columns else _without_row_numbers(path, form, numbers, left, notes)
+
+
+def _without_row_numbers(path: str, form: Form, numbers: np.ndarray, left: list[str], notes: list[str]) -> np.ndarray:
+    """Return the numbers of a table without a first column that has no name and counts the rows, as pandas writes it.
+
+    Args:
+        left: the names of columns of texts, which `numbers` lacks.
+        notes: a line is appended to it.
+    """
+    counts = form.header and numbers.shape[1] > 1 and np.array_equal(numbers[:, 0], np.arange(len(numbers)))
+    first = _names(path, form)[0] if counts else ""
+    if not first.startswith("Unnamed: 0") or first in left:
+        return numbers
+    notes.append(f"the first column of {path}, which has no name and counts the rows, is left out")
+    return numbers[:, 1:]
 
 
 def _check_cells(path: str, form: Form, numbers: np.ndarray, table: Any, left: list[str], missing: bool) -> None:
@@ -291,6 +306,8 @@ def find_form(path: str, decimal: str | None = None) -> Form:
     for other in ";\t":  # commas may be decimal marks
         if separator == "," and other in unquoted and _fit_decimal_commas(lines, other):
             separator = other
+    if decimal is None and separator == "," and not {";", "\t"} & set(unquoted) and _has_spaced_commas(lines):
+        return Form(r"\s+", False, ",", True, places[0])
     if decimal == "," and separator == "," and '"' not in first:
         separator = ";" if ";" in unquoted else "\t" if "\t" in unquoted else r"\s+"
     split = first.replace(",", ".") if decimal == "," else first
@@ -315,6 +332,13 @@ def _fit_decimal_commas(lines: list[str], separator: str) -> bool:
     rows = [_cells(line, separator) for line in (lines[1:] or lines)]
     alike = len({len(row) for row in rows}) == 1 and len(rows[0]) > 1
     return alike and all(COMMA_NUMBER.fullmatch(cell.strip()) for row in rows for cell in row if "," in cell)
+
+
+def _has_spaced_commas(lines: list[str]) -> bool:
+    """Return True if spaces separate several numbers in each line, and all of them have decimal commas."""
+    rows = [line.split() for line in lines]
+    alike = len({len(row) for row in rows}) == 1 and len(rows[0]) > 1
+    return alike and all(COMMA_NUMBER.fullmatch(cell) for row in rows for cell in row)
 
 
 def _has_decimal_commas(rows: list[list[str]]) -> bool:

@@ -53,6 +53,11 @@ def image_of_bytes(value: np.ndarray | Tensor) -> Tensor:
     return tensor.movedim(-1, 0) if is_last else tensor
 
 
+def as_torch_takes_it(value: np.ndarray) -> np.ndarray:
+    """Return an array in the byte order of this machine and without negative strides."""
+    return np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+
+
 class GivenUnits(Dataset):
     """A map-style dataset given from Python, whose items are scaled from units of their own to model units.
 
@@ -64,6 +69,8 @@ class GivenUnits(Dataset):
 
     Attributes:
         given: the dataset.
+        channels: the number of channels.
+        dtype: the type of the data; for a given range, that of the first item.
         scaling: the map between data units and model units, a `Scaling`.
         notes: lines to print about the data before training.
 
@@ -75,14 +82,17 @@ class GivenUnits(Dataset):
         check_range(value_range, norm)
         self.given, self.value_range = dataset, value_range
         if value_range is not None:
-            channels = len(self._values(0)[0])
+            first = self._values(0)[0]
+            self.channels, self.dtype = len(first), first.dtype
             low, high = map(float, value_range)
-            self.scaling = Scaling(((low + high) / 2,) * channels, ((high - low) / 2,) * channels)
+            self.scaling = Scaling(((low + high) / 2,) * self.channels, ((high - low) / 2,) * self.channels)
             self.notes = [f"scaling: {low:g} to {high:g} become -1 to 1"]
             return
         name = "the dataset given from Python"
         parts = ((f"item {index}", self._values(index)[0]) for index in range(len(dataset)))
-        self.scaling, self.notes = choose_scaling(measure(parts, name), norm, None, name)
+        found = measure(parts, name)
+        self.channels, self.dtype = len(found.low), found.dtype
+        self.scaling, self.notes = choose_scaling(found, norm, None, name)
 
     def _values(self, index: int) -> tuple[np.ndarray, Callable[[Any], Any]]:
         """Return the values of an item, (C, ...), and a function that puts others in their place."""
@@ -91,6 +101,8 @@ class GivenUnits(Dataset):
             value = to_tensor(value)
         elif not isinstance(value, (np.ndarray, Tensor)):
             raise ValueError(f"item {index} of the data must hold a tensor, an array or an image, got {type(value)}")
+        value = as_torch_takes_it(value) if isinstance(value, np.ndarray) else value
+        value = value.float() if value.dtype == torch.bfloat16 else value  # which NumPy does not have
         eight_bit = value.dtype in (torch.uint8, np.uint8)
         values = (image_of_bytes(value) if eight_bit else torch.as_tensor(value)).numpy(force=True)
         if values.ndim not in (2, 3) or values.dtype.kind not in "iufb":
@@ -112,17 +124,15 @@ class GivenUnits(Dataset):
             ValueError: a value lies outside the range that was given.
         """
         values, put = self._values(index)
-        if len(values) != len(self.scaling.shift):
-            raise ValueError(
-                f"it must have {len(self.scaling.shift)} channels, as the first one has, got {len(values)}"
-            )
+        if len(values) != self.channels:
+            raise ValueError(f"it must have {self.channels} channels, as the first one has, got {len(values)}")
         if self.value_range is not None:
             low, high = self.value_range
             slack = 1e-4 * (high - low) / 2
-            if values.min() < low - slack or values.max() > high + slack:
+            least, most = float(values.min()), float(values.max())
+            if least < low - slack or most > high + slack:
                 raise ValueError(
-                    f"its values must lie in the range that was given, {low:g} to {high:g}; got {values.min():g} to "
-                    f"{values.max():g}"
+                    f"its values must lie in the range that was given, {low:g} to {high:g}; got {least:g} to {most:g}"
                 )
         return put(to_model(values, self.scaling))
 
@@ -136,7 +146,7 @@ def range_warning(dataset: Any) -> str | None:
     numbers = sorted({int(number) for number in np.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset)))})
     for number in numbers:
         value = value_of(dataset[number])[0]
-        value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        value = torch.from_numpy(as_torch_takes_it(value)) if isinstance(value, np.ndarray) else value
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
             return None
         least, most = min(least, float(value.min())), max(most, float(value.max()))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ddpm_hf.data.conditions import GivenConditions, divisor
-from ddpm_hf.data.given import image_of_bytes, value_of
+from ddpm_hf.data.given import as_torch_takes_it, image_of_bytes, value_of
 from ddpm_hf.data.images import BadImageError, ImageDataset, to_tensor
 from ddpm_hf.data.labels import Labels
 from ddpm_hf.data.scaling import EIGHT_BIT, scaling_of
@@ -50,7 +50,7 @@ def as_tensor(item: Any, limit: float = 1.0, missing: bool = False) -> Tensor:
     if isinstance(item, (np.ndarray, Tensor)) and item.dtype in (np.uint8, torch.uint8) and item.ndim in (2, 3):
         return EIGHT_BIT.to_model(image_of_bytes(item))
     if isinstance(item, np.ndarray):
-        item = torch.from_numpy(item)
+        item = torch.from_numpy(as_torch_takes_it(item))
     if not isinstance(item, Tensor) or item.ndim not in (2, 3) or not item.is_floating_point():
         got = f"{item.dtype} of shape {tuple(item.shape)}" if isinstance(item, Tensor) else type(item).__name__
         raise ValueError(

@@ -204,7 +204,7 @@ def _own_units(config: TrainConfig) -> dict[str, Any]:
     return {
         "channels": config.image_channels, "norm": config.image_norm, "value_range": config.image_range,
         "center_crop": config.center_crop, "random_flip": config.random_flip, "channels_last": config.channels_last,
-        "skip_bad": config.on_bad_image == "skip",
+        "skip_bad": config.on_bad_image == "skip", "scans": read_scans(config.output_dir),
     }  # fmt: skip
 
 
@@ -265,18 +265,27 @@ def _open_sequence_file(config: TrainConfig) -> SequenceDataset:
     array = read_sequences(
         path, config.sequence_columns, config.stride is not None, _left_out(config), gaps, config.csv_decimal, notes
     )
+    is_recording = config.recording or len(array.shape) == 1
     if not is_table:
         array = _arranged(config, array, path)
     labels = None
     if config.class_labels is not None:
+        if is_recording:
+            raise ValueError(
+                f"class_labels needs a class for each sequence, and {path} holds one recording, which would have a "
+                f"single class; got {config.class_labels!r}: leave it out"
+            )
         _check_not_recording(config, array, path, is_table)
-        labels = read_labels(path, config.class_labels, array.shape[0] if len(array.shape) > 1 else 1)
+        labels = read_labels(path, config.class_labels, array.shape[0])
     data = _cut(config, array, path, labels)
     data.notes[:0] = notes
     if config.condition_column is not None:
         where = f"{config.condition_column!r} of {path}"
         condition = read_condition(path, config.condition_column, config.stride is not None, gaps, config.csv_decimal)
-        condition = np.swapaxes(condition, 1, 2) if config.channels_last and condition.ndim == 3 else condition
+        if is_recording and condition.ndim < 3:  # (points,), or (channels, points) as the items
+            condition = np.atleast_2d(condition.T if config.channels_last else condition)[None]
+        elif config.channels_last and condition.ndim == 3:
+            condition = np.swapaxes(condition, 1, 2)
         data.condition = sequence_conditions(condition, data, where, config.on_missing == "interpolate")
     return data
 
@@ -294,8 +303,13 @@ def _open_recordings(config: TrainConfig, listing: Listing | None = None) -> Rec
     labels = None
     if config.class_labels is not None:
         labels = Labels.read([Path(file).parent.name for file in files], f"the subfolders of {path}")
-    recordings = open_recordings(files)
-    return RecordingDataset(recordings, path, config.sequence_norm, config.sequence_length, config.stride, labels)
+    if config.on_missing == "interpolate":
+        raise ValueError("on_missing must be stop, drop or mask for recordings in files, got 'interpolate'")
+    _check_mask(config)
+    return RecordingDataset(
+        open_recordings(files), path, config.sequence_norm, config.sequence_length, config.stride, labels,
+        drop=config.on_missing == "drop", missing=config.condition == "known",
+    )  # fmt: skip
 
 
 def _arranged(config: TrainConfig, array: Any, name: str) -> Any:
@@ -312,6 +326,13 @@ def _arranged(config: TrainConfig, array: Any, name: str) -> Any:
                 f"shape {shape}, and stride is {config.stride}"
             )
         array = np.atleast_2d(array.T if config.channels_last else array)[None]
+        if array.shape[1] > array.shape[2]:
+            other = "without" if config.channels_last else "with"
+            warnings.warn(
+                f"{name} of shape {shape} is taken for one recording of {array.shape[1]:,} channels and "
+                f"{array.shape[2]:,} points. If it is the other way round: {other} --channels_last",
+                stacklevel=2,
+            )
     elif config.channels_last:
         if len(shape) != 3:
             raise ValueError(f"channels_last needs an array (N, length, channels); {name} has the shape {shape}")
@@ -392,13 +413,17 @@ def _check_not_recording(config: TrainConfig, array: Any, name: str, is_table: b
         )
 
 
-def _cut(config: TrainConfig, array: Any, name: str, labels: Labels | None = None) -> SequenceDataset:
-    """Cut windows if a stride is given; otherwise take whole sequences, or their first `sequence_length` samples."""
-    known = config.condition == "known"
-    if config.on_missing == "mask" and not known:
+def _check_mask(config: TrainConfig) -> None:
+    """Check that missing values are masked only for models that complete."""
+    if config.on_missing == "mask" and config.condition != "known":
         raise ValueError("on_missing 'mask' needs --condition known, which trains the model on what is known; got "
                          f"condition {config.condition!r}")  # fmt: skip
-    length, missing = config.sequence_length, known
+
+
+def _cut(config: TrainConfig, array: Any, name: str, labels: Labels | None = None) -> SequenceDataset:
+    """Cut windows if a stride is given; otherwise take whole sequences, or their first `sequence_length` samples."""
+    _check_mask(config)
+    length, missing = config.sequence_length, config.condition == "known"
     if length is not None and len(array.shape) >= 1 and array.shape[-1] < length:
         # the rows of a table may as well be points in time
         long = len(array.shape) == 2 and array.shape[0] >= length and config.stride is None

@@ -12,7 +12,7 @@ import numpy as np
 
 from ddpm_hf.data import sequences
 from ddpm_hf.data.labels import Labels
-from ddpm_hf.data.sequences import SequenceDataset
+from ddpm_hf.data.sequences import SequenceDataset, mapped_file
 from ddpm_hf.randomness import Stream, derive_seed
 
 SOUND = (".wav", ".flac")
@@ -31,6 +31,7 @@ class Recording(NamedTuple):
         rate: samples a second, or None.
         read: called with the first sample and the last + 1; returns numbers (channels, samples).
         files: the files that it is read from.
+        signals: names and units of its channels, where the file has them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Recording(NamedTuple):
     rate: float | None
     read: Callable[[int, int], np.ndarray]
     files: tuple[str, ...] = ()
+    signals: tuple[str, ...] = ()
 
 
 def open_recordings(files: Sequence[str]) -> list[Recording]:
@@ -54,7 +56,7 @@ def open_recordings(files: Sequence[str]) -> list[Recording]:
         package, extra = EXTRAS[suffix]
         opened = _open_sound if suffix in SOUND else _open_edf if suffix == ".edf" else _open_wfdb
         try:
-            found.append(opened(path))
+            found.append(_checked(opened(path)))
         except ImportError as error:
             raise ValueError(f'{path} needs the package {package}: pip install "ddpm_hf[{extra}]" ({error})') from error
         except Exception as error:  # each library raises its own kinds
@@ -67,6 +69,24 @@ def open_recordings(files: Sequence[str]) -> list[Recording]:
                     f"{getattr(first, what):g} in {first.name} and {getattr(last, what):g} in {last.name}"
                 )
     return found
+
+
+def _checked(recording: Recording) -> Recording:
+    """Return a recording whose errors in reading name it, also if it is shorter than its header says."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        try:
+            values = recording.read(start, stop)
+        except Exception as error:  # each library raises its own kinds
+            raise ValueError(f"cannot read the recording {recording.name} from sample {start:,} on: {error}") from error
+        if values.shape != (recording.channels, stop - start):
+            raise ValueError(
+                f"the recording {recording.name} must have {recording.length:,} samples, as its header says; from "
+                f"sample {start:,} on it has {values.shape[-1]:,}"
+            )
+        return values
+
+    return recording._replace(read=read)
 
 
 def _open_sound(path: str) -> Recording:
@@ -88,6 +108,7 @@ def _open_edf(path: str) -> Recording:
         channels, lengths = file.signals_in_file, file.getNSamples().tolist()
         rates = [file.getSampleFrequency(channel) for channel in range(channels)]
         names = file.getSignalLabels()
+        units = [file.getPhysicalDimension(channel) for channel in range(channels)]
     other = next((channel for channel in range(channels) if rates[channel] != rates[0]), None)
     if other is not None:
         raise ValueError(
@@ -99,7 +120,7 @@ def _open_edf(path: str) -> Recording:
         with pyedflib.EdfReader(path) as file:
             return np.stack([file.readSignal(channel, start, stop - start) for channel in range(channels)])
 
-    return Recording(path, channels, lengths[0], float(rates[0]), read, (path,))
+    return Recording(path, channels, lengths[0], float(rates[0]), read, (path,), _signals(names, units))
 
 
 def _open_wfdb(path: str) -> Recording:
@@ -112,17 +133,24 @@ def _open_wfdb(path: str) -> Recording:
         return wfdb.rdrecord(record, sampfrom=start, sampto=stop).p_signal.T
 
     beside = dict.fromkeys(str(Path(path).parent / name) for name in facts.file_name or ())
-    return Recording(path, facts.n_sig, facts.sig_len, float(facts.fs), read, (path, *beside))
+    signals = _signals(facts.sig_name or (), facts.units or ())
+    return Recording(path, facts.n_sig, facts.sig_len, float(facts.fs), read, (path, *beside), signals)
+
+
+def _signals(names: Sequence[str], units: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{name} ({unit})" for name, unit in zip(names, units))
 
 
 def rows_as_recordings(array: Any, name: str) -> list[Recording]:
     """Return the sequences of an array (N, C, length) as recordings, which are read when they are asked for."""
+    file = mapped_file(array)
+    files = (file,) if file else ()
 
     def reader(row: int) -> Callable[[int, int], np.ndarray]:
         return lambda start, stop: np.asarray(array[row : row + 1][0, :, start:stop], dtype=np.float64)
 
     count, channels, length = array.shape
-    return [Recording(f"row {row} of {name}", channels, length, None, reader(row)) for row in range(count)]
+    return [Recording(f"row {row} of {name}", channels, length, None, reader(row), files) for row in range(count)]
 
 
 class _Windows:
@@ -208,7 +236,15 @@ class RecordingDataset(SequenceDataset):
                 f"{len(recordings):,}"
             )
         if self.rate:
-            self.notes.append(f"{len(recordings):,} recordings of {name}, {self.rate:g} samples a second")
+            kind = "recordings" if len(recordings) > 1 else "recording"
+            self.notes.append(f"{len(recordings):,} {kind} of {name}, {self.rate:g} samples a second")
+        other = next((r for r in recordings if r.signals != recordings[0].signals), None)
+        if other is not None:
+            self.notes.append(
+                f"warning: recordings have different channels, {', '.join(recordings[0].signals)} in "
+                f"{recordings[0].name} and {', '.join(other.signals)} in {other.name}: they are taken for the same "
+                "ones in the same order"
+            )
 
     def _drop(self) -> None:
         """Leave out the windows with a missing value, and fit the scaling to the others."""
@@ -252,7 +288,10 @@ class RecordingDataset(SequenceDataset):
     def _complaint(self, rows: list[int]) -> str:
         names = ", ".join(self.array.recordings[row].name for row in rows[:3])
         more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-        return f"recordings must hold finite numbers; NaN or infinity is in {names}{more}"
+        return (
+            f"recordings must hold finite numbers; NaN or infinity is in {names}{more}. For missing values: "
+            "--on_missing drop leaves such windows out, and --condition known trains on what is known"
+        )
 
     def per_item(self, values: np.ndarray) -> np.ndarray:
         return values[self.array.owner(np.asarray(self.rows))]

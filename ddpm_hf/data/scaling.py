@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Array = np.ndarray | Tensor
+MOST_LEVELS = 65_536  # float32, in which items are given, tells this many values in [-1, 1] apart with room to spare
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,18 @@ class Scaling:
     def constants(self) -> dict[int, float]:
         """Return the channels that never change, with their values."""
         return {channel: self.shift[channel] for channel, scale in enumerate(self.scale) if scale == 0}
+
+    def levels(self, dtype: np.dtype) -> tuple[int, ...] | None:
+        """Return for each channel how many whole numbers its range has, whose ends are -1 and 1 in model units.
+
+        It is None for data of another type than whole numbers, for a range that does not end in whole numbers, as that
+        of "meanstd", and for more than `MOST_LEVELS`.
+        """
+        _, shift, scale = self._columns(np.empty(0))
+        whole = (shift - scale) % 1 == 0, (shift + scale) % 1 == 0, scale > 0, 2 * scale < MOST_LEVELS
+        if dtype.kind not in "iu" or self.limit > 1 or not np.all(whole):
+            return None
+        return tuple((2 * scale.ravel() + 1).astype(int).tolist())
 
     def to_json(self) -> dict[str, list[float]]:
         """Return shift and scale under the names that saved pipelines of sequences have for them.

@@ -4,6 +4,7 @@ All values are looked at once before training, in parts, for the range and the s
 needed, scaled in float64, and resized and cropped in float32.
 """
 
+import functools
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.data.images import LONGEST, BadImageError, ImageDataset, printable
 from ddpm_hf.data.labels import as_labels
 from ddpm_hf.data.scaling import EIGHT_BIT, Scaling
+from ddpm_hf.data.sequences import mapped_file, scan_key
 from ddpm_hf.options import IMAGE_NORMS
 
 PART = 1 << 22  # numbers of an array that are looked at together, 32 MiB of float64
@@ -37,7 +39,8 @@ SHOWN = 8  # channels whose ranges are listed, at most
 def read_values(source: Any, name: str, channels_last: bool = False) -> np.ndarray:
     """Read an image (C, H, W) in the type that its file has.
 
-    The channels of a TIFF file are all of its axes but height and width: bands, samples and pages.
+    The channels of a TIFF file are all of its axes but height and width: bands, samples and pages. Pages of another
+    size or type than the first, such as overviews, are left out.
 
     Args:
         source: the path of a TIFF or .npy file or of a format that Pillow reads, or an array (H, W) or (C, H, W).
@@ -45,7 +48,8 @@ def read_values(source: Any, name: str, channels_last: bool = False) -> np.ndarr
         channels_last: arrays, also those of .npy files, are (H, W, C).
 
     Raises:
-        BadImageError: it cannot be read, has another number of dimensions, or holds no finite real numbers.
+        BadImageError: it cannot be read, has another number of dimensions, or holds values that are no finite real
+            numbers, or that its file declares to be missing (GDAL_NODATA).
     """
     name = source if isinstance(source, str) else name
     try:
@@ -85,17 +89,30 @@ def _read_tiff(path: str) -> np.ndarray:
     import tifffile
 
     with tifffile.TiffFile(path) as file:
-        series = file.series[0]
+        page, series = file.pages[0], _tiff_series(file)
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:  # its values are the numbers of colours
+            return _read_other(path)
         try:
-            values = series.asarray()
+            parts = [each.asarray() for each in series]
         except ValueError as error:
             # tifffile needs imagecodecs for some compressions, which Pillow has for a single page
             if "imagecodecs" not in str(error) or len(file.pages) > 1:
                 raise
             return _read_other(path)
-        height, width = series.axes.index("Y"), series.axes.index("X")
-    values = np.moveaxis(values, (height, width), (-2, -1))
-    return values.reshape(-1, *values.shape[-2:])
+        height, width = series[0].axes.index("Y"), series[0].axes.index("X")
+        missing = page.nodata if "GDAL_NODATA" in page.tags else None
+    parts = [np.moveaxis(part, (height, width), (-2, -1)) for part in parts]
+    values = np.concatenate([part.reshape(-1, *part.shape[-2:]) for part in parts])
+    if missing is not None and (count := int((values == missing).sum())):
+        raise ValueError(f"{count:,} values are {missing:g}, which the file declares to be missing (GDAL_NODATA)")
+    return values
+
+
+def _tiff_series(file: Any) -> list:
+    """Return the parts of a TIFF file that have the shape and type of the first one, each with one or more pages."""
+    first = file.series[0]
+    form = (first.shape, first.dtype, first.axes)
+    return [each for each in file.series if (each.shape, each.dtype, each.axes) == form]
 
 
 def _read_other(path: str) -> np.ndarray:
@@ -148,9 +165,9 @@ def is_scientific(path: str) -> bool:
 
     try:
         with tifffile.TiffFile(path) as file:
-            series = file.series[0]
-            kind, height, width = np.dtype(series.dtype), series.axes.index("Y"), series.axes.index("X")
-            channels = int(np.prod(series.shape)) // (series.shape[height] * series.shape[width])
+            first, *others = _tiff_series(file)
+            kind, height, width = np.dtype(first.dtype), first.axes.index("Y"), first.axes.index("X")
+            channels = int(np.prod(first.shape)) // (first.shape[height] * first.shape[width]) * (1 + len(others))
     except Exception:  # decoders raise any kind on damaged files
         return False
     return kind not in (np.uint8, np.uint16, np.bool_) or kind == np.uint16 and channels not in (1, 3, 4)
@@ -179,14 +196,34 @@ def resized(x: Tensor, resolution: tuple[int, int]) -> Tensor:
 
 
 class Measured(NamedTuple):
-    """The ranges and moments of a data set, each (C,) float64, and what tells its form."""
+    """The ranges and moments of a data set, each (C,) float64, and what tells its form.
+
+    Attributes:
+        dtypes: the names of all types of its parts, sorted.
+        outside: the share of the values that lie outside a given range.
+    """
 
     low: np.ndarray
     high: np.ndarray
     mean: np.ndarray
     deviation: np.ndarray
-    dtype: np.dtype
-    outside: float = 0.0  # the share of the values that lie outside a given range
+    dtypes: tuple[str, ...]
+    outside: float = 0.0
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Return the smallest type to which all types of the parts can be converted."""
+        return functools.reduce(np.promote_types, self.dtypes, np.dtype(self.dtypes[0]))
+
+    def to_json(self) -> list:
+        """Return the form in which `sequences.write_scans` keeps it."""
+        return [*(values.tolist() for values in self[:4]), [self.dtypes, self.outside]]
+
+    @classmethod
+    def from_json(cls, kept: list) -> "Measured":
+        """Return what `to_json` was called on."""
+        *values, (dtypes, outside) = kept
+        return cls(*map(np.array, values), tuple(dtypes), outside)
 
 
 def measure(parts: Iterator[tuple[str, np.ndarray]], name: str, value_range: Sequence[float] | None = None) -> Measured:
@@ -202,17 +239,17 @@ def measure(parts: Iterator[tuple[str, np.ndarray]], name: str, value_range: Seq
     Raises:
         ValueError: there is no part, or one of another number of channels.
     """
-    low = high = mean = squares = dtype = first = None
-    count = outside = total = 0
+    low = high = mean = squares = first = None
+    count, outside, total, dtypes = 0, 0, 0, set()
     for own, values in parts:
         values = values.reshape(len(values), -1)
         if low is None:
-            first, dtype, channels = own, values.dtype, len(values)
+            first, channels = own, len(values)
             low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
             mean, squares = np.zeros(channels), np.zeros(channels)
         if len(values) != len(low):
             raise ValueError(f"all images must have the same channels: {own} has {len(values)}, {first} has {len(low)}")
-        dtype = np.promote_types(dtype, values.dtype)
+        dtypes.add(values.dtype.name)
         values = values.astype(np.float64)
         low, high = np.minimum(low, values.min(1)), np.maximum(high, values.max(1))
         n, part_mean = values.shape[1], values.mean(1)
@@ -224,7 +261,7 @@ def measure(parts: Iterator[tuple[str, np.ndarray]], name: str, value_range: Seq
         total += values.size
     if low is None:
         raise ValueError(f"none of the images of {name} can be read")
-    return Measured(low, high, mean, np.sqrt(squares / count), dtype, outside / total)
+    return Measured(low, high, mean, np.sqrt(squares / count), tuple(sorted(dtypes)), outside / total)
 
 
 # This function is longer than 60 lines because each way of scaling tells its own range and faults.
@@ -244,6 +281,11 @@ def choose_scaling(
     """
     channels, (least, most) = len(found.low), (found.low.min(), found.high.max())
     notes = [f"values of {name}: {found.dtype}, {channels} channel{'s'[: channels > 1]}, {least:g} to {most:g}"]
+    if len(found.dtypes) > 1:
+        notes.append(
+            f"warning: images of {name} have different types, {' and '.join(found.dtypes)}: all of them are "
+            "scaled alike, as the numbers that they are"
+        )
     integer = found.dtype.kind in "iu"
     if value_range is not None:
         (lowest, highest), norm = map(float, value_range), f"image_range {value_range[0]:g} {value_range[1]:g}"
@@ -300,10 +342,10 @@ def narrow_warning(least: float, most: float, lowest: float, highest: float, nam
     if least >= 0 and float(most).is_integer():  # the full range of 9, 10, 12 or 14 bits
         low, high = 0, 2 ** max(1, int(most).bit_length()) - 1
     share = (most - least) / (highest - lowest)
+    way_out = f". To scale the range that the data has: --image_range {low:.10g} {high:.10g}" if low < high else ""
     return (
         f"warning: the values of {name} go from {least:g} to {most:g}, which is {share:.1%} of the range {lowest:g} to "
-        f"{highest:g}: images will be nearly flat for the model. To scale the range that the data has: --image_range "
-        f"{low:.10g} {high:.10g}"
+        f"{highest:g}: images will be nearly flat for the model{way_out}"
     )
 
 
@@ -350,9 +392,11 @@ class ScientificImages(Dataset):
         skip_bad: leave images that cannot be read out of the range, instead of an error.
         name: name of the data in messages.
         scaling: a scaling to take, instead of one that follows from the data; the data is not looked at then.
+        scans: results of earlier passes over the data, as `SequenceDataset` has them.
 
     Attributes:
         scaling: the map between data units and model units, a `Scaling`; `EIGHT_BIT` for the bits of 8-bit images.
+        dtype: the type of the data, to which all types of its files can be converted.
         notes: lines to print about the data before training.
 
     Raises:
@@ -377,6 +421,7 @@ class ScientificImages(Dataset):
         skip_bad: bool = False,
         name: str = "the array",
         scaling: Scaling | None = None,
+        scans: dict[str, list] | None = None,
     ):
         if norm not in (None, *IMAGE_NORMS):
             raise ValueError(f"image_norm must be one of {', '.join(IMAGE_NORMS)}, got {norm!r}")
@@ -384,7 +429,7 @@ class ScientificImages(Dataset):
         self.sources, self.channels_last, self.name, self.skip_bad = sources, channels_last, name, skip_bad
         self.center_crop, self.random_flip = center_crop, random_flip
         self.is_array = hasattr(sources, "dtype")
-        self.value_range, self.notes = value_range, []
+        self.value_range, self.notes, self.scans = value_range, [], {} if scans is None else scans
         if self.is_array:
             shape = tuple(sources.shape)
             if len(shape) not in (3, 4) or 0 in shape:
@@ -397,20 +442,20 @@ class ScientificImages(Dataset):
             resolution = resolution or where
         elif resolution is None:
             raise ValueError("resolution must be given for images in files, got None")
+        elif len(sources) and (own := array_shape(sources[0])) is not None:
+            self._check_order((len(sources), *own))
         self.resolution = tuple(resolution)
         self.labels = as_labels(labels, len(sources), f"the classes of {name}")
-        if scaling is None:
-            scaling = self._fit(norm)
-        self.scaling = scaling
-        self.channels = channels or (self._channels if scaling is EIGHT_BIT else len(scaling.shift))
-        if self.channels != self._channels:
+        self.scaling = scaling = self._fit(norm) if scaling is None else self._given(scaling)
+        self.channels = channels or (self._known_channels if scaling is EIGHT_BIT else len(scaling.shift))
+        if self.channels != self._known_channels:
             raise ValueError(
-                f"image_channels must be the number of channels of {name}, {self._channels}, or left out; got "
+                f"image_channels must be the number of channels of {name}, {self._known_channels}, or left out; got "
                 f"{channels or self.channels}"
             )
 
     def _check_order(self, shape: tuple) -> None:
-        """Note that an array looks as if its channels were last."""
+        """Note that an array, or the first of several arrays, looks as if its channels were last."""
         if len(shape) == 4 and not self.channels_last and shape[3] < min(shape[1], shape[2]) and shape[3] <= 16:
             self.notes.append(
                 f"warning: the shape {shape} of {self.name} is taken for {shape[1]} channels of {shape[2]} x "
@@ -418,17 +463,29 @@ class ScientificImages(Dataset):
             )
 
     def _fit(self, norm: str | None) -> Scaling:
-        found = measure(self._parts(), self.name, self.value_range)
+        key = self._scan_key()
+        if key is None or key not in self.scans:
+            found = measure(self._parts(), self.name, self.value_range)
+            if key is not None:
+                self.scans[key] = found.to_json()
+        else:
+            found = Measured.from_json(self.scans[key])
         scaling, notes = choose_scaling(found, norm, self.value_range, self.name)
         self.notes += notes
-        self._known_channels = len(found.low)
+        self._known_channels, self.dtype = len(found.low), found.dtype
         return scaling
 
-    @property
-    def _channels(self) -> int:
-        if not hasattr(self, "_known_channels"):
-            self._known_channels = len(self._read(0))
-        return self._known_channels
+    def _scan_key(self) -> str | None:
+        """Return a digest of the files and of how they are read; None for other data and for little of it."""
+        file = mapped_file(self.sources) if self.is_array else None
+        files = [file] if file else self.sources if isinstance(self.sources, list) else []
+        form = (self.sources.shape, self.sources.strides) if self.is_array and file else None
+        return scan_key(files, form, self.channels_last, self.skip_bad, self.value_range)
+
+    def _given(self, scaling: Scaling) -> Scaling:
+        first = self._read(0)
+        self._known_channels, self.dtype = len(first), first.dtype
+        return scaling
 
     def _parts(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the name and the values of each file, or of some rows of the array, with channels as the first axis.
@@ -525,7 +582,7 @@ def check_range(value_range: Sequence[float] | None, norm: str | None = None) ->
 def to_model(values: np.ndarray, scaling: Scaling, value_range: Sequence[float] | None = None) -> Tensor:
     """Scale data (C, ...) to model units, float32, by way of float64; values outside a given range are clipped."""
     if scaling is EIGHT_BIT:
-        return EIGHT_BIT.to_model(torch.from_numpy(np.ascontiguousarray(values)))
+        return EIGHT_BIT.to_model(torch.from_numpy(np.array(values, order="C")))  # a copy: mapped files are read-only
     wide = values.astype(np.float64)
     if value_range is not None:
         wide = wide.clip(*value_range)

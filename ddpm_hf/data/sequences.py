@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ MISSING_WAYS = (
     "--condition known)"
 )
 SCANS = "data_scan.json"  # the name, in a run folder, of the file of `SequenceDataset.scans`
-KEPT_FROM = 1 << 26  # bytes of a mapped file from which on the results of a pass over it are kept
+KEPT_FROM = 1 << 26  # bytes of files from which on the results of a pass over them are kept
 PART = 1 << 22  # numbers that one step of a pass over the data reads, 32 MiB of float64
 
 
@@ -130,21 +130,12 @@ class SequenceDataset(Dataset):
 
     def _scan_key(self) -> str | None:
         """Return a digest of the mapped file and the part of it that the items reach; None for other arrays."""
-        source = self.array
-        while isinstance(source, np.ndarray) and not getattr(source, "filename", None):
-            source = source.base
-        if not isinstance(source, np.memmap):
-            return None
-        try:
-            found = os.stat(source.filename)
-        except OSError:
-            return None
-        if found.st_size < KEPT_FROM:
+        file = mapped_file(self.array)
+        if file is None:
             return None
         rows = self.rows if isinstance(self.rows, range) else np.asarray(self.rows).tolist()
-        facts = (str(source.filename), found.st_size, found.st_mtime_ns, self.array.shape, self.array.strides, rows,
-                 self.ranges, self.length, self.stride, self.missing, bool(self.fills))  # fmt: skip
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+        return scan_key([file], self.array.shape, self.array.strides, rows, self.ranges, self.length, self.stride,
+                        self.missing, bool(self.fills))  # fmt: skip
 
     def _pass(self) -> tuple:
         """Return what `_measure` returns, from one pass over the data.
@@ -385,8 +376,34 @@ def _apart(held: list[tuple[int, int]], windows: int, length: int, stride: int) 
     return ranges
 
 
+def mapped_file(array: Any) -> str | None:
+    """Return the path of the mapped file behind an array or a view of one, or None."""
+    while isinstance(array, np.ndarray):
+        if getattr(array, "filename", None):
+            return str(array.filename)
+        array = array.base
+    return None
+
+
+def scan_key(files: Sequence[str], *facts: Any) -> str | None:
+    """Return a digest of files, by their paths, sizes and times, and of the facts that say what is read of them.
+
+    It is None if a file is gone, or if all of them have less than `KEPT_FROM` bytes.
+    """
+    try:
+        found = [os.stat(file) for file in files]
+    except OSError:
+        return None
+    if not found or sum(each.st_size for each in found) < KEPT_FROM:
+        return None
+    digest = hashlib.sha256(repr(facts).encode())
+    for file, each in zip(files, found):
+        digest.update(repr((file, each.st_size, each.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
 def read_scans(folder: str) -> dict[str, list]:
-    """Return the results of passes over mapped files that `write_scans` has written, or {} where there are none."""
+    """Return the results of passes over files that `write_scans` has written, or {} where there are none."""
     try:
         found = json.loads((Path(folder) / SCANS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -396,7 +413,7 @@ def read_scans(folder: str) -> dict[str, list]:
 
 
 def write_scans(dataset: Any, folder: str | Path) -> None:
-    """Write the results of passes over a dataset's mapped file into a folder, for the next start there."""
+    """Write the results of passes over a dataset's files into a folder, for the next start there."""
     scans = getattr(dataset, "scans", None)
     if scans and scans != read_scans(str(folder)):
         path = Path(folder) / SCANS

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_hf.data.loading import Part
+from ddpm_hf.data.loading import Part, underlying
+from ddpm_hf.data.scaling import has_own_units, scaling_of
 from ddpm_hf.evaluation.classes import DataClasses
 from ddpm_hf.evaluation.pairs import Pairs, is_paired
 from ddpm_hf.evaluation.settings import EvalSettings
@@ -57,7 +58,7 @@ class Likelihood:
     Args:
         dataset: the items that training sees, map-style.
         held_out: the items that it does not see, which are measured; None if there are none: those of `dataset` are.
-        is_image: True for images of 8-bit levels (discretized decoder), False for sequences (density).
+        is_image: True for images, False for sequences, which have a density.
         settings: the settings of the evaluation.
         shares: the exchange between processes.
         classes: the classes of the data; None if it has none.
@@ -65,6 +66,8 @@ class Likelihood:
 
     Attributes:
         seen: True if training sees the items.
+        levels: the number of values that each channel of images of whole numbers can have, for the discretized decoder,
+            or one number for all channels; None for a density.
         count: the number of items; after a call, the number of those that could be read.
         terms: after a call, the terms of the bound over the timesteps, a list of `BoundTerm`.
     """
@@ -74,7 +77,8 @@ class Likelihood:
         classes: DataClasses | None = None, pairs: Pairs | None = None,
     ):  # fmt: skip
         self.pairs = pairs
-        self.is_image, self.settings, self.shares, self.seen = is_image, settings, shares, held_out is None
+        self.settings, self.shares, self.seen = settings, shares, held_out is None
+        self.levels = levels_of(underlying(dataset)) if is_image else None
         measured = dataset if held_out is None else held_out
         self.classes = classes and (classes.numbers if held_out is None else classes.held_out)
         self.count = min(len(measured), settings.likelihood_items)
@@ -102,7 +106,7 @@ class Likelihood:
             `bits_per_dim_standard_error`, the standard error over the items.
 
         Raises:
-            ValueError: the scheduler is not a `GaussianScheduler`, or images have other values than 8-bit levels.
+            ValueError: the scheduler is not a `GaussianScheduler`, or images of whole numbers have other values.
         """
         check_bound(scheduler)
         edges = stratum_edges(scheduler.config.num_train_timesteps, self.settings.likelihood_timesteps)
@@ -142,10 +146,10 @@ class Likelihood:
         """Return the bound's term at the timesteps t (B,) in bits per dimension, (B,) float64."""
         x_t = scheduler.add_noise(x0, noise, t)
         output = model(x_t, t).sample.double()
-        decoder = "discretized" if self.is_image else "density"
-        term = scheduler.bound_term(output, x0.double(), x_t.double(), t, decoder)
+        kind = {"decoder": "density"} if self.levels is None else {"levels": self._levels(x0)}
+        term = scheduler.bound_term(output, x0.double(), x_t.double(), t, **kind)
         bits = self._per_dim(term, pipeline)
-        if not self.is_image:
+        if self.levels is None:
             scale = self._scale(pipeline, x0)
             # the density of data = x * scale + shift is that of x divided by the scale
             bits = torch.where(t == 0, bits + scale[scale > 0].log2().mean(), bits)
@@ -153,7 +157,7 @@ class Likelihood:
 
     def _per_dim(self, nats: Tensor, pipeline) -> Tensor:
         """Return the mean of nats (B, C, *spatial) in bits (B,), without channels that never change in the data."""
-        if not self.is_image:
+        if self.levels is None:
             nats = nats[:, self._scale(pipeline, nats) > 0]
         return nats.flatten(1).mean(dim=1) / math.log(2)
 
@@ -166,19 +170,28 @@ class Likelihood:
         return scale
 
     def _checked(self, x0: Tensor) -> Tensor:
-        """Return x0, whose values must be 8-bit levels if it is of images.
+        """Return x0, whose values must be levels if it has a discretized decoder.
 
         Raises:
             ValueError: they are not.
         """
-        levels = (x0 + 1) * 127.5
-        wrong = (levels - levels.round()).abs() > 1e-2
-        if self.is_image and wrong.any():
+        if self.levels is None:
+            return x0
+        most = self._levels(x0) - 1
+        levels = (x0.double() + 1) * most / 2
+        wrong = ((levels - levels.round()).abs() > 1e-2) | (levels < -0.5) | (levels > most + 0.5)
+        if wrong.any():
+            kind = "8-bit levels" if self.levels == (256,) else "whole numbers in the range of the data"
             raise ValueError(
-                "bits_per_dim of images needs 8-bit levels, for whose bins the likelihood is computed; got the value "
-                f"{x0[wrong][0].item():.6g}, which lies between two levels"
+                f"bits_per_dim of images needs {kind}, for whose bins the likelihood is computed; got the value "
+                f"{x0[wrong][0].item():.6g}, which lies between two levels of the model's range -1 to 1, as resized "
+                "images do, or outside"
             )
         return x0
+
+    def _levels(self, x0: Tensor) -> Tensor:
+        """Return the numbers of levels, which broadcast against x0 (B, C, H, W), float64."""
+        return torch.tensor(self.levels, dtype=torch.float64, device=x0.device).view(-1, 1, 1)
 
     def _model(self, unet, chosen: list[int], model_classes: list[int] | None, device) -> Callable:
         """Return the model, told the classes of the items with these numbers if it takes classes."""
@@ -194,6 +207,19 @@ class Likelihood:
         t = torch.tensor([int(draw.integers(low, high)) for draw in draws], device=x0.device)
         noise = np.stack([draw.standard_normal(x0.shape[1:], dtype=np.float32) for draw in draws])
         return t, torch.from_numpy(noise).to(x0.device)
+
+
+def levels_of(data) -> tuple[int, ...] | None:
+    """Return the number of levels of a dataset of images, one for each channel or one for all; None for a density.
+
+    Images without units of their own have 8-bit levels. Those with units have levels if they are whole numbers in a
+    range that ends in whole numbers (`Scaling.levels`).
+    """
+    scaling = scaling_of(data)
+    if not has_own_units(scaling):
+        return (256,)
+    dtype = getattr(data, "dtype", None)
+    return None if dtype is None else scaling.levels(dtype)
 
 
 def check_bound(scheduler) -> None:

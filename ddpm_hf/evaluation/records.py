@@ -62,7 +62,9 @@ def make_records(
 def likelihood_settings(evaluator) -> dict:
     """Return the settings that bits per dimension depend on, for their records."""
     bound = evaluator.likelihood
-    units = "8-bit levels" if bound.is_image else "density in the units of the data"
+    units = "density in the units of the data"
+    if bound.levels is not None:
+        units = "8-bit levels" if bound.levels == (256,) else f"{max(bound.levels):,} levels"
     settings = {"num_timesteps": len(bound.terms), "decoder": units}
     return settings | {"num_seen" if bound.seen else "num_held_out": bound.count}
 

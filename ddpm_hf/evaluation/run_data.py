@@ -150,7 +150,8 @@ def _open(config: EvaluateConfig, run: dict, pipeline, gaps: bool) -> tuple[Any,
             options["sequence_norm"] = norm
         if gaps or pipeline.config.get("condition") == "known":  # its data may have missing values
             options["condition"] = "known"
-    dataset = build_dataset(TrainConfig(**source, **options, cache_gb=0))
+    run_folder = str(path_of_run) if (path_of_run := Path(config.pipeline).parent).is_dir() else "none"
+    dataset = build_dataset(TrainConfig(**source, **options, cache_gb=0, output_dir=run_folder))
     if len(size) == 2 and own_units and isinstance(dataset, ScientificImages):
         scaling = Scaling.from_json(pipeline.config)  # other data is seen as the model sees its own
         dataset.scaling = replace(scaling, limit=float(pipeline.scheduler.config.get("clip_sample_range") or 1.0))

@@ -18,6 +18,7 @@ COMMAS = {
     "names with commas": '"a, in mV";"b";"c"\n1,5;2;3\n4;-5,25;6\n',
     "day-first dates": "date;a;b;c\n31.12.2024 10:00;1,5;2;3\n01.01.2025 10:00;4;-5,25;6\n",
     "no header": "31.12.2024;1,5;2;3\n01.01.2025;4;-5,25;6\n",
+    "spaces": "1,5 2,0 3,0\n4,0 -5,25 6,0\n",
     "a month's name, no header": "31-Dec-2024;1,5;2;3\n01-Jan-2025;4;-5,25;6\n",
 }
 
@@ -59,6 +60,23 @@ def test_columns_of_texts_are_named_or_refused(tmp_path):
     assert f"columns of {path} that hold no numbers are left out: t, who" in feed.notes
     with pytest.raises(ValueError, match="row 0 has 'mon' in column 't', one of 3"):
         read_csv(str(path), ["a", "t"])
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_row_numbers_are_left_out(big, tmp_path, monkeypatch):
+    """As pandas writes them: a first column without a name that counts; not one with a name, or that is asked for."""
+    monkeypatch.setattr(csv_files, "BIG", 0 if big else 1 << 26)
+    path = tmp_path / "x.csv"
+    path.write_text(",a,b\n0,1,2\n1,3,4\n")
+    notes = []
+    np.testing.assert_array_equal(read_csv(str(path), notes=notes), [[1, 2], [3, 4]])
+    assert notes == [f"the first column of {path}, which has no name and counts the rows, is left out"]
+    path.write_text("n,a,b\n0,1,2\n1,3,4\n")
+    assert read_csv(str(path)).shape == (2, 3)
+    path.write_text(",a,b\nx,0,2\ny,1,4\n")  # names of the rows, and a column that counts by chance
+    np.testing.assert_array_equal(read_csv(str(path)), [[0, 2], [1, 4]])
+    path.write_text("0,1,2\n1,3,4\n")
+    assert read_csv(str(path)).shape == (2, 3)
 
 
 GAPS = "a,b\n0,1\n,2\n4,NaN\n6,n/a\n8,7\n8,8\n"

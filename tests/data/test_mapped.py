@@ -25,6 +25,8 @@ def test_what_is_mapped(tmp_path):
     windows = build_dataset(TrainConfig(train_data_file=file, sequence_length=8, stride=2))
     pictures = ImageDataset(list(np.load(tmp_path / "pictures.npy", mmap_mode="r")), (6, 6), 1)
     assert mapped_files(windows) == mapped_files(windows.hold_out(2, 0)[0]) == [file]
+    with_gaps = build_dataset(TrainConfig(train_data_file=file, on_missing="drop"))
+    assert mapped_files(with_gaps) == [file]
     assert mapped_files(SequenceDataset(np.load(file, mmap_mode="r")[2:])) == [file]
     assert mapped_files(pictures) == [str(tmp_path / "pictures.npy")]
     assert mapped_files(build_dataset(TrainConfig(train_data_dir=str(saved)))) == arrow and len(arrow) == 2

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from helpers import config
 
 from ddpm_hf import TrainConfig
-from ddpm_hf.data import open_data, sequences
+from ddpm_hf.data import open_data, recordings, sequences
 from ddpm_hf.data.loading import hold_out, underlying
 from ddpm_hf.data.mapped import mapped_files
 from ddpm_hf.data.opening import build_dataset, kind_of_source
@@ -215,3 +216,76 @@ def test_the_scan_of_a_large_file_is_kept_beside_the_run(tmp_path, monkeypatch):
     (tmp_path / "run" / sequences.SCANS).write_text("no")
     Trainer(options)
     assert len(passes) == 6
+
+
+def test_what_a_recording_has_no_class_for_and_which_conditions_it_takes(tmp_path):
+    """Conditions (points,), (channels, points) or, with the channels last, (points, channels); no classes."""
+    array, condition = np.random.default_rng(0).normal(size=(3, 50)), np.random.default_rng(1).normal(size=(2, 50))
+    file = str(tmp_path / "x.npz")
+    windows = {"train_data_file": file, "sequence_length": 8, "stride": 4}
+    np.savez(file, data=array, other=condition, one=condition[0], kind=np.zeros(1, int))
+    first = build_dataset(TrainConfig(**windows, recording=True, condition_column="other"))
+    np.testing.assert_allclose(in_data_units(first.condition, 2), condition[:, 8:16], atol=1e-6)
+    one = build_dataset(TrainConfig(**windows, recording=True, condition_column="one"))
+    np.testing.assert_allclose(in_data_units(one.condition, 2), condition[:1, 8:16], atol=1e-6)
+    reason = "class_labels needs a class for each sequence, and .*x.npz holds one recording.*got 'kind'"
+    with pytest.raises(ValueError, match=reason):
+        build_dataset(TrainConfig(**windows, recording=True, class_labels="kind"))
+    np.savez(file, data=array.T, other=condition.T)
+    last = {"recording": True, "channels_last": True, "condition_column": "other"}
+    last = build_dataset(TrainConfig(**windows, **last))
+    assert torch.equal(last.condition[2], first.condition[2]) and torch.equal(last[2], first[2])
+    np.savez(file, data=array[0], other=condition[0], kind=np.zeros(1, int))
+    single = build_dataset(TrainConfig(**windows, condition_column="other"))
+    assert torch.equal(single.condition[2], one.condition[2])
+    with pytest.raises(ValueError, match=reason):
+        build_dataset(TrainConfig(**windows, class_labels="kind"))
+    np.save(tmp_path / "t.npy", array.T)
+    with pytest.warns(UserWarning, match="one recording of 50 channels and 3 points.*with --channels_last"):
+        build_dataset(TrainConfig(train_data_file=str(tmp_path / "t.npy"), recording=True, sequence_length=2, stride=1))
+
+
+def test_damaged_recordings_are_named(tmp_path):
+    """A file that ends before its header says, and signals that are gone."""
+    folder = {"train_data_dir": str(tmp_path), "sequence_length": 64, "stride": 64}
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "a.flac", np.random.default_rng(0).uniform(-1, 1, 20_000), 8000)
+    content = (tmp_path / "a.flac").read_bytes()
+    (tmp_path / "a.flac").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"the recording .*a\.flac"):
+        build_dataset(TrainConfig(**folder))
+    (tmp_path / "a.flac").unlink()
+    wfdb_record(tmp_path, "r", np.zeros((100, 2)) + np.arange(100)[:, None])
+    (tmp_path / "r.dat").unlink()
+    with pytest.raises(ValueError, match=r"cannot read the recording .*r\.hea from sample 0 on: .*r\.dat"):
+        build_dataset(TrainConfig(**folder))
+    short = recordings._checked(recordings.Recording("x", 1, 9, None, lambda start, stop: np.zeros((1, 2))))
+    with pytest.raises(ValueError, match="x must have 9 samples, as its header says; from sample 3 on it has 2"):
+        short.read(3, 8)
+
+
+def test_missing_samples_and_other_channels_of_recordings(tmp_path):
+    values = np.random.default_rng(0).normal(size=(100, 2))
+    values[5:20, 0] = np.nan
+    wfdb_record(tmp_path, "r", values)
+    folder = {"train_data_dir": str(tmp_path), "sequence_length": 16, "stride": 16}
+    with pytest.raises(ValueError, match="NaN or infinity is in .*r.hea. For missing values: --on_missing drop"):
+        build_dataset(TrainConfig(**folder))
+    assert len(build_dataset(TrainConfig(**folder, on_missing="drop"))) == 4
+    known = build_dataset(TrainConfig(**folder, on_missing="mask", condition="known"))
+    assert len(known) == 6 and known.missing and known.gaps == 15
+    for option, message in (
+        ("interpolate", "on_missing must be stop, drop or mask"),
+        ("mask", "needs --condition known"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_dataset(TrainConfig(**folder, on_missing=option))
+    wfdb_record(tmp_path, "s", np.nan_to_num(values), names=("II", "I"))
+    notes = build_dataset(TrainConfig(**folder, on_missing="drop")).notes
+    assert any("different channels, I (mV), II (mV) in" in note and "same order" in note for note in notes)
+
+
+def wfdb_record(folder, name, values, names=("I", "II")):
+    wfdb = pytest.importorskip("wfdb")
+    wfdb.wrsamp(name, fs=100, units=["mV"] * 2, sig_name=list(names), p_signal=values, fmt=["16"] * 2,
+                write_dir=str(folder))  # fmt: skip

@@ -1,6 +1,7 @@
 """Images in units of their own: files, ranges, scalings, warnings and errors; and a run from TIFF files to samples."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,10 +13,19 @@ from PIL import Image
 
 from ddpm_hf import DDPMPipeline, TrainConfig, train
 from ddpm_hf.commands import evaluate
-from ddpm_hf.data import open_data
+from ddpm_hf.data import open_data, scientific_images, sequences
+from ddpm_hf.data.given import GivenUnits
 from ddpm_hf.data.loading import hold_out, load_item
 from ddpm_hf.data.scaling import EIGHT_BIT
-from ddpm_hf.data.scientific_images import ScientificImages, array_shape, read_values, resized
+from ddpm_hf.data.scientific_images import (
+    ScientificImages,
+    array_shape,
+    is_scientific,
+    measure,
+    read_values,
+    resized,
+)
+from ddpm_hf.data.sequences import write_scans
 
 EPS = np.finfo(np.float32).eps
 
@@ -188,8 +198,80 @@ def test_resizing_keeps_the_range_and_the_middle():
     assert torch.equal(one.flip(2), other)
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_byte_orders_and_pages(order, tmp_path):
+    """Pages that were written one by one are channels as those of one array are; others, as overviews, are left out."""
+    values = numbers(2, 6, 7).astype(np.float32)
+    with tifffile.TiffWriter(tmp_path / "x.tif", byteorder=order) as file:
+        for page in (*values, values[0, ::2, ::2], values[0].astype(np.float64)):
+            file.write(page)
+    np.testing.assert_array_equal(read_values(str(tmp_path / "x.tif"), "x"), values)
+    assert is_scientific(str(tmp_path / "x.tif"))
+    array = numbers(5, 1, 6, 7, high=60000).astype(order + "u2")
+    data = ScientificImages(array)
+    assert data.dtype == np.uint16 and data.scaling.scale == (32767.5,)
+    np.testing.assert_allclose(data[2].numpy(), array[2] / 32767.5 - 1, atol=1e-6)
+
+
+def test_palettes_are_colours(tmp_path):
+    picture = Image.fromarray(numbers(9, 7, 3, high=256).astype(np.uint8)).quantize(16)
+    picture.save(tmp_path / "x.tif")
+    found = read_values(str(tmp_path / "x.tif"), "x")
+    np.testing.assert_array_equal(found, np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0))
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_range_is_kept_beside_the_run(folder, tmp_path, monkeypatch):
+    """The second start reads no image before it is needed; a file that has changed, or is read otherwise, is read."""
+    passes = []
+    monkeypatch.setattr(scientific_images, "measure", lambda *a: passes.append(1) or measure(*a))
+    monkeypatch.setattr(sequences, "KEPT_FROM", 0)
+    values = numbers(8, 2, 6, 6, low=-5).astype(np.float32)
+    (tmp_path / "data").mkdir()
+    for i, image in enumerate(values if folder else values[None]):
+        np.save(tmp_path / "data" / f"{i}.npy", image)
+    files = sorted(map(str, (tmp_path / "data").iterdir()))
+    source = {"train_data_dir": str(tmp_path / "data")} if folder else {"train_data_file": files[0]}
+    options = {"output_dir": str(tmp_path), "resolution": [6], "image_norm": "meanstd", **source}
+    first = open_data(TrainConfig(**options))
+    write_scans(first.units, tmp_path)
+    second = open_data(TrainConfig(**options))
+    assert len(passes) == 1 and second.scaling == first.scaling and second.notes == first.notes
+    assert torch.equal(first.dataset[3], second.dataset[3]) and second.units.dtype == np.float32
+    open_data(TrainConfig(**{**options, "on_bad_image": "skip"}))
+    os.utime(files[-1], ns=(0, 0))
+    open_data(TrainConfig(**options))
+    assert len(passes) == 3
+
+
 # ---------------------------------------------------------------------------------------------
 # Warnings and errors
+
+
+def test_what_would_be_silent_is_told(tmp_path):
+    """Different types in one folder, arrays with their channels last, a constant, and values declared to be missing."""
+    for i, image in enumerate((numbers(6, 6).astype(np.float32), numbers(6, 6, high=60000).astype(np.uint16))):
+        tifffile.imwrite(tmp_path / f"{i}.tif", image)
+    assert "different types, float32 and uint16" in warnings(opened(train_data_dir=str(tmp_path)))[0]
+    (tmp_path / "last").mkdir()
+    np.save(tmp_path / "last" / "x.npy", numbers(32, 32, 3))
+    last = {"train_data_dir": str(tmp_path / "last"), "resolution": [8]}
+    assert "taken for 32 channels" in warnings(opened(**last))[0]
+    assert opened(**last, channels_last=True).shape == (3, 8, 8) and not warnings(opened(**last, channels_last=True))
+    (constant,) = [note for note in ScientificImages(np.full((2, 1, 4, 4), -3, np.int16)).notes if "flat" in note]
+    assert "--image_range" not in constant
+    image = np.where(numbers(6, 6) < 0.1, -9999, numbers(6, 6, seed=1)).astype(np.float32)
+    tifffile.imwrite(tmp_path / "1.tif", image, extratags=[(42113, "s", 0, "-9999", True)])
+    count = (image == -9999).sum()
+    with pytest.raises(ValueError, match=rf"1\.tif: {count} values are -9999, which the file declares to be missing"):
+        opened(train_data_dir=str(tmp_path))
+    assert opened(train_data_dir=str(tmp_path), on_bad_image="skip").scaling.shift[0] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_mapped_8_bit_arrays_are_read_without_a_warning(tmp_path):
+    np.save(tmp_path / "x.npy", numbers(4, 3, 6, 6, high=256).astype(np.uint8))
+    assert opened(train_data_file=str(tmp_path / "x.npy")).dataset[0].shape == (3, 6, 6)
 
 
 def test_12_bits_in_16(tmp_path):
@@ -296,6 +378,31 @@ def test_latents_of_any_range():
     expected = (values[3] - whole.mean((0, 2, 3))[:, None, None]) / whole.std((0, 2, 3), correction=0)[:, None, None]
     assert (x - expected).abs().max() < 1e-6 and feed.class_counts == [3, 3]
     assert feed.scaling.limit == pytest.approx(float(max(load_item(feed.dataset, i).abs().max() for i in range(6))))
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        numbers(1, 4, 5).astype(">f4"), numbers(1, 4, 5)[:, ::-1], numbers(1, 4, 5).astype(np.float16),
+        torch.from_numpy(numbers(1, 4, 5)).bfloat16(), numbers(1, 4, 5, high=9).astype(">i2"),
+    ],
+    ids=["big-endian", "reversed", "half", "bfloat16", "big-endian whole numbers"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("error")
+def test_items_of_any_form(item):
+    wide = item.double() if isinstance(item, torch.Tensor) else torch.from_numpy(item.astype(np.float64, order="C"))
+    feed = given([item, item], (-20_000_000, 20_000_000))
+    torch.testing.assert_close(load_item(feed.dataset, 0), (wide / 2e7).float())
+    assert GivenUnits([item, item], "minmax")[1].abs().max() == pytest.approx(1, abs=1e-6)
+    if isinstance(item, np.ndarray) and item.dtype.kind == "f":  # in the model's units already
+        torch.testing.assert_close(load_item([item], 0), wide.float())
+
+
+def test_bits_of_8_bit_items_are_those_of_pictures():
+    items = [numbers(6, 8, 3, high=256, seed=i).astype(np.uint8) for i in range(3)]
+    data = GivenUnits(items, "bits")
+    assert data.scaling is EIGHT_BIT and data.channels == 3
+    assert torch.equal(data[2], EIGHT_BIT.to_model(torch.from_numpy(items[2]).movedim(-1, 0)))
 
 
 def test_8_bit_items_are_images():

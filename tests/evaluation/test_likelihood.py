@@ -15,8 +15,10 @@ from test_bound import DEVIATION, MEAN, entropy, gaussian_bound
 
 from ddpm_hf import GaussianScheduler, train
 from ddpm_hf.data.loading import hold_out
+from ddpm_hf.data.scientific_images import ScientificImages
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.evaluation.likelihood import stratum_edges
+from ddpm_hf.evaluation.records import likelihood_settings
 
 evaluate_script = load_program("evaluate")
 NAME = ["bits_per_dim"]
@@ -27,11 +29,11 @@ class Gaussian(Known):
 
     config = SimpleNamespace(data_scale=[4.0], data_shift=[2.0])
 
-    def __init__(self, scheduler):
+    def __init__(self, scheduler, deviation=DEVIATION):
         super().__init__([], None)
 
         def forward(x, t):
-            out = [optimal_prediction(scheduler, x[i].double(), int(t[i]), MEAN, DEVIATION) for i in range(len(x))]
+            out = [optimal_prediction(scheduler, x[i].double(), int(t[i]), MEAN, deviation) for i in range(len(x))]
             return SimpleNamespace(sample=torch.stack(out).float())
 
         self.unet.forward = forward
@@ -63,6 +65,71 @@ def test_gaussian_data_has_the_bound_of_the_closed_form(variance, timesteps):
     summed = sum((high - low) * term for low, high, term in e.likelihood.terms)
     assert summed + values["bits_per_dim_prior"] == pytest.approx(values["bits_per_dim"], rel=1e-12)
     assert e.likelihood.terms[0].value == values["bits_per_dim_decoder"]
+
+
+def whole_images(dtype, low, high, **options):
+    """300 images of 4 x 8 pixels of a normal distribution in the model's range, as whole numbers from low to high."""
+    x = np.random.default_rng(0).normal(MEAN, 0.1, (300, 1, 4, 8))
+    return ScientificImages(np.rint((x + 1) / 2 * (high - low) + low).astype(dtype), **options)
+
+
+def discretized_bound(scheduler, deviation):
+    """The bound in bits of the optimal denoiser, for bins that are narrow beside the decoder's deviation, per width.
+
+    The decoder's variance is the posterior's at t = 1, where a density of a fixed variance has beta_0.
+    """
+    small, wide = (scheduler._tables[f"bound_log_{name}"][0].item() for name in ("small", "large"))
+    noise = scheduler.config.trained_betas[0]
+    error = deviation**2 * noise / ((1 - noise) * deviation**2 + noise)
+    swap = 0.5 * (small + error * math.exp(-small) - wide - error * math.exp(-wide))
+    return (gaussian_bound(scheduler, deviation=deviation) + swap) / math.log(2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high", "options"),
+    [
+        (np.uint16, 0, 65535, {}),
+        (np.int16, -(2**15), 2**15 - 1, {"norm": "bits"}),
+        (np.uint16, 0, 4095, {"value_range": (0, 4095)}),
+    ],
+)
+def test_16_bit_images_have_the_bound_of_the_closed_form(dtype, low, high, options):
+    """A bin has the density times its width, 1 in the units of the data, up to its share of the decoder's deviation."""
+    data = whole_images(dtype, low, high, **options)
+    scheduler = GaussianScheduler(25, "linear", clip_sample=False)
+    e = evaluator(data, (1, 4, 8), data, metrics=NAME, likelihood_items=300, likelihood_timesteps=25)
+    assert e.likelihood.levels == (high - low + 1,)
+    pipeline = Gaussian(scheduler, 0.1)
+    values = e(pipeline, 5, scheduler)
+    expected = discretized_bound(scheduler, 0.1) + math.log2((high - low) / 2)
+    assert abs(values["bits_per_dim"] - expected) < 5 * values["bits_per_dim_standard_error"] < 0.3
+    assert describe_decoder(e) == f"{high - low + 1:,} levels"
+
+
+@pytest.mark.parametrize(("dtype", "norm"), [(np.float32, "meanstd"), (np.float64, None), (np.int16, "meanstd")])
+def test_other_images_have_a_density_in_the_units_of_the_data(dtype, norm):
+    """Data that is scaled by 2 ** 6 has 6 bits more a dimension; so have whole numbers whose range has no ends."""
+    x = np.random.default_rng(0).normal(0, 500, (40, 1, 4, 8)).astype(dtype)
+    scheduler, found = GaussianScheduler(25, "linear", clip_sample=False), []
+    for factor in (1, 2**6):
+        data = ScientificImages(x.astype(np.int32 if dtype is np.int16 else dtype) * factor, norm=norm)
+        e = evaluator(data, (1, 4, 8), data, metrics=NAME, likelihood_timesteps=25)
+        pipeline = Gaussian(scheduler)
+        pipeline.config = SimpleNamespace(data_scale=list(data.scaling.scale))
+        found.append(e(pipeline, 5, scheduler)["bits_per_dim"])
+        assert e.likelihood.levels is None and describe_decoder(e) == "density in the units of the data"
+    assert found[1] == pytest.approx(found[0] + 6, abs=1e-6)
+
+
+def describe_decoder(e):
+    return likelihood_settings(e)["decoder"]
+
+
+def test_images_that_are_resized_have_no_levels():
+    data = ScientificImages(np.random.default_rng(0).integers(0, 60000, (8, 1, 6, 6)).astype(np.uint16), (4, 4))
+    e = evaluator(data, (1, 4, 4), data, metrics=NAME, likelihood_timesteps=5)
+    with pytest.raises(ValueError, match="needs whole numbers in the range.*as resized images do, or outside"):
+        e(Gaussian(GaussianScheduler(10)), 5, GaussianScheduler(10))
 
 
 def test_a_constant_channel_is_left_out():
