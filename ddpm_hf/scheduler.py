@@ -1072,16 +1072,17 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(chain, dtype=torch.int64, device=device)
         self._previous = dict(zip(chain, [*chain[1:], -1]))
 
-    def previous_timestep(self, timestep: int | Tensor) -> int:
-        """Return the timestep that a step from `timestep` leads to; -1 after the last.
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """Return the timestep that a step from `timestep` leads to, in the form of `timestep`; -1 after the last.
 
         Raises:
             ValueError: `timestep` is not one of the chosen timesteps.
         """
         try:
-            return self._previous[int(timestep)]
+            previous = self._previous[int(timestep)]
         except KeyError:
             raise ValueError(f"timestep {int(timestep)} is not one of the chosen timesteps") from None
+        return torch.full_like(timestep, previous) if isinstance(timestep, Tensor) else previous
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return `sample` unchanged; stock pipelines call this, since some schedulers scale the model's input."""

@@ -10,7 +10,7 @@ import torch
 from conftest import exact_abar
 from diffusers.configuration_utils import register_to_config
 
-from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet2D
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
 from ddpm_hf.scheduler import BETA_SCHEDULES, PREDICTION_TYPES
 
 STOCK = ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler",
@@ -258,6 +258,36 @@ def test_a_step_needs_no_chosen_timesteps_and_has_two_forms():
         assert named.prev_sample.shape == x.shape == own.scale_model_input(x, 0.0).shape
     own.set_timesteps(10)
     assert own.add_noise(x, torch.zeros_like(x), own.timesteps[5][None]).shape == x.shape  # one timestep for all
+
+
+def test_the_previous_timestep_has_the_form_of_the_timestep():
+    own = GaussianScheduler(1000, timestep_spacing="leading", steps_offset=1)
+    own.set_timesteps(5)
+    assert own.timesteps.tolist() == [801, 601, 401, 201, 1]
+    previous = [own.previous_timestep(t) for t in own.timesteps]
+    assert torch.equal(torch.stack(previous), torch.tensor([601, 401, 201, 1, -1]))
+    assert own.previous_timestep(601) == 401 and own.previous_timestep(1) == -1
+
+
+def test_a_callback_sees_and_changes_the_guidance():
+    """A scale that a callback sets holds from the next step on, as in diffusers' pipelines with `_guidance_scale`."""
+    unet = UNet1D(sample_size=8, dim=8, dim_mults=(1,), attn_heads=2, attn_dim_head=4, num_class_embeds=2).eval()
+    pipe = DDPMPipeline1D(unet, GaussianScheduler(20))
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(**options):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(2, 2, generator=generator, class_labels=[0, 1], guidance_scale=3.0, output_type="pt", **options)[0]
+
+    def end_it(pipe, step, timestep, tensors):
+        seen.append((step, pipe.guidance_scale, pipe.num_timesteps))
+        pipe._guidance_scale = 1.0
+
+    seen = []
+    of_first_step = draw(guidance_interval=(0.9, 1.0))
+    assert torch.equal(draw(callback_on_step_end=end_it), of_first_step) and not torch.equal(draw(), of_first_step)
+    assert seen == [(0, 3.0, 2), (1, 1.0, 2)]
+    assert pipe.guidance_scale == 3.0
 
 
 def test_unknown_attributes_are_errors():

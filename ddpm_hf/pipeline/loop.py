@@ -48,6 +48,8 @@ class SamplingPipeline(SavedWithCode):
     _callback_tensor_inputs = ["latents"]
     _check_finite = staticmethod(check_finite)
     _interrupt = False
+    _guidance_scale = 1.0
+    _num_timesteps = 0
     _graphs: GraphedModel | None = None
     _guide_graphs: GraphedModel | None = None
 
@@ -55,6 +57,16 @@ class SamplingPipeline(SavedWithCode):
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to stop after that step; the next call starts afresh."""
         return self._interrupt
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of the guidance of the running call; a callback may change it by setting `pipe._guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps of the running call, or of the last one."""
+        return self._num_timesteps
 
     def __setattr__(self, name: str, value) -> None:
         """Set an attribute. A new scheduler is checked, and ends the fast sampler.
@@ -202,8 +214,8 @@ class SamplingPipeline(SavedWithCode):
         constant = {} if condition is None else {"condition": condition}
         told = condition is not None and self.config.get("condition") != "paired"
         known = condition[:, x.shape[1] :] > 0 if told else None
-        self._interrupt = False
-        x0, sums = None, []
+        self._num_timesteps, self._guidance_scale = len(timesteps), 1.0 if guidance is None else guidance.scale
+        self._interrupt, x0, sums = False, None, []
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = self.scheduler.scale_model_input(x, t)
             seen = without_known(model_input, known)
@@ -211,7 +223,7 @@ class SamplingPipeline(SavedWithCode):
             if guidance is None:
                 prediction = model(seen, timesteps_for_model[i], **extra)
             else:
-                level = float(t) / last
+                level, guidance.scale = float(t) / last, self._guidance_scale
                 prediction = guidance(model, seen, timesteps_for_model[i], level, x.shape[1], known, **extra)
             prediction = prediction[:, :channels]
             result = self.scheduler.step(prediction, int(t) if is_own_scheduler(self.scheduler) else t, x, **options)
