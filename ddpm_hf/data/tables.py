@@ -228,6 +228,9 @@ class ListColumns:
     def __init__(self, table: Any, columns: Sequence[str], name: str):
         self.table, self.columns, self.name = table.with_format("arrow"), list(columns), name
         self.dtype = np.dtype(np.float64)
+        places = {column: place for place, column in enumerate(table.column_names)}
+        self._places = [places[column] for column in self.columns]
+        self._alike = len({table.data.schema.field(place).type for place in self._places}) == 1
         length = self.table[:1][self.columns[0]].combine_chunks()[0].values
         self.shape = (len(table), len(self.columns), 0 if length is None else len(length))
 
@@ -235,21 +238,29 @@ class ListColumns:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
+        found = self.table[rows].columns
+        columns = [found[place] for place in self._places]
+        # pyarrow's calls take longer than the numbers: columns of one type are converted together
+        groups = [columns] if self._alike else [[column] for column in columns]
+        values = [self._values(group, first) for first, group in enumerate(groups)]
+        return np.array(np.concatenate(values).swapaxes(0, 1), dtype=np.float64, order="C")
+
+    def _values(self, columns: list, first: int) -> np.ndarray:
+        """Return the numbers of columns of one type, (columns, rows, length); `first` is the place of the first one."""
+        import pyarrow
         import pyarrow.compute as compute
 
-        part = self.table[rows]
-        channels = []
-        for column in self.columns:
-            lists = part[column].combine_chunks()
-            lengths = set(compute.list_value_length(lists).to_pylist())
-            if lengths != {self.shape[2]}:
-                got = ", ".join(sorted(map(str, lengths | {self.shape[2]})))
-                raise ValueError(
-                    f"{self.name}: all lists must have one length, got {got} in column {column!r} and before"
-                )
-            values = lists.flatten().to_numpy(zero_copy_only=False)
-            channels.append(np.asarray(values, dtype=np.float64).reshape(len(lists), -1))
-        return np.stack(channels, axis=1)
+        lists = pyarrow.concat_arrays([chunk for column in columns for chunk in column.chunks])
+        lengths = compute.fill_null(compute.list_value_length(lists), -1).to_numpy(zero_copy_only=False)
+        wrong = np.flatnonzero(lengths != self.shape[2])
+        if len(wrong):
+            place = int(wrong[0]) * len(columns) // len(lists)
+            found = set(compute.list_value_length(columns[place]).to_pylist())
+            got = ", ".join(sorted(map(str, found | {self.shape[2]})))
+            name = self.columns[first + place]
+            raise ValueError(f"{self.name}: all lists must have one length, got {got} in column {name!r} and before")
+        values = lists.flatten().to_numpy(zero_copy_only=False)
+        return values.reshape(len(columns), len(lists) // len(columns), self.shape[2])
 
 
 def table_sequences(

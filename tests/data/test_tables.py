@@ -2,6 +2,8 @@
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.compute
 import pytest
 import torch
 from helpers import PICTURES, save_tars, table
@@ -9,6 +11,7 @@ from PIL import Image
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data.opening import build_dataset
+from ddpm_hf.data.tables import ListColumns
 
 FORMS = {
     "saved to disk": lambda folder: table(label=[0] * 6).save_to_disk(str(folder)),
@@ -100,3 +103,41 @@ def test_cached_pictures_are_the_same(tmp_path):
     assert len(build_dataset(TrainConfig(**{**options, "center_crop": True})).cache.memory) == 6 * 8 * 8 * 3
     with pytest.raises(ValueError, match="cache_gb must be memory that there is, got 1000000000.0"):
         build_dataset(TrainConfig(**options, cache_gb=1e9))
+
+
+LISTS = {
+    "of float32": [pyarrow.list_(pyarrow.float32())] * 5,
+    "of fixed size": [pyarrow.list_(pyarrow.float64(), 3)] * 5,
+    "of whole numbers": [pyarrow.large_list(pyarrow.int16())] * 5,
+    "of several types": [pyarrow.list_(kind) for kind in map(pyarrow.type_for_alias, ("f2", "f4", "f8", "i1", "i8"))],
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_columns_of_lists_of_one_type_are_converted_together(kind, tmp_path, monkeypatch):
+    """Any order of columns, rows in two files and a missing number: what pyarrow's lists say, by few of its calls."""
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(-99, 99, (5, 7, 3)).tolist()  # column, row, place
+    numbers[4][2][1] = None
+    table = pyarrow.table({f"c{k}": pyarrow.array(numbers[k], type_) for k, type_ in enumerate(LISTS[kind])})
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "data"), num_shards=2)
+    lists = ListColumns(datasets.load_from_disk(str(tmp_path / "data")), ["c4", "c0", "c3", "c1", "c2"], "x")
+    calls, lengths = [], pyarrow.compute.list_value_length
+    monkeypatch.setattr(pyarrow.compute, "list_value_length", lambda *args: calls.append(1) or lengths(*args))
+    expected = np.array([numbers[k] for k in (4, 0, 3, 1, 2)], np.float64).swapaxes(0, 1)
+    for rows in (slice(2, 3), slice(0, 7), slice(3, 6)):
+        found = lists[rows]
+        np.testing.assert_array_equal(found, expected[rows])
+        assert found.dtype == np.float64 and found.flags.c_contiguous and found.flags.writeable
+    assert len(calls) == 3 * (5 if kind == "of several types" else 1)
+
+
+@pytest.mark.parametrize("second", ["float32", "float64"])
+@pytest.mark.parametrize("wrong", [[1.0], None])
+def test_lists_of_another_length_are_named(second, wrong):
+    columns = {"a": pyarrow.array([[1.0, 2], [3, 4]]), "b": pyarrow.array([[1.0, 2], wrong])}
+    columns["b"] = columns["b"].cast(pyarrow.list_(getattr(pyarrow, second)()))
+    lists = ListColumns(datasets.Dataset(pyarrow.table(columns)), ["a", "b"], "x")
+    assert lists[:1].tolist() == [[[1, 2], [1, 2]]]
+    with pytest.raises(ValueError, match=f"x: all lists must .* got {wrong and 1 or '2, None'}.* in column 'b' and"):
+        lists[:2]
