@@ -24,7 +24,8 @@ from ddpm_hf.evaluation.options import EvaluateConfig
 METHODS = ("reconstruction", "denoising")
 # Options that tell how data is read; they mean what they mean for evaluate.py.
 READING = ("dataset_config_name", "dataset_split", "image_column", "channels_last", "sequence_columns", "stride",
-           "csv_decimal", "recording", "on_missing", "on_bad_image", "dataloader_num_workers")  # fmt: skip
+           "csv_decimal", "recording", "on_missing", "on_bad_image", "dataloader_num_workers",
+           "condition_column", "condition_dir")  # fmt: skip
 
 
 def make_parser() -> SuggestingParser:
@@ -47,10 +48,16 @@ def make_parser() -> SuggestingParser:
                       "of the model for each item. Default: 20.")  # fmt: skip
     what.add_argument("--smoothing", type=float, default=0.0, help="Deviation of the Gaussian that smooths the maps, "
                       "in pixels or points; 0: they are not smoothed. Default: %(default)s.")  # fmt: skip
-    what.add_argument("--complete", action="store_true", help="Complete sequences with missing values before they "
-                      "are scored. Default: a missing value is an error.")  # fmt: skip
+    what.add_argument("--complete", action="store_true", help="Complete items with missing values (NaN) before "
+                      "they are scored: sequences, and images in units of their own. Default: a missing value is an "
+                      "error.")  # fmt: skip
     what.add_argument("--scheduler", help="ddpm, ddim, fast, or a scheduler class of diffusers; the method denoising "
                       "needs one of the first two. Default: the pipeline's.")  # fmt: skip
+    what = parser.add_argument_group("classes, for a model with classes")
+    what.add_argument("--class_labels", help="The classes of the items, as in training: a column, a file, or 'folder' "
+                      "for the names of subfolders. Default: as in the pipeline's run, if --data is its data, and "
+                      "otherwise no class.")  # fmt: skip
+    what.add_argument("--class_for_all", help="One class for all items, by its name or number, or 'none' for no class.")
     what = parser.add_argument_group("reference for percentiles")
     what.add_argument("--reference", help="Data, usually that of training, whose scores the percentiles refer to. "
                       "Default: scores that were saved in the pipeline, or no percentiles.")  # fmt: skip

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,10 @@ from ddpm_hf.evaluation.anomalies import (
     read_anomalies,
     read_masks,
 )
+from ddpm_hf.evaluation.classes import has_classes, model_classes
 from ddpm_hf.evaluation.completion import spread_out
 from ddpm_hf.evaluation.options import EvaluateConfig
+from ddpm_hf.evaluation.pairs import Pairs, is_paired
 from ddpm_hf.evaluation.run_data import open_real_data, read_record
 from ddpm_hf.evaluation.sampling import sample_generators
 from ddpm_hf.evaluation.sequences import sample_units
@@ -73,12 +77,49 @@ def check_options(given: argparse.Namespace, pipeline) -> None:
         raise ValueError(f"--seed must be at least 0, got {given.seed}")
     if given.save_reference and (not given.reference or not Path(given.pipeline).is_dir()):
         raise ValueError("--save_reference needs --reference, and a --pipeline in a folder")
-    if given.complete and not isinstance(pipeline, DDPMPipeline1D):
-        raise ValueError("--complete applies to sequences; got a pipeline of images: leave it out")
+    if given.complete and not isinstance(pipeline, DDPMPipeline1D) and pipeline.config.get("data_scale") is None:
+        raise ValueError(
+            "--complete applies to sequences, and to images in units of their own; pictures have no missing values: "
+            "leave it out"
+        )
     if given.complete and given.on_missing != "stop":
         raise ValueError(f"--complete and --on_missing {given.on_missing} exclude each other")
     if given.normal and not given.labels:
         raise ValueError(f"--normal needs --labels, got {given.normal}")
+    _check_classes(given, pipeline)
+
+
+def _check_classes(given: argparse.Namespace, pipeline) -> None:
+    """Check the options of classes.
+
+    Raises:
+        ValueError: the model has no classes, both options are given, or the reference has no classes.
+    """
+    asked = [name for name in ("class_labels", "class_for_all") if getattr(given, name) is not None]
+    if asked and not has_classes(pipeline):
+        raise ValueError(f"--{asked[0]} needs a model with classes, and this one has none")
+    if len(asked) == 2:
+        raise ValueError("--class_labels and --class_for_all exclude each other; got both")
+    if given.reference and given.class_labels is not None and is_label_file(given.class_labels):
+        raise ValueError(
+            f"--class_labels {given.class_labels} has the classes of --data, and --reference has items of its own: "
+            "score it for itself with --save_reference, or name a column"
+        )
+
+
+def class_for_all(pipeline, text: str) -> int | None:
+    """Return the number of the class that all items are scored as; None for "none", no class.
+
+    Raises:
+        ValueError: the model does not know it.
+    """
+    total = pipeline.unet.config.num_class_embeds
+    names = {name: int(number) for number, name in (pipeline.config.get("id2label") or {}).items()}
+    known = {"none": None, **{str(number): number for number in range(total)}, **names}
+    if text not in known:
+        shown = ", ".join(list(names)[:20]) or f"numbers from 0 to {total - 1}"
+        raise ValueError(f"--class_for_all must be one of the model's classes ({shown}), or none; got {text!r}")
+    return known[text]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -94,25 +135,72 @@ class Scored:
         shape: the shape of an item, (C, *spatial).
         names: the names of the columns that say what an item is.
         rows: their values, a list for each item.
+        classes: the number of the class that each item is scored as, or None for no class, a list.
+        pairs: the items with their conditions, for a model with paired conditions; None for other models.
     """
 
     dataset: Any
     shape: tuple
     names: list[str]
     rows: list
+    classes: list
+    pairs: Pairs | None = None
+
+    def place(self, number: int) -> str:
+        """Return what says which item it is, for a message."""
+        return ", ".join(f"{name} {value}" for name, value in zip(self.names, self.rows[number]))
+
+    def part(self, chosen: Sequence[int]) -> "Scored":
+        """Return the items at these places."""
+        rows, classes = ([values[n] for n in chosen] for values in (self.rows, self.classes))
+        dataset, pairs = Part(self.dataset, chosen), self.pairs
+        pairs = None if pairs is None else Pairs(dataset, pairs.condition, pairs.scaling)
+        return Scored(dataset, self.shape, self.names, rows, classes, pairs)
 
 
-def open_items(given: argparse.Namespace, data: str, pipeline, say, labels: str | None = None) -> Scored:
-    """Open items in the units of the pipeline.
+def open_items(given: argparse.Namespace, data: str, pipeline, say, column: str | None = None) -> Scored:
+    """Open items in the units of the pipeline, with their classes.
+
+    Args:
+        given: the options.
+        data: the source of the items.
+        pipeline: the pipeline.
+        say: the function that prints a line.
+        column: the column that the classes of the data are read from, as `--class_labels` and `--labels` name it.
 
     Raises:
         ValueError: they cannot be opened, or do not fit the pipeline.
     """
     options = {name: getattr(given, name) for name in READING}
-    column = labels if labels is not None and not is_label_file(labels) else None
     config = EvaluateConfig(pipeline=given.pipeline, data=data, holdout=0, class_labels=column, **options)
     real = open_real_data(config, read_record(given.pipeline), pipeline, say, gaps=given.complete)
-    return Scored(real.dataset, real.shape, *item_names(real.dataset, data))
+    classes = [None] * len(real.dataset)
+    if has_classes(pipeline):
+        if given.class_for_all is not None:
+            classes = [class_for_all(pipeline, given.class_for_all)] * len(classes)
+        elif real.classes is not None:
+            classes = np.asarray(model_classes(pipeline, real.classes.names))[real.classes.numbers].tolist()
+        else:
+            say("the model has classes, and scores the items without one: --class_labels, --class_for_all name it")
+    if is_paired(pipeline) and real.pairs is None:
+        raise ValueError(
+            f"--condition_column or --condition_dir must name the conditions of {data}: the model has paired conditions"
+        )
+    return Scored(real.dataset, real.shape, *item_names(real.dataset, data), classes, real.pairs)
+
+
+def open_labelled(given: argparse.Namespace, pipeline, say) -> tuple[Scored, Any]:
+    """Open the items to score, and the dataset whose classes are the labels of the anomalies."""
+    column = None if given.labels is None or is_label_file(given.labels) else given.labels
+    if not has_classes(pipeline):
+        items = open_items(given, given.data, pipeline, say, column)
+        return items, items.dataset
+    items = open_items(given, given.data, pipeline, say, given.class_labels)
+    if column in (None, given.class_labels):
+        return items, items.dataset
+    options = {name: getattr(given, name) for name in READING}
+    config = EvaluateConfig(pipeline=given.pipeline, data=given.data, holdout=0, class_labels=column, **options)
+    return items, open_real_data(config, read_record(given.pipeline), pipeline, lambda _: None, given.complete).dataset
 
 
 def score_block(given, pipeline, scored: Scored, numbers: range) -> tuple[np.ndarray, np.ndarray, ScoreOutput | None]:
@@ -130,15 +218,19 @@ def score_block(given, pipeline, scored: Scored, numbers: range) -> tuple[np.nda
     reading = Items(scored.dataset, given.on_bad_image, len(numbers), given.dataloader_num_workers)
     for batch in reading.read(numbers):
         items = sample_units(batch.x0, underlying(scored.dataset))
-        wrong = ~items.flatten(1).isfinite().all(dim=1)
+        wrong, empty = ~items.flatten(1).isfinite().all(dim=1), items.flatten(1).isnan().all(dim=1)
         if wrong.any() and not given.complete:
-            row = scored.rows[batch.numbers[int(wrong.nonzero()[0])]]
-            place = ", ".join(f"{name} {value}" for name, value in zip(scored.names, row))
+            place = scored.place(batch.numbers[int(wrong.nonzero()[0])])
             raise ValueError(f"items must be finite; NaN or infinity is in {place}: --complete completes it first")
+        if empty.any():
+            place = scored.place(batch.numbers[int(empty.nonzero()[0])])
+            raise ValueError(f"items must have something known to be completed; {place} has missing values alone")
         options = {name: getattr(given, name) for name in ("strengths", "num_timesteps")}
         found = pipeline.score(
             items, method=given.method, smoothing=given.smoothing, batch_size=given.batch_size,
             complete=given.complete, generator=sample_generators(given.seed, batch.numbers),
+            class_labels=[scored.classes[number] for number in batch.numbers] if has_classes(pipeline) else None,
+            condition=scored.pairs.conditions(batch.numbers) if is_paired(pipeline) else None,
             **{name: value for name, value in options.items() if value is not None},
         )  # fmt: skip
         places = [number - numbers.start for number in batch.numbers]
@@ -155,11 +247,12 @@ def make_settings(given: argparse.Namespace, pipeline, scored: Scored) -> dict:
     """Return everything that the scores and files depend on; without folders of this machine."""
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     settings = {name: value for name, value in vars(given).items() if name not in FREE}
-    for name in ("pipeline", "data", "reference", "masks"):
+    for name in ("pipeline", "data", "reference", "masks", "class_labels"):
         settings[name] = settings[name] and without_folders(settings[name])
+    told = hashlib.sha256(json.dumps(scored.classes).encode()).hexdigest() if has_classes(pipeline) else None
     return {
-        **settings, "items": len(scored.dataset), "shape": list(scored.shape), "weights": digest(pipeline),
-        "scheduler": type(pipeline.scheduler).__name__,
+        **settings, "classes": told, "items": len(scored.dataset), "shape": list(scored.shape),
+        "weights": digest(pipeline), "scheduler": type(pipeline.scheduler).__name__,
         "scheduler_config": {name: str(value) for name, value in sorted(scheduler.items())}, "version": __version__,
     }  # fmt: skip
 
@@ -182,17 +275,20 @@ class Run:
         self.pipeline = load_pipeline(given.pipeline)
         choose_scheduler(self.pipeline, given.scheduler, None)
         check_options(given, self.pipeline)
-        self.items = open_items(given, given.data, self.pipeline, accelerator.print, given.labels)
+        self.items, labelled = open_labelled(given, self.pipeline, accelerator.print)
         self.anomalous = self.masks = self.reference = None
         if given.labels:
-            self.anomalous = read_anomalies(given.labels, self.items.dataset, given.normal)
+            self.anomalous = read_anomalies(given.labels, labelled, given.normal)
         if given.masks:
             self.masks = read_masks(given.masks, self.items.dataset, self.items.shape, self.items.rows)
         if given.reference:
-            found = open_items(given, given.reference, self.pipeline, accelerator.print)
-            chosen = spread_out(len(found.dataset), given.num_reference)
-            found.dataset, found.rows = Part(found.dataset, chosen), [found.rows[n] for n in chosen]
-            self.reference = found
+            found = open_items(given, given.reference, self.pipeline, accelerator.print, given.class_labels)
+            self.reference = found.part(spread_out(len(found.dataset), given.num_reference))
+            if (None in self.items.classes) != (None in self.reference.classes):
+                raise ValueError(
+                    "--data and --reference must both be scored with classes, or both without; only one of them has "
+                    "classes: --class_labels names those of both, and --class_for_all one class"
+                )
         self.settings = json.loads(json.dumps(make_settings(given, self.pipeline, self.items)))
         output = given.output
         self.facts, self.folder = output.with_suffix(".json"), output.with_name(f"{output.name}.parts")
@@ -205,6 +301,7 @@ class Run:
             ValueError: the output belongs to a run with other settings, or to something else.
         """
         if not self.given.output.exists():
+            self.check_new()
             return False
         try:
             found = json.loads(self.facts.read_text())["settings"]
@@ -214,7 +311,21 @@ class Run:
                 "choose another --output"
             ) from error
         check_settings(found, self.settings, f"--output {self.given.output}", "output", "scores")
+        if self.masks is not None and not self.map_file.exists():
+            raise ValueError(f"--masks needs the maps, and {self.map_file} is gone: choose another --output")
         return True
+
+    def check_new(self) -> None:
+        """Check that a run that begins would not write over files, nor mix its own with those of another run.
+
+        Raises:
+            ValueError: there are some.
+        """
+        written = [self.facts, *([self.map_file] if "npy" in self.given.maps else [])]
+        written += [self.pictures] if "pictures" in self.given.maps else []
+        if found := [str(path) for path in written if path.exists() and not self.folder.exists()]:
+            raise ValueError(f"--output {self.given.output} is new, and {', '.join(found)} is there already: choose "
+                             "another --output")  # fmt: skip
 
     def score(self, scored: Scored, name: str) -> ScoreParts:
         """Score what is missing of the items, on all processes, and return the parts."""
@@ -315,10 +426,13 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)
             if self.masks is not None and self.anomalous is None:
                 self.anomalous = self.masks.reshape(len(self.masks), -1).any(axis=1)
-            if self.anomalous is not None and not self.anomalous.all() and self.anomalous.any():
-                metrics |= item_metrics(scores, self.anomalous)
-            if self.masks is not None:
-                metrics |= map_metrics(np.load(self.map_file, mmap_mode="r"), self.masks)
+            try:
+                if self.anomalous is not None and not self.anomalous.all() and self.anomalous.any():
+                    metrics |= item_metrics(scores, self.anomalous)
+                if self.masks is not None:
+                    metrics |= map_metrics(np.load(self.map_file, mmap_mode="r"), self.masks)
+            except ValueError as error:  # items that could not be read were all of one kind
+                print(f"no more metrics: {error}")
             write_text(self.facts, json.dumps({"settings": self.settings, "metrics": metrics}, indent=1))
             print(f"{len(scores):,} items, {accelerator.num_processes} process(es): {self.given.output}")
             for name, value in metrics.items():

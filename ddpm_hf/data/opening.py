@@ -55,20 +55,27 @@ def open_data(config: TrainConfig, dataset: Any = None) -> StoredFeed | Streamed
     return feed
 
 
-def build_dataset(config: TrainConfig) -> ImageDataset | ImageStream | SequenceDataset:
+def build_dataset(config: TrainConfig, **own_units: Any) -> ImageDataset | ImageStream | SequenceDataset:
     """Open the source of data that a configuration names.
+
+    Args:
+        own_units: further arguments of `ScientificImages`, for images in units of their own.
 
     Raises:
         ValueError: it names no source, nothing is found there, or the data does not fit the options.
     """
-    return _opened(config)[1]
+    return _opened(config, own_units)[1]
 
 
-def _opened(config: TrainConfig) -> tuple[str, ImageDataset | ImageStream | SequenceDataset]:
+def _opened(
+    config: TrainConfig, own_units: dict | None = None
+) -> tuple[str, ImageDataset | ImageStream | SequenceDataset]:
     """Open the source of data that a configuration names; return its kind and the dataset."""
     listing = list_folder(config.train_data_dir) if config.train_data_dir else None  # once: there may be many files
     kind = kind_of_source(config, listing)
     config.check_scope(kind)
+    if kind in ("data folder", "image array"):
+        return kind, OPENERS[kind](config, listing, **own_units or {})
     return kind, OPENERS[kind](config, listing) if kind in LISTED else OPENERS[kind](config)
 
 
@@ -208,7 +215,7 @@ def _own_units(config: TrainConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _open_data_folder(config: TrainConfig, listing: Listing | None = None) -> ScientificImages:
+def _open_data_folder(config: TrainConfig, listing: Listing | None = None, **own_units: Any) -> ScientificImages:
     _check_folder_classes(config)
     folder = config.train_data_dir
     listing = listing or list_folder(folder)
@@ -218,18 +225,18 @@ def _open_data_folder(config: TrainConfig, listing: Listing | None = None) -> Sc
         paths, notes = find_images(folder, listing, more=(".npy",))
     labels = None if config.class_labels is None else subfolder_labels(Path(folder), paths)
     name = os.path.basename(os.path.normpath(folder))
-    data = ScientificImages(paths, _resolution(config, 64), labels=labels, name=name, **_own_units(config))
+    data = ScientificImages(paths, _resolution(config, 64), labels=labels, name=name, **_own_units(config), **own_units)
     data.notes = [*notes, *data.notes]
     data.condition = _folder_conditions(config, data)
     return data
 
 
-def _open_image_array(config: TrainConfig) -> ScientificImages:
+def _open_image_array(config: TrainConfig, listing: Listing | None = None, **own_units: Any) -> ScientificImages:
     path = config.train_data_file
     array = read_sequences(path, leave_out=_left_out(config))
     labels = None if config.class_labels is None else read_labels(path, config.class_labels, len(array))
     size = None if config.resolution is None else _resolution(config, 64)
-    data = ScientificImages(array, size, labels=labels, name=path, **_own_units(config))
+    data = ScientificImages(array, size, labels=labels, name=path, **_own_units(config), **own_units)
     if config.condition_column is not None:
         where = f"{config.condition_column!r} of {path}"
         condition = read_condition(path, config.condition_column)

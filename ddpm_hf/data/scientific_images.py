@@ -36,7 +36,7 @@ SHOWN = 8  # channels whose ranges are listed, at most
 # One image
 
 
-def read_values(source: Any, name: str, channels_last: bool = False) -> np.ndarray:
+def read_values(source: Any, name: str, channels_last: bool = False, missing: bool = False) -> np.ndarray:
     """Read an image (C, H, W) in the type that its file has.
 
     The channels of a TIFF file are all of its axes but height and width: bands, samples and pages. Pages of another
@@ -46,6 +46,7 @@ def read_values(source: Any, name: str, channels_last: bool = False) -> np.ndarr
         source: the path of a TIFF or .npy file or of a format that Pillow reads, or an array (H, W) or (C, H, W).
         name: name of the image in messages; a path is its own name.
         channels_last: arrays, also those of .npy files, are (H, W, C).
+        missing: values may be NaN.
 
     Raises:
         BadImageError: it cannot be read, has another number of dimensions, or holds values that are no finite real
@@ -63,7 +64,7 @@ def read_values(source: Any, name: str, channels_last: bool = False) -> np.ndarr
             values = _read_other(source)
         if values.dtype.kind not in "iufb" or 0 in values.shape:
             raise ValueError(f"it must hold real numbers, got {values.dtype} of shape {values.shape}")
-        finite = np.isfinite(values)
+        finite = np.isfinite(values) | (missing & np.isnan(values))
         if not finite.all():
             channel, row, column = map(int, np.argwhere(~finite)[0])
             raise ValueError(
@@ -393,6 +394,7 @@ class ScientificImages(Dataset):
         name: name of the data in messages.
         scaling: a scaling to take, instead of one that follows from the data; the data is not looked at then.
         scans: results of earlier passes over the data, as `SequenceDataset` has them.
+        missing: values may be NaN, which needs a scaling; a pixel that is resized from a missing one is missing too.
 
     Attributes:
         scaling: the map between data units and model units, a `Scaling`; `EIGHT_BIT` for the bits of 8-bit images.
@@ -422,6 +424,7 @@ class ScientificImages(Dataset):
         name: str = "the array",
         scaling: Scaling | None = None,
         scans: dict[str, list] | None = None,
+        missing: bool = False,
     ):
         if norm not in (None, *IMAGE_NORMS):
             raise ValueError(f"image_norm must be one of {', '.join(IMAGE_NORMS)}, got {norm!r}")
@@ -430,6 +433,7 @@ class ScientificImages(Dataset):
         self.center_crop, self.random_flip = center_crop, random_flip
         self.is_array = hasattr(sources, "dtype")
         self.value_range, self.notes, self.scans = value_range, [], {} if scans is None else scans
+        self.missing = missing
         if self.is_array:
             shape = tuple(sources.shape)
             if len(shape) not in (3, 4) or 0 in shape:
@@ -527,7 +531,7 @@ class ScientificImages(Dataset):
     def _read(self, index: int) -> np.ndarray:
         """Read image `index` as it is, (C, H, W)."""
         name = f"in row {index} of {self.name}"
-        return read_values(self.sources[index], name, self.channels_last)
+        return read_values(self.sources[index], name, self.channels_last, self.missing)
 
     def __len__(self) -> int:
         return len(self.sources)

@@ -66,7 +66,7 @@ def open_real_data(
         facts: the pipeline's record, which `read_record` returns.
         pipeline: the pipeline, whose samples have the shape that the data must have.
         say: the function that prints a line.
-        gaps: True to leave missing values of sequences as NaN.
+        gaps: True to leave missing values of sequences, and of images in units of their own, as NaN.
 
     Raises:
         ValueError: if the data cannot be opened, does not fit the pipeline, or is not the run's any more.
@@ -151,11 +151,14 @@ def _open(config: EvaluateConfig, run: dict, pipeline, gaps: bool) -> tuple[Any,
         if gaps or pipeline.config.get("condition") == "known":  # its data may have missing values
             options["condition"] = "known"
     run_folder = str(path_of_run) if (path_of_run := Path(config.pipeline).parent).is_dir() else "none"
-    dataset = build_dataset(TrainConfig(**source, **options, cache_gb=0, output_dir=run_folder))
-    if len(size) == 2 and own_units and isinstance(dataset, ScientificImages):
+    own = {}
+    if len(size) == 2 and own_units:
         scaling = Scaling.from_json(pipeline.config)  # other data is seen as the model sees its own
-        dataset.scaling = replace(scaling, limit=float(pipeline.scheduler.config.get("clip_sample_range") or 1.0))
-    elif len(size) == 2 and (own_units or has_own_units(scaling_of(dataset))):
+        scaling = replace(scaling, limit=float(pipeline.scheduler.config.get("clip_sample_range") or 1.0))
+        own = {"scaling": scaling, "missing": gaps}
+    dataset = build_dataset(TrainConfig(**source, **options, cache_gb=0, output_dir=run_folder), **own)
+    fits = isinstance(dataset, ScientificImages) if own else not has_own_units(scaling_of(dataset))
+    if len(size) == 2 and not fits:
         units = "in units of the data" if own_units else "in [0, 1]"
         raise ValueError(f"the pipeline's samples are {units}, and {config.data} has other units")
     shape, expected = _first_shape(dataset, config.on_bad_image), (pipeline.unet.config.in_channels, *size)

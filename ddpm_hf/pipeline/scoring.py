@@ -256,6 +256,8 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
         options = {"method": method, "num_timesteps": num_timesteps}
         if method == "reconstruction":
             options = {"method": method, "strengths": list(strengths)}
+        if any(label is not None for label in (labels if isinstance(labels, list) else [labels])):
+            options["classes"] = True
         maps = self._maps(x0, options, draws, batch_size, labels, told)
         self.maybe_free_model_hooks()
         scale, _ = affine(self, x0.shape[1], x0.ndim)

@@ -27,6 +27,10 @@ def place(tmp_path_factory):
     DDPMPipeline(UNet2D(**small), scheduler).save_pretrained(folder / "images")
     sequences = DDPMPipeline1D(UNet1D(**small), scheduler, data_shift=[100.0], data_scale=[20.0])
     sequences.save_pretrained(folder / "sequences")
+    classes = {0: "good", 1: "bad"}  # in another order than the folders
+    DDPMPipeline(UNet2D(**small, num_class_embeds=2), scheduler, id2label=classes).save_pretrained(folder / "classes")
+    own = {"data_shift": [50.0], "data_scale": [40.0]}
+    DDPMPipeline(UNet2D(**small), scheduler, **own).save_pretrained(folder / "scans")
     draw = np.random.default_rng(0)
     for kind in ("good", "bad"):
         (folder / "data" / kind).mkdir(parents=True)
@@ -38,7 +42,7 @@ def place(tmp_path_factory):
 
 
 def run(place, kind, output, *more, data=None):
-    data = data or place / ("data" if kind == "images" else "data.npy")
+    data = data or place / ("data.npy" if kind == "sequences" else "data")
     command = [f"--pipeline={place / kind}", f"--data={data}", f"--output={output}"]
     return program.main([*command, *more])
 
@@ -154,7 +158,12 @@ def test_windows_have_places_and_masks_of_their_recording(place, tmp_path):
         ("sequences", "--labels=nothing.txt", "nothing.txt"),
         ("sequences", "--strengths=2", "strengths must be numbers above 0 and at most 1, got [2.0]"),
         ("sequences", "--num_timesteps=3", "--num_timesteps applies to --method denoising, got 3 for reconstruction"),
-        ("images", "--complete", "--complete applies to sequences"),
+        ("images", "--complete", "--complete applies to sequences, and to images in units of their own"),
+        ("images", "--class_labels=folder", "--class_labels needs a model with classes"),
+        ("images", "--data=./empty", "--data ./empty: there is no such file or folder"),
+        ("sequences", "--class_for_all=1", "--class_for_all needs a model with classes"),
+        ("classes", "--class_for_all=dog", "one of the model's classes (good, bad), or none; got 'dog'"),
+        ("classes", "--class_labels=column", "must be 'folder'"),
     ],
 )
 def test_refusals_come_before_any_file(place, tmp_path, capsys, kind, option, message):
@@ -177,6 +186,111 @@ def test_other_files_and_missing_values_are_named(place, tmp_path, capsys):
     assert list(pd.read_csv(tmp_path / "d.csv")["item"]) == [0, 1, 2, 4]
     assert "s.json with its settings is not" in error and "--output must end in .csv or .parquet" in error
     assert "sequence 3" in error or "row 3" in error
+
+
+def scores(path):
+    return pd.read_csv(path)["score"]
+
+
+def test_items_are_scored_as_their_classes(place, tmp_path, capsys):
+    """By the names of the classes, whose numbers differ; the labels of anomalies may be the same folders or others."""
+    asked = {
+        "none": [],
+        "all": ["--class_for_all=bad"],
+        "good": ["--class_for_all=0"],
+        "own": ["--class_labels=folder"],
+    }
+    for name, options in asked.items():
+        assert run(place, "classes", tmp_path / f"{name}.csv", *options, "--strengths=0.5") == 0
+        assert ("scores the items without one" in capsys.readouterr().out) == (name == "none")
+    found = {name: scores(tmp_path / f"{name}.csv") for name in asked}
+    assert abs(found["all"] - found["none"]).min() > 1e-5 and abs(found["all"] - found["good"]).min() > 1e-5
+    assert np.allclose(found["own"], [*found["all"][:3], *found["good"][3:]], rtol=1e-5)
+    labels = ("--labels=folder", "--normal=good")
+    more = (*labels, "--strengths=0.5", f"--reference={place / 'data'}")
+    assert run(place, "classes", tmp_path / "l.csv", *more) == 0  # the labels are no classes for the model
+    assert np.allclose(scores(tmp_path / "l.csv"), found["none"], rtol=1e-5)
+    assert run(place, "classes", tmp_path / "l.csv", *more, "--class_labels=folder") == 2
+    assert run(place, "classes", tmp_path / "b.csv", *more, "--class_labels=folder") == 0
+    assert np.allclose(scores(tmp_path / "b.csv"), found["own"], rtol=1e-5)
+    assert "roc_auc" in json.loads((tmp_path / "b.json").read_text())["metrics"]
+    both = ("--class_for_all=0", "--class_labels=folder")
+    assert run(place, "classes", tmp_path / "c.csv", *both) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_items_are_scored_with_their_conditions(place, tmp_path, capsys):
+    torch.manual_seed(0)
+    unet = UNet1D(8, in_channels=1, dim=8, dim_mults=(1, 2), condition_channels=1)
+    DDPMPipeline1D(unet, GaussianScheduler(10), condition="paired").save_pretrained(tmp_path / "paired")
+    draw = np.random.default_rng(0)
+    for name, low in (("a", 0), ("b", 1)):
+        x = np.random.default_rng(1).uniform(-1, 1, (3, 1, 8))
+        np.savez(tmp_path / f"{name}.npz", data=x, low=low + draw.uniform(-1, 1, (3, 1, 8)))
+    for name in "ab":
+        options = (f"--pipeline={tmp_path / 'paired'}", f"--data={tmp_path / name}.npz", "--condition_column=low")
+        assert run(place, "sequences", tmp_path / f"{name}.csv", *options) == 0
+    assert not np.isclose(scores(tmp_path / "a.csv"), scores(tmp_path / "b.csv"), rtol=1e-5).any()
+    assert run(place, "sequences", tmp_path / "c.csv", *options[:2]) == 2
+    assert "--condition_dir must name the conditions" in capsys.readouterr().err
+
+
+def test_images_with_missing_values_are_completed(place, tmp_path, capsys):
+    """Those in units of their own: the values that are missing do not count; an image of NaN alone is named."""
+    x = np.random.default_rng(0).normal(50, 20, (3, 8, 8)).astype(np.float32)
+    x[1, 2:4, 5] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    assert run(place, "scans", tmp_path / "a.csv", data=tmp_path / "x.npy") == 2
+    assert "NaN or infinity" in (error := capsys.readouterr().err) or "must be finite" in error
+    options = ("--complete", "--maps", "npy", "pictures")
+    assert run(place, "scans", tmp_path / "b.csv", *options, data=tmp_path / "x.npy") == 0
+    maps, found = np.load(tmp_path / "b-maps.npy")[:, 0], scores(tmp_path / "b.csv")
+    assert np.isfinite(maps).all() and len(list((tmp_path / "b-maps").iterdir())) == 3
+    for item in range(3):
+        assert maps[item][~np.isnan(x[item])].mean() == pytest.approx(found[item], rel=1e-4)
+    assert maps[1].mean() != pytest.approx(found[1], rel=1e-4)
+    x[2] = np.nan
+    np.save(tmp_path / "y.npy", x)
+    assert run(place, "scans", tmp_path / "c.csv", "--complete", data=tmp_path / "y.npy") == 2
+    assert "item 2 has missing values alone" in capsys.readouterr().err
+
+
+def test_odd_data_and_outputs(place, tmp_path, capsys):
+    """One constant item is scored; other shapes, empty folders and files that would be written over are refused."""
+    np.save(tmp_path / "one.npy", np.full((1, 8, 8), 5.0))
+    assert run(place, "scans", tmp_path / "new" / "one.csv", data=tmp_path / "one.npy") == 0
+    assert len(scores(tmp_path / "new" / "one.csv")) == 1
+    (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "two.npy", np.zeros((3, 2, 8, 8)))
+    np.save(tmp_path / "mask.npy", np.eye(9)[None, :, :] * np.ones((6, 1, 1)))
+    refused = {
+        "no images": (tmp_path / "empty",),
+        "must be the number of channels of": (tmp_path / "two.npy",),
+        "must have one of the shapes (6, 1, 8, 8)": (place / "data", f"--masks={tmp_path / 'mask.npy'}"),
+    }
+    for message, (data, *options) in refused.items():
+        kind = "scans" if data.suffix else "images"
+        assert run(place, kind, tmp_path / "out" / "s.csv", *options, data=data) == 2
+        error = capsys.readouterr().err
+        assert message in error, error
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "s.json").write_text("mine")
+    (tmp_path / "t-maps").mkdir()
+    for name, file in (("s", "s.json"), ("t", "t-maps")):
+        assert run(place, "images", tmp_path / f"{name}.csv", "--maps=pictures") == 2
+        assert f"{file} is there already" in capsys.readouterr().err
+    assert (tmp_path / "s.json").read_text() == "mine"
+
+
+def test_items_of_one_kind_among_those_that_can_be_read(place, tmp_path, capsys):
+    """The labels are of two kinds, but the anomalous items cannot be read: the scores are there, the metrics not."""
+    shutil.copytree(place / "data", tmp_path / "data")
+    for file in (tmp_path / "data" / "bad").iterdir():
+        file.write_bytes(file.read_bytes()[:60])
+    options = ("--labels=folder", "--normal=good", "--on_bad_image=skip")
+    assert run(place, "images", tmp_path / "s.csv", *options, data=tmp_path / "data") == 0
+    assert "no more metrics: metrics need normal and anomalous items" in capsys.readouterr().out
+    assert scores(tmp_path / "s.csv").isna().sum() == 3
 
 
 @pytest.mark.slow
