@@ -1,7 +1,7 @@
 """A stand-in for a card's graphs, on CPU: it records the operations of a step and replays them on the same memory.
 
 As with a CUDA graph, a capture computes nothing, a replay runs none of the Python code, Python's numbers stay those of
-the capture, and reading a number back ends a capture. `Tape` has the methods of `CudaBackend`.
+the capture, and reading a number back ends a capture. `Tape` has the methods of `StepBackend`.
 """
 
 import contextlib

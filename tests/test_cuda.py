@@ -61,7 +61,7 @@ def runners(monkeypatch):
     made = []
     monkeypatch.setattr(loop, "Runner", lambda *args: made.append(Runner(*args)) or made[-1])
     if not ON_CARD:
-        monkeypatch.setattr(loop, "CudaBackend", lambda device: Tape())
+        monkeypatch.setattr(loop, "StepBackend", lambda device: Tape())
         monkeypatch.setattr(loop.compiling, "make_plan", lambda c, acc: Plan(graphs=c.compile == "auto"))
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     return made

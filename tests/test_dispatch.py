@@ -73,8 +73,8 @@ def on_meta(kind, dtype, **options):
 def test_few_operations(kind, call, step, dtype, card_kernels):
     """A call, and forward and backward of a step, of the default model.
 
-    Before linear attention took one softmax over memory and positions, and the norm its weight, these were 505 and 1377
-    in 2D and float32.
+    In version 0.2.0 these were 509 and 1370 in 2D and float32. What is left are the layers themselves: 57 convolutions,
+    56 norms and products of attention, 39 SiLU, 39 linear layers, and 47 sums, of which 28 are skips.
     """
     model, x, t = on_meta(kind, dtype)
     with torch.no_grad(), CountOperations() as counter:

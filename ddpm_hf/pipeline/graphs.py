@@ -16,8 +16,8 @@ logger = logging.get_logger(__name__)
 WARM_UP_CALLS = 2  # before a capture: libraries choose algorithms and allocate workspaces in a first call
 
 
-class _CudaBackend:
-    """The stream and the memory of one graphics card's graphs."""
+class CudaBackend:
+    """The stream of one graphics card's captures, and the memory of its graphs; the trainer's steps use it too."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -36,8 +36,12 @@ class _CudaBackend:
     def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Record `work` without running it. The returned function runs it; its result is always at the same place."""
         graph = torch.cuda.CUDAGraph()
-        # other threads (loaders that pin memory) may go on meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        # A capture that fails leaves its stream the current one: the outer context ends that. Other threads may pin the
+        # memory of batches meanwhile, which a capture in the mode "global" does not survive.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),
+            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+        ):
             result = work()
 
         def replay() -> Tensor:
@@ -47,10 +51,11 @@ class _CudaBackend:
         return replay
 
     def free(self, graphs: dict) -> None:
-        """Forget the graphs once they have run, and give their memory back to the card."""
+        """Forget the graphs once they have run, give their memory back to the card, and take a new pool."""
         torch.cuda.synchronize(self.device)
         graphs.clear()
         torch.cuda.empty_cache()
+        self.pool = torch.cuda.graph_pool_handle()
 
 
 class _Graph(NamedTuple):
@@ -75,7 +80,7 @@ class GraphedModel:
     Two threads must not call one object at the same time, as the inputs of a graph are shared.
 
     Args:
-        backend: a function of the device that returns an object with the methods of `_CudaBackend`; None: the graphics
+        backend: a function of the device that returns an object with the methods of `CudaBackend`; None: the graphics
             card's. Tests give a stand-in, which works on any device.
         most: number of graphs that are kept. The one that was used longest ago is dropped for a new one.
     """
@@ -102,7 +107,7 @@ class GraphedModel:
             elif weights_move(model):
                 self._give_up("its weights are offloaded or sharded, so they have no fixed place on the card")
             else:
-                self.backend = (self.make_backend or _CudaBackend)(device)
+                self.backend = (self.make_backend or CudaBackend)(device)
         return self
 
     @staticmethod

@@ -88,7 +88,7 @@ class Runner:
     Args:
         step: the `TrainingStep`, or another step with its methods; its `network` is what is compiled.
         plan: from `make_plan`.
-        backend: captures steps: a `CudaBackend`, or the tests' stand-in; for a plan with graphs.
+        backend: captures steps: a `StepBackend`, or the tests' stand-in; for a plan with graphs.
         say: takes the lines for the user.
 
     Attributes:

@@ -14,48 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpm_hf.pipeline.graphs import CudaBackend
+
 # Eager steps before the first capture, of all kinds together. Each kind of step runs eagerly twice before its capture:
 # once to make what is made at first use, and once under a watch for reads by the host.
 WARM_UP_STEPS = 3
 
 
-class CudaBackend:
-    """Streams, capture and replay on one graphics card.
+class StepBackend(CudaBackend):
+    """Streams, capture and replay on one graphics card, and what else the steps ask of it.
 
     The tests' stand-in has the same methods and runs on CPU.
     """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Run what is inside on the stream of the captures, after the work before it and before the work after it."""
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            yield
-        current.wait_stream(self.stream)
-
-    def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Record `work` without running it; the function returned runs it and returns its result, always in the same
-        memory."""
-        graph = torch.cuda.CUDAGraph()
-        # A capture that fails leaves its stream the current one: the outer context ends that. Other threads may pin the
-        # memory of batches meanwhile, which a capture in the mode "global" does not survive.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream(self.device)),
-            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
-        ):
-            result = work()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
 
     @contextlib.contextmanager
     def watch(self, found: list[str]) -> Iterator[None]:
@@ -90,13 +60,6 @@ class CudaBackend:
         total = torch.cuda.get_device_properties(self.device).total_memory
         return torch.cuda.memory_reserved(self.device) > total / 2
 
-    def free(self, graphs: dict) -> None:
-        """Forget the graphs once they have run, give their memory back to the card, and take a new pool."""
-        torch.cuda.synchronize(self.device)
-        graphs.clear()
-        torch.cuda.empty_cache()
-        self.pool = torch.cuda.graph_pool_handle()
-
 
 @dataclass
 class Captured:
@@ -116,7 +79,7 @@ class StepGraphs:
         step: called as step(*tensors, **choices). It must do all its work on tensors of the device, change its state
             (weights, optimizer, average) in place, and return one tensor. It must follow from the choices alone which
             operations it runs; every number that changes from step to step must be in a tensor.
-        backend: a `CudaBackend`, or the stand-in of the tests.
+        backend: a `StepBackend`, or the stand-in of the tests.
         state: returns the tensors of the state. If one of them has moved, the graphs are captured again.
         drop_gradients: sets the gradients to None; called after a capture that failed.
         say: takes the line that says why steps are not captured.
@@ -125,7 +88,7 @@ class StepGraphs:
     def __init__(
         self,
         step: Callable[..., Tensor],
-        backend: CudaBackend,
+        backend: StepBackend,
         state: Callable[[], Iterable[Tensor]],
         drop_gradients: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = print,

@@ -29,7 +29,7 @@ from ddpm_hf.trainer import build, compiling, device, launcher
 from ddpm_hf.trainer.batches import Batches
 from ddpm_hf.trainer.compiling import Runner
 from ddpm_hf.trainer.ema import WeightAverage
-from ddpm_hf.trainer.graphs import CudaBackend
+from ddpm_hf.trainer.graphs import StepBackend
 from ddpm_hf.trainer.looking import Looks, LossWatch
 from ddpm_hf.trainer.optimizer import make_optimizer, make_schedule
 from ddpm_hf.trainer.origin import find_origin
@@ -225,7 +225,7 @@ class Trainer:
         classes = None if self.feed.class_names is None else len(self.feed.class_names)
         self.training_step = TrainingStep(self.model, self.scheduler, optimizer, average, c, acc, classes)
         plan = compiling.make_plan(c, acc)
-        self.runner = Runner(self.training_step, plan, CudaBackend(acc.device) if plan.graphs else None, tqdm.write)
+        self.runner = Runner(self.training_step, plan, StepBackend(acc.device) if plan.graphs else None, tqdm.write)
         self.losses = LossWatch(self.parts)
         self.saver = Saver(self.parts, self.record)
         self.stop = StopRequest(launcher.parent_launcher(), acc)

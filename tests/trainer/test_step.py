@@ -280,7 +280,7 @@ def test_a_whole_run_of_captured_steps(tmp_path, monkeypatch):
     }  # fmt: skip
     tapes, states = [], []
     monkeypatch.setattr(compiling, "make_plan", lambda config, accelerator: Plan(graphs=True))
-    monkeypatch.setattr(loop, "CudaBackend", lambda device: tapes.append(Tape()) or tapes[-1])
+    monkeypatch.setattr(loop, "StepBackend", lambda device: tapes.append(Tape()) or tapes[-1])
     for name, warm_up in (("graphs", 3), ("eager", 1000)):
         monkeypatch.setattr(graphs, "WARM_UP_STEPS", warm_up)
         train(config(tmp_path / name, **options))

@@ -2,8 +2,10 @@
 
 import argparse
 import importlib
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -200,6 +202,8 @@ def test_the_table_on_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(contenders, "WIDTH", {"dim": 8, "dim_mults": (1, 2)})
     monkeypatch.setattr(on_card, "Contender", Here)
     monkeypatch.setattr(on_card, "PEER_STEPS", 20)
+    monkeypatch.setattr(on_card, "PICTURES", 8)
+    monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 0)  # loaders of denoising-diffusion-pytorch
     command = ["--only", "card", "--rounds", "1", "--threads", "1", "--output_dir", str(tmp_path)]
     assert benchmark.main(command) == 0
     found = json.loads((tmp_path / "benchmark.json").read_text())
@@ -208,11 +212,25 @@ def test_the_table_on_cpu(tmp_path, monkeypatch, capsys):
         ("step 2x3x16x16", "peer, amp"), ("step 2x3x16x16", "ours, eager"), ("call 1x3x16x16", "peer, amp"),
         ("call 1x3x16x16", "ours, eager"), ("call 1x3x16x16", "stock U-Net, eager"), ("sample 1x3x16x16", "peer, amp"),
         ("sample 1x3x16x16", "ours, eager"), ("step 2x32x16", "peer, amp"), ("step 2x32x16", "ours, eager"),
+        ("folder 2x3x16x16", "peer, amp"), ("folder 2x3x16x16", "ours, eager"),
     ]  # fmt: skip
     for row in found["card"]:
         assert row["ms"] > 0 and row["host ms"] > 0 and row["ratio to peer"] > 0
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
     assert "share of bf16 rate" in capsys.readouterr().out
+
+
+def test_a_step_on_a_folder_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(contenders, "WIDTH", {"dim": 8, "dim_mults": (1, 2)})
+    monkeypatch.setattr(on_card, "PICTURES", 8)
+    monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 0)
+    with on_card.base_task(options(), "folder", (2, 3, 16, 16)) as base:
+        for side in ("peer", "ours"):
+            task = contenders.replace(base, side=side, dtype="float32")
+            step = contenders.build_step(task)
+            assert np.isfinite([[float(value) for value in step()] for _ in range(5)]).all()
+        seen = list(itertools.islice(contenders._peer_batches(base), 4))
+    assert len(torch.cat(seen).flatten(1).unique(dim=0)) == 8
 
 
 def test_each_form_on_cpu(tmp_path, monkeypatch):

@@ -5,11 +5,12 @@ Each runs in a process of its own, as it comes to a user, so that its memory is 
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,20 +28,23 @@ from measures import (
     resident,
     seconds_a_run,
 )
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_hf import DDPMPipeline, GaussianScheduler, TrainConfig
 from ddpm_hf.convert import from_denoising_diffusion_pytorch
 from ddpm_hf.data.loading import Batch
 from ddpm_hf.pipeline import GraphedModel
+from ddpm_hf.pipeline.graphs import CudaBackend
 from ddpm_hf.trainer import device as device_settings
+from ddpm_hf.trainer.batches import Batches
 from ddpm_hf.trainer.compiling import Plan, Runner
-from ddpm_hf.trainer.graphs import CudaBackend
 from ddpm_hf.trainer.loop import Trainer
 from ddpm_hf.trainer.memory import keep_freed_memory
 
 WIDTH = {"dim": 64, "dim_mults": (1, 2, 4, 8)}
 FORMS = ("eager", "inductor", "graphs", "graphs + inductor")
+TRAINING = ("step", "folder")  # tasks that train
 # Runs before anything is measured: a step is captured as a graph in its fourth.
 WARM_UP = 6
 
@@ -51,13 +55,16 @@ class Task:
 
     Attributes:
         side: "peer", "ours" or "stock".
-        what: "call" (the model), "step" (one training step) or "sample" (a batch, from noise to pixels).
+        what: "call" (the model), "step" (one training step on a batch that is always the same), "folder" (one on the
+            next batch of a folder of pictures, read as each side's trainer reads them) or "sample" (a batch, from noise
+            to pixels).
         shape: the shape of a batch, (B, C, H, W) or (B, C, length).
         dtype: "float32" or "bfloat16": the type of the weights; in a training step that of autocast. "float16":
             autocast and a scaled loss, as the peer's option `amp` does.
         form: one of `FORMS`; graphs need a card. For the peer, "graphs + inductor" is
             torch.compile(mode="reduce-overhead") of its model, and there is no other form but "eager".
         weights: a file of the peer's weights, with which every side begins.
+        pictures: the folder of a task "folder".
         steps: calls of the model in a sample.
         keep_memory: let the process keep freed memory. Otherwise memory is as it comes; our training step does what
             our trainer does, which keeps it, or with checkpointing gives it back (release_memory).
@@ -72,6 +79,7 @@ class Task:
     form: str = "eager"
     checkpointing: bool = False
     weights: str | None = None
+    pictures: str | None = None
     steps: int = 1
     keep_memory: bool = False
 
@@ -162,23 +170,36 @@ def build_call(task: Task) -> Callable[[], torch.Tensor]:
 def build_step(task: Task) -> Callable[[], Iterable[torch.Tensor]]:
     """Build one training step: loss, gradient, clipping, optimizer, and the average of the weights as each side has it.
 
-    It returns the loss and the gradient's norm, as tensors on the device.
+    It returns the loss and the gradient's norm, as tensors on the device. With `pictures` it reads its batch too.
     """
     x = (torch.rand(task.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1).to(task.device)
     if task.side == "peer":
-        return _peer_step(peer_diffusion(task), (x + 1) / 2, task)
+        images = (x + 1) / 2
+        batches = itertools.repeat(images) if task.pictures is None else _peer_batches(task)
+        return _peer_step(peer_diffusion(task), batches, task)
     return _our_step(our_model(task) if task.side == "ours" else stock_model(task), x, task)
 
 
-def _peer_step(diffusion, images: torch.Tensor, task: Task) -> Callable[[], Iterable[torch.Tensor]]:
-    """Return a training step as the peer's `Trainer.train` makes it, without its data."""
+def _peer_batches(task: Task) -> Iterator[torch.Tensor]:
+    """Yield the batches of pictures as the peer's `Trainer` reads them, without end."""
+    from denoising_diffusion_pytorch.denoising_diffusion_pytorch import Dataset
+
+    data = Dataset(task.pictures, task.shape[-1], augment_horizontal_flip=True)
+    loader = DataLoader(data, task.shape[0], shuffle=True, pin_memory=True, num_workers=multiprocessing.cpu_count())
+    while True:
+        for images in loader:
+            yield images.to(task.device)
+
+
+def _peer_step(diffusion, batches: Iterator[torch.Tensor], task: Task) -> Callable[[], Iterable[torch.Tensor]]:
+    """Return a training step as the peer's `Trainer.train` makes it."""
     from ema_pytorch import EMA
 
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     average = EMA(diffusion, beta=0.995, update_every=10)
     compile_peer(diffusion, task)
     scaler = torch.amp.GradScaler(task.device_type, enabled=task.dtype == "float16")
-    forward = autocast(task)(lambda: diffusion(images))
+    forward = autocast(task)(lambda: diffusion(next(batches)))
 
     def step() -> tuple:
         loss = forward()
@@ -195,26 +216,28 @@ def _peer_step(diffusion, images: torch.Tensor, task: Task) -> Callable[[], Iter
 
 
 def _our_step(model, x: torch.Tensor, task: Task) -> Callable[[], Iterable[torch.Tensor]]:
-    """Return a step of our trainer without its data; a stock model is trained by the same loop."""
+    """Return a step of our trainer, on x or on the pictures; a stock model is trained by the same loop."""
+    data = {} if task.pictures is None else {"train_data_dir": task.pictures, "resolution": [task.shape[-1]]}
     config = TrainConfig(
         output_dir="nothing is written", report_to="none", train_batch_size=len(x), num_cpu_threads=task.threads,
         mixed_precision="bf16" if task.dtype == "bfloat16" else "no", gradient_checkpointing=task.checkpointing,
         release_memory=task.checkpointing,
         learning_rate=1e-4, lr_scheduler="constant", compile="inductor" if task.form == "inductor" else "none",
+        random_flip=task.pictures is not None, **data,
     )  # fmt: skip
     settings = contextlib.ExitStack()  # they end with the step
     settings.enter_context(device_settings.settings(config))
     launched = {"ACCELERATE_USE_CPU": str(task.device_type == "cpu"), "ACCELERATE_DYNAMO_BACKEND": "no"}
     AcceleratorState._reset_state(reset_partial_state=True)  # of another task of this process
     with patch_environment(**launched):
-        trainer = Trainer(config, dataset=list(x.cpu()), model=model)
+        trainer = Trainer(config, dataset=None if data else list(x.cpu()), model=model)
         trainer._start()
     trainer._prepare()
     if "graphs" in task.form:
         # the trainer itself would compile after some replays, in a run that is long enough
         plan = Plan(graphs=True, inductor="now" if "inductor" in task.form else "never")
         trainer.runner = Runner(trainer.training_step, plan, graphs_of(task))
-    trainer.batches = Repeated(x)
+    trainer.batches = Batches(trainer.parts) if data else Repeated(x)
 
     def step() -> torch.Tensor:
         values = trainer._train_step(trainer.batches)
@@ -264,7 +287,7 @@ def build_sample(task: Task) -> Callable[[], object]:
     return sample
 
 
-BUILD = {"call": build_call, "step": build_step, "sample": build_sample}
+BUILD = {"call": build_call, "step": build_step, "folder": build_step, "sample": build_sample}
 
 
 # -- processes
@@ -284,7 +307,7 @@ class Contender:
     def __init__(self, task: Task | None = None):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs,))  # no daemon: those may have no loaders
         self.process.start()
         theirs.close()
         if task is not None:
@@ -342,20 +365,20 @@ class Served:
             warm_up: runs before the first measurement, one at least; optimizers make their state in the first step.
 
         Returns:
-            For a call, the first prediction, as an array; for a step, [loss, norm of the gradient] of each run; None
-            for a sample.
+            For a call, the first prediction, as an array; for a training step, [loss, norm of the gradient] of each
+            run; None for a sample.
 
         Raises:
             RuntimeError: graphs were asked for, and are not used.
         """
         self.drop()
         torch.set_num_threads(task.threads)
-        if task.keep_memory and task.device == "cpu" and not (task.side == "ours" and task.what == "step"):
+        if task.keep_memory and task.device == "cpu" and not (task.side == "ours" and task.what in TRAINING):
             keep_freed_memory()
         self.task, self.before = task, resident("VmRSS")
         torch.manual_seed(0)
         run = BUILD[task.what](task)
-        self.run = run if task.what == "step" else torch.no_grad()(run)
+        self.run = run if task.what in TRAINING else torch.no_grad()(run)
         reset_peak(task.device)
         if task.what == "sample":  # nothing is made at first use that would take long, but graphs
             warm_up = int(task.device_type == "cuda")
@@ -365,7 +388,7 @@ class Served:
             raise RuntimeError(f"no graph is replayed: {obstacle}")
         if task.what == "call":
             return results[0].cpu().numpy()
-        return [[float(value) for value in result] for result in results] if task.what == "step" else None
+        return [[float(value) for value in result] for result in results] if task.what in TRAINING else None
 
     def drop(self) -> None:
         """Forget the task and free its memory."""

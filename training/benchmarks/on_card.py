@@ -21,18 +21,23 @@ from pathlib import Path
 import numpy as np
 import report
 import torch
-from contenders import WARM_UP, Contender, Task, operations, outputs, save_weights
+from contenders import TRAINING, WARM_UP, Contender, Task, operations, outputs, save_weights
 from measures import rate_of_products
+from pictures import make_jpegs
 
 from ddpm_hf import UNet1D, UNet2D
 
 # What is measured, in the order of its importance.
 ROWS = (
     ("step", (128, 3, 64, 64)), ("call", (64, 3, 64, 64)), ("call", (1, 3, 64, 64)), ("sample", (64, 3, 64, 64)),
-    ("step", (128, 3, 32, 32)), ("step", (32, 32, 128)),
+    ("step", (128, 3, 32, 32)), ("step", (32, 32, 128)), ("folder", (64, 3, 64, 64)),
 )  # fmt: skip
 # On CPU the program can be tried, nothing more.
-ROWS_ON_CPU = (("step", (2, 3, 16, 16)), ("call", (1, 3, 16, 16)), ("sample", (1, 3, 16, 16)), ("step", (2, 32, 16)))
+ROWS_ON_CPU = (
+    ("step", (2, 3, 16, 16)), ("call", (1, 3, 16, 16)), ("sample", (1, 3, 16, 16)), ("step", (2, 32, 16)),
+    ("folder", (2, 3, 16, 16)),
+)  # fmt: skip
+PICTURES = 2000  # of about twice the side of a batch's images, in a row "folder"
 PEER_STEPS = 250  # DDIM calls of denoising-diffusion-pytorch's README
 PEER_PART = 10  # of its chain, whose calls are alike, this part is timed
 FAST_STEPS = 12  # calls of our fast sampler, for that distance (docs/studies.md)
@@ -52,7 +57,7 @@ class Entry:
     side: str
     form: str
     name: str
-    kinds: tuple = ("step", "call", "sample")
+    kinds: tuple = ("step", "call", "sample", "folder")
 
     def task(self, base: Task) -> Task:
         """Return its task in the row of `base`, the peer's task."""
@@ -72,7 +77,7 @@ EAGER = (
 )
 COMPILED = (
     Entry("ours", "inductor", "ours, inductor", ("step", "call")),
-    Entry("ours", "graphs + inductor", "ours, graphs + inductor", ("step", "call")),
+    Entry("ours", "graphs + inductor", "ours, graphs + inductor", ("step", "call", "folder")),
     Entry("peer", "graphs + inductor", "peer, amp, reduce-overhead", ("step", "call")),
 )
 
@@ -120,10 +125,15 @@ def name_of_row(what: str, shape: tuple) -> str:
 
 @contextmanager
 def base_task(options, what: str, shape: tuple) -> Iterator[Task]:
-    """Give the peer's task of a row, with a file of weights as long as the context lasts."""
+    """Give the peer's task of a row, with its files (weights, pictures) as long as the context lasts."""
     with tempfile.TemporaryDirectory() as folder:
         steps = PEER_STEPS // PEER_PART if what == "sample" else 1
         task = Task("peer", what, shape, "float16", device=options.device, threads=options.threads, steps=steps)
+        if what == "folder":
+            pictures = Path(folder) / "pictures"
+            pictures.mkdir()
+            make_jpegs(pictures, PICTURES, side=2 * shape[-1])
+            task = replace(task, pictures=str(pictures))
         yield save_weights(task, Path(folder))
 
 
@@ -165,7 +175,7 @@ def check(found: dict[Entry, list], base: Task, expected: np.ndarray | None, eag
         found: what `build` returned.
         base: the peer's task.
         expected: the peer's prediction in float32, for a call.
-        eager: losses and norms of the first steps of each side in its eager form, for a step.
+        eager: losses and norms of the first steps of each side in its eager form, for a training step.
     """
     compared = {} if base.what == "sample" else {e: values for e, values in found.items() if e.side != "stock"}
     if base.what == "call":
@@ -220,7 +230,7 @@ def row_of(entry: Entry, base: Task, values: dict, peer: dict | None, rate: floa
     share = None
     if entry.side != "stock" and base.what != "sample":
         kind = UNet2D if len(base.shape) == 4 else partial(UNet1D, in_channels=base.shape[1])
-        share = operations(kind, base.shape) * {"call": 1, "step": 3}[base.what] / seconds / rate
+        share = operations(kind, base.shape) * (3 if base.what in TRAINING else 1) / seconds / rate
     device, kernels = values.get("device s"), values.get("kernels")
     return {
         "what": name_of_row(base.what, base.shape),
@@ -261,7 +271,7 @@ class Table:
             if what == "step" and name not in self.eager:
                 self.check_gradients(replace(base, dtype="float32"))
             found = build(entries, crew, base, self.budget, together)
-            if what == "step":
+            if what in TRAINING:
                 eager = {entry.side: values for entry, values in found.items() if entry.form == "eager"}
                 self.eager.setdefault(name, eager)
             errors = check(found, base, self.expected.get(name), self.eager.get(name, {}))
