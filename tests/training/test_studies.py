@@ -13,8 +13,10 @@ from ddpm_hf import DDPMPipeline, GaussianScheduler, TrainConfig, UNet2D
 from ddpm_hf.config import read_yaml
 from ddpm_hf.data import open_data
 
+anomalies = load_program("studies/anomalies")
 common = load_program("studies/common")
 guidance = load_program("studies/guidance")
+long = load_program("studies/long")
 recipe = load_program("studies/recipe")
 samplers = load_program("studies/samplers")
 
@@ -159,3 +161,41 @@ def test_guidance_is_measured_with_a_classifier_of_the_digits(tmp_path):
     rows = list(guidance.measure(pipe, feed, tmp_path / "classifier.pt", settings, num_samples=20, calls=[2, 3]))
     assert [row[:2] for row in rows] == settings
     assert all(len(row[2]) == 2 and 0 <= agreement <= 1 and fid > 0 for row in rows for agreement, fid in row[2])
+
+
+@pytest.mark.parametrize("artefact", anomalies.ARTEFACTS)
+def test_artefacts_change_held_out_windows_where_the_mask_says(artefact):
+    known, held_out, beats = anomalies.windows()
+    assert known.shape == (5 * 385, 256) and held_out.shape == (65, 256)
+    rng = np.random.default_rng(0)
+    for window, beat in zip(held_out, beats):
+        assert window[beat - 30 : beat + 30].argmax() == 30
+        before = window.copy()
+        changed, mask = anomalies.put_in(artefact, window, beat, rng)
+        assert (window == before).all() and (changed[~mask] == window[~mask]).all()
+        assert (changed[mask] != window[mask]).mean() > 0.5 and (mask.sum() in (32, 48))
+        if artefact == "dropped beat":
+            assert abs(np.diff(changed)).max() < abs(np.diff(window)).max()
+
+
+def test_distances_of_beats(tmp_path):
+    """Beats are peaks, whose distances are measured within each series; the picture shows several series."""
+    x = np.zeros((2, 600))
+    x[0, [50, 150, 400]] = x[1, [100, 500]] = 200
+    x[:, 300] = 50  # another wave
+    rate, distances = long.intervals(x)
+    assert rate == pytest.approx(1000 * 5 / 1200) and sorted(distances) == [100, 250, 400]
+    noisy = x + np.random.default_rng(0).standard_normal(x.shape)
+    long.rhythm(noisy[:1], {"joint": noisy}, {"joint": [256]}, tmp_path / "rhythm.png")
+    assert Image.open(tmp_path / "rhythm.png").width > 300
+
+
+@pytest.mark.slow
+def test_a_table_of_anomalies(tmp_path):
+    for options, rows in ((("--data", "digits", "--classes", 3), 4), (("--data", "ecg"), 10)):
+        result = run_program(
+            ROOT / "training/studies/anomalies.py", *options, "--steps", 1, "--output_dir", tmp_path, cwd=tmp_path
+        )
+        assert result.returncode == 0, result.stderr
+        assert len((tmp_path / f"{options[1]}.md").read_text().splitlines()) == rows
+    assert Image.open(tmp_path / "anomalies.png").width > 300

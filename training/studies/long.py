@@ -1,10 +1,13 @@
-"""The figures and the picture of docs/long.md: long electrocardiograms by each method, and how they fit at their seams.
+"""The figures and pictures of docs/long.md: long electrocardiograms by each method, their seams and their rhythm.
 
     python training/train.py --config training/configs/ecg.yaml
-    python training/studies/long.py             # runs/long/: table.md, long.png and the series, in some minutes
-    python training/studies/long.py --extend    # runs/long/extend.md: continuations of the recording by both methods
+    python training/train.py --config training/configs/ecg.yaml --sequence_length 512 --output_dir runs/ecg-512
+    python training/studies/long.py --wider runs/ecg-512/pipeline
+    python training/studies/long.py --extend
 
-A seam is where a window begins or ends. "Beside each other" are samples of the trained length without any overlap.
+The folder runs/long gets table.md, long.png, rhythm.png and the series; with --extend the table of continuations. A
+seam is where a window begins or ends. "Beside each other" are samples of the trained length without any overlap. The
+wider model has windows of more than one beat.
 """
 
 import argparse
@@ -16,13 +19,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from pywt.data import ecg
-from scipy.signal import welch
+from scipy.signal import find_peaks, welch
 
 from ddpm_hf import DDPMPipeline1D
 from ddpm_hf.pipeline import windows
 
 WINDOWS, SERIES, STEPS = 20, 4, 50
-HIGH = 120  # a beat is where the electrocardiogram rises past it
+PROMINENCE = 120  # of a peak that is a beat; those of the recording have 276 to 347, its other waves up to 63
 LAGS = 200
 
 
@@ -38,8 +41,8 @@ def autocorrelation(x: np.ndarray) -> np.ndarray:
 
 
 def intervals(x: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return beats per 1,000 values, and the distances of neighbouring beats."""
-    beats = [np.flatnonzero((row[1:] >= HIGH) & (row[:-1] < HIGH)) for row in x]
+    """Return beats per 1,000 values, and the distances of neighbouring beats, of series (N, length)."""
+    beats = [find_peaks(row, prominence=PROMINENCE)[0] for row in x]
     return 1000 * sum(map(len, beats)) / x.size, np.concatenate([np.diff(each) for each in beats])
 
 
@@ -108,9 +111,46 @@ def picture(real, series: dict, seams: dict, file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
+def rhythm(real, series: dict, seams: dict, file: Path) -> None:
+    """Draw the distances of neighbouring beats, the spectra, and the share of jumps above a size, of each series."""
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    beats, spectrum, jumps = figure.subplots(1, 3)
+    for place in intervals(real)[1]:
+        beats.axvline(place, color="black", linewidth=1)
+    for number, (name, x) in enumerate({"data": real, **series}.items()):
+        color = "black" if name == "data" else f"C{number - 1}"
+        if name != "data":
+            values = intervals(x)[1]
+            beats.hist(values, range(0, 1001, 50), weights=np.full(len(values), 1 / len(values)), color=color,
+                       histtype="step")  # fmt: skip
+        frequency, power = welch(x, nperseg=256)
+        spectrum.semilogy(frequency[1:], power.mean(0)[1:], color=color, linewidth=0.8, label=name)
+        sizes = abs(np.diff(x, axis=1))
+        at = np.isin(np.arange(sizes.shape[1]) + 1, seams.get(name, []))
+        for part, style in ((sizes[:, ~at], "-"), (sizes[:, at], ":")):
+            if part.size:
+                jumps.loglog(np.sort(part, axis=None)[::-1], np.arange(1, part.size + 1) / part.size, style,
+                             color=color, linewidth=1)  # fmt: skip
+    beats.set(xlabel="distance of neighbouring beats, values", ylabel="share")
+    spectrum.set(xlabel="frequency, per value", ylabel="power")
+    jumps.set(xlabel="jump (dotted: at seams)", ylabel="share of jumps as large", xlim=(0.5, 400), ylim=(1e-3, 1.1))
+    figure.legend(*spectrum.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+    for ax in (beats, spectrum, jumps):
+        ax.tick_params(labelsize=7)
+    figure.savefig(file, dpi=80)
+
+
 ROWS = ("beside each other", "one call, 1 times", "one call, 2 times", "one call, 4 times", "one call, 20 times",
         "joint with equal weights, overlap 128", "joint, overlap 64", "joint, overlap 128",
         "sequential, overlap 128")  # fmt: skip
+SHOWN = ("beside each other", "joint with equal weights, overlap 128", "joint, overlap 128", "sequential, overlap 128")
+RHYTHM = ("beside each other", "joint, overlap 128")
+
+
+def load(folder: str) -> DDPMPipeline1D:
+    pipe = DDPMPipeline1D.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def continuations(pipe, real: np.ndarray, folder: Path, items: int = 4) -> None:
@@ -153,13 +193,14 @@ def continuations(pipe, real: np.ndarray, folder: Path, items: int = 4) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default="runs/ecg/pipeline", help="Pipeline of the electrocardiogram.")
-    parser.add_argument("--output_dir", default="runs/long", help="Folder for the table, the picture and the series.")
+    parser.add_argument("--wider", help="Pipeline of longer windows, by the default method, for the rhythm.")
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, help="Rows of the table.")
+    parser.add_argument("--output_dir", default="runs/long", help="Folder for the table, the pictures and the series.")
     parser.add_argument("--extend", action="store_true", help="Measure continuations instead.")
     options = parser.parse_args()
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    pipe = DDPMPipeline1D.from_pretrained(options.pipeline)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(options.pipeline)
     real = np.asarray(ecg(), np.float64)[None]
     if options.extend:
         return continuations(pipe, real, folder)
@@ -168,15 +209,21 @@ def main() -> None:
     lines = [head,
              "|" + "---|" * 8, "| data | " + " | ".join(measure(real, real, [])) + " |"]  # fmt: skip
     series, seams = {}, {}
-    for name in ROWS:
-        x, places = draw(pipe, name, length)
+    rows = [(name, name, pipe) for name in options.rows]
+    if options.wider:
+        wider = load(options.wider)
+        size = wider.unet.config.sample_size
+        rows.append((f"windows of {size}", f"joint, overlap {size // 2}", wider))
+    for name, method, pipe in rows:
+        x, places = draw(pipe, method, length)
         np.save(folder / f"{name.replace(', ', '-').replace(' ', '_')}.npy", x)
         lines.append(f"| {name} | " + " | ".join(measure(x, real, places)) + " |")
         print(lines[-1], flush=True)
         (folder / "table.md").write_text("\n".join(lines) + "\n")
-        if name in ("beside each other", "joint with equal weights, overlap 128", "joint, overlap 128", ROWS[-1]):
-            series[name], seams[name] = x, places
-        picture(real, series, seams, folder / "long.png")
+        series[name], seams[name] = x, places
+    picture(real, {name: x for name, x in series.items() if name in SHOWN}, seams, folder / "long.png")
+    chosen = {name: x for name, x in series.items() if name in RHYTHM or name not in ROWS}
+    rhythm(real, chosen, seams, folder / "rhythm.png")
 
 
 if __name__ == "__main__":
