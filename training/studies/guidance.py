@@ -1,10 +1,11 @@
 """The digits demo under guidance: agreement with a classifier, and distance to the data, by scale and interval.
 
-    python training/studies/guidance.py runs/digits/pipeline                      # the first table of docs/classes.md
-    python training/studies/guidance.py runs/digits/pipeline --calls 8 10 15 25   # the second one
+    python training/studies/guidance.py runs/digits/pipeline               # the first table of docs/classes.md
+    python training/studies/guidance.py runs/digits/pipeline --calls 8 10 15 25 --num_samples 500   # the second one
 
-Each takes some minutes. Samples are those of the fast sampler. The classifier is a small convolutional network, trained
-on the items that the demo was trained on. The program first prints its accuracy on the items that the demo held out.
+Each takes some minutes of an idle machine. Samples are those of the fast sampler. The classifier is a small
+convolutional network, trained on the items that the demo was trained on. The program first prints its accuracy on the
+items that the demo held out.
 """
 
 import argparse
@@ -30,8 +31,7 @@ SAMPLES, CALLS = 1000, 12
 WHOLE, MIDDLE = (0.0, 1.0), (0.2, 0.8)
 SETTINGS = [(scale, WHOLE) for scale in (1.0, 1.5, 2.0, 3.0, 5.0)]
 SETTINGS += [(scale, MIDDLE) for scale in (1.5, 2.0, 3.0, 5.0)]
-OF_CALLS = [(scale, WHOLE) for scale in (1.0, 1.5, 2.0, 3.0)]  # the settings whose numbers of calls are compared
-OF_CALLS += [(scale, MIDDLE) for scale in (1.5, 3.0)]
+OF_CALLS = SETTINGS[:4]  # the scales whose numbers of calls are compared
 
 
 def items_and_classes(items, labels) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", help="Pipeline of the demo of digits.")
     parser.add_argument("--calls", type=int, nargs="+", default=[CALLS], help="Numbers of calls of the model.")
+    parser.add_argument("--num_samples", type=int, default=SAMPLES, help="Number of samples of each setting.")
     options = parser.parse_args()
     pipeline = DDPMPipeline.from_pretrained(options.pipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -98,7 +99,7 @@ def main() -> None:
         names = [f"{number} calls" for number in options.calls] if several else ["agreement", "FID of pixels"]
         print(f"| scale | from | to | {' | '.join(names)} |\n" + "|---" * (3 + len(names)) + "|")
         settings = OF_CALLS if several else SETTINGS
-        for scale, (low, high), results in measure(pipeline, feed, file, settings, calls=options.calls):
+        for scale, (low, high), results in measure(pipeline, feed, file, settings, options.num_samples, options.calls):
             cells = [(", " if several else " | ").join((f"{share:.1%}", f"{fid:.3f}")) for share, fid in results]
             print(f"| {scale:g} | {low:g} | {high:g} | {' | '.join(cells)} |", flush=True)
 
