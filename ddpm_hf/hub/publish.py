@@ -40,6 +40,7 @@ RETRY_AFTER = (2, 10, 60)  # seconds
 STALE = ("pipeline_ddpm_hf_*.py", "*/*_ddpm_hf_*.py", "*/*-?????-of-?????.safetensors", "*/*.safetensors.index.json",
          "training_state/*", "samples.png", "loss.png", "training.json", "evaluation.json")  # fmt: skip
 
+PAGE = ("page.py", "page_model.py")  # the files of the page, which Spaces carry too
 SPACE_APP = '''"""The page of {repo_id}, with the code that lies in that repo."""
 
 from diffusers import DiffusionPipeline
@@ -271,7 +272,7 @@ def load_pipeline(place: str) -> DDPMPipeline | DDPMPipeline1D:
 
 
 def write_space(folder: Path, repo_id: str, title: str) -> None:
-    """Write a Space that serves the page of a published pipeline: app.py, page.py, requirements.txt, README.md.
+    """Write a Space that serves the page of a published pipeline: app.py, `PAGE`, requirements.txt and README.md.
 
     Args:
         folder: a folder that is empty or does not exist.
@@ -285,7 +286,12 @@ def write_space(folder: Path, repo_id: str, title: str) -> None:
         raise ValueError(f"a Space is written into a new or empty folder, and {folder} is not one")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "app.py").write_text(SPACE_APP.format(repo_id=repo_id, title=title), encoding="utf-8")
-    shutil.copyfile(Path(__file__).with_name("page.py"), folder / "page.py")
+    for name in PAGE:
+        text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+        # the files lie side by side there, without ddpm_hf
+        (folder / name).write_text(
+            text.replace("from ddpm_hf.hub.page_model import", "from page_model import"), "utf-8"
+        )
     needed = ("torch", "diffusers", "accelerate", "safetensors", "matplotlib", "numpy", "pillow")
     lines = [f"{name}>={metadata.version(name).split('+')[0]}" for name in needed]
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n")

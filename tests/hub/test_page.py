@@ -26,23 +26,19 @@ from helpers import MODEL, make
 from hub_server import serving
 from PIL import Image
 
-from ddpm_hf import DDPMPipeline, GaussianScheduler, UNet2D
-from ddpm_hf.hub.page import (
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
+from ddpm_hf.hub.page import PASSES, Completing, Varying, build_page, serve
+from ddpm_hf.hub.page_model import (
     EVERY_CLASS,
     FAST,
     MOST_BYTES,
     MOST_SAMPLES,
     NO_CLASS,
     OWN,
-    PASSES,
     STOCK,
-    Completing,
     Page,
-    Varying,
     between,
-    build_page,
     generator_of,
-    serve,
 )
 from ddpm_hf.hub.publish import write_space
 
@@ -211,6 +207,32 @@ def test_a_visit(kind, browser, port, tmp_path):
 
 
 @needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_a_visit_with_a_condition(kind, browser, port, tmp_path):
+    """Without a condition a message says what is missing; with one there are samples, which follow from it."""
+    paired(kind).save_pretrained(tmp_path / "saved")
+    given = [tmp_path / f"{name}.{'png' if kind == 'images' else 'csv'}" for name in "ab"]
+    for number, file in enumerate(given):
+        if kind == "images":
+            Image.new("RGB", (30, 20), (90 + 150 * number, 90, 20)).save(file)
+        else:
+            np.savetxt(file, np.random.default_rng(number).normal(size=(12, 2)) + 5, delimiter=",")
+    demo = [ROOT / "training" / "demo.py", "--pipeline", tmp_path / "saved", "--port", port]
+    with Server(demo, port, tmp_path) as server:
+        page, pictures = Visitor(browser, server.address), []
+        page.find("#generate")[0].click()
+        page.wait(lambda: any("upload it first" in t.text for t in page.find(".toast-body")))
+        for file in given:
+            page.wait(lambda: page.find("#condition input[type=file]"))[0].send_keys(str(file))
+            shown = "#condition img" if kind == "images" else "#condition .file-preview"
+            page.wait(lambda shown=shown: page.find(shown))
+            pictures.append(page.press("generate", "samples"))
+            page.find("#condition button[aria-label='Clear'], #condition button[aria-label='Remove Image']")[0].click()
+        assert not np.array_equal(*pictures) and "Traceback" not in server.text()
+
+
+@needs_chromium
 def test_the_space_runs_without_the_package(browser, port, tmp_path):
     """What publish.py --space writes, run as a Space runs it: the pipeline from the Hub, ddpm_hf not installed."""
     make("images").save_pretrained(tmp_path / "saved")
@@ -222,7 +244,7 @@ def test_the_space_runs_without_the_package(browser, port, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0 and "/spaces/alice/try-digits" in done.stdout, done.stderr
         files = hub.files("alice/try-digits", kind="spaces")
-        assert files.keys() == {"app.py", "page.py", "requirements.txt", "README.md"}
+        assert files.keys() == {"app.py", "page.py", "page_model.py", "requirements.txt", "README.md"}
         assert b"sdk: gradio" in files["README.md"] and b"ddpm_hf" not in files["requirements.txt"]
         (tmp_path / "space").mkdir()
         for name, content in files.items():
@@ -281,7 +303,7 @@ def test_frames_are_kept_as_far_as_memory_is_allowed(kind, monkeypatch):
                        return_dict=False)  # fmt: skip
     expected = (expected * 255).round().astype(np.uint8) if kind == "images" else expected
     assert np.array_equal(all_frames, expected) and slider.label == "Steps done"
-    monkeypatch.setattr("ddpm_hf.hub.page.MOST_BYTES", 4 * all_frames[:, 0].nbytes)
+    monkeypatch.setattr("ddpm_hf.hub.page_model.MOST_BYTES", 4 * all_frames[:, 0].nbytes)
     picture, frames, slider, _ = page.generate(3, 9, OWN, 5, 0)
     assert np.array_equal(frames, expected[:, [0, 3, 6, 9]]) and slider.label == "Frame (4 kept of 9 steps)"
     assert np.array_equal(page.look_back(frames, slider.maximum), picture)
@@ -293,7 +315,7 @@ def test_files_and_large_requests_are_refused(completes, port):
     not complete takes no file, and one that does takes no large one."""
     pipe = make("images")
     if not completes:
-        pipe.unet.register_to_config(condition_channels=2)  # a paired condition, which visitors cannot give
+        pipe.unet.register_to_config(condition_channels=2)  # a condition that the page does not know
     blocks = build_page(pipe, "x")
     assert blocks.delete_cache == (600, 3600)
     serve(blocks, server_port=port, prevent_thread_lock=True, quiet=True)
@@ -429,6 +451,57 @@ def test_the_menu_of_classes():
             assert menu.choices[2:] == [("owl", 0), (EVERY_CLASS, 1), ("7", 2)]
 
 
+# -- paired conditions ---------------------------------------------------------------------------
+
+
+def paired(kind, own_units=False):
+    """A pipeline that is given a condition: 3 x 4 x 4 for images, or 2 x 8 in units of its own for sequences."""
+    torch.manual_seed(0)
+    if kind == "images":
+        unet = UNet2D(sample_size=8, in_channels=1, condition_channels=3, **MODEL)
+        units = {"condition_shift": [1, 2, 3], "condition_scale": [2, 2, 2]} if own_units else {}
+        return DDPMPipeline(unet, GaussianScheduler(), 3, condition="paired", condition_size=[4, 4], **units)
+    unet = UNet1D(sample_size=16, in_channels=1, condition_channels=2, **MODEL)
+    return DDPMPipeline1D(
+        unet, GaussianScheduler(), 3, condition="paired", condition_size=[8], condition_shift=[5, 0],
+        condition_scale=[2, 1],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["images", "own units", "csv", "npy"])
+def test_samples_of_an_uploaded_condition(kind, tmp_path):
+    """What the page draws is what the pipeline draws for this condition, brought to its size if it is an image."""
+    pipe = paired("images" if kind in ("images", "own units") else "sequences", kind == "own units")
+    page, columns = Page(pipe), ""
+    if page.is_image:
+        given = Image.new("RGBA", (40, 60), (51, 102, 204, 255))
+        levels = np.array([0.2, 0.4, 0.8])
+        condition = np.ones((1, 4, 4, 3)) * (levels if kind == "images" else (levels * 2 - 1) * 2 + [1, 2, 3])
+    else:
+        rows = np.random.default_rng(0).normal(size=(20, 3)) + 5
+        condition, given, columns = rows[-8:, [2, 0]].T[None], str(tmp_path / f"x.{kind}"), "c,a"
+        if kind == "csv":
+            np.savetxt(given, rows, delimiter=",", header="a,b,c", comments="")
+        else:
+            np.save(given, condition[0])
+    _, frames, _, picture = page.generate(3, 3, OWN, 5, 0, EVERY_CLASS, 1.0, given, columns)
+    options = {"generator": [generator_of(5, i) for i in range(3)], "output_type": "np", "return_dict": False}
+    (expected,) = pipe(3, condition=condition.astype(np.float32), **options)
+    expected = (expected * 255).round().astype(np.uint8) if page.is_image else expected
+    np.testing.assert_allclose(frames[:, -1].astype(float), expected, rtol=0, atol=1 if page.is_image else 1e-4)
+    assert page.interpolate(0, 1, 3, 3, OWN, EVERY_CLASS, 1.0, given, columns).size[0] > 200
+    with pytest.raises(gr.Error, match="upload it first"):
+        page.generate(3, 3, OWN, 5, 0)
+    if kind == "npy":
+        for wrong, says in (
+            (condition[0, :1], r"of the shape \(2, 8\), got float64 of the shape \(1, 8\)"),
+            (condition[0] * np.nan, "finite"),
+        ):
+            np.save(given, wrong)
+            with pytest.raises(gr.Error, match=says):
+                page.generate(3, 3, OWN, 5, 0, EVERY_CLASS, 1.0, given)
+
+
 # -- completing ----------------------------------------------------------------------------------
 
 
@@ -555,14 +628,13 @@ def test_completing_by_the_pipeline_itself(kind, tmp_path):
 
 
 def test_the_tab_is_there_where_the_pipeline_can_complete():
-    paired, told = make("images"), make("images")
-    for pipe in (paired, told):
-        pipe.unet.register_to_config(condition_channels=2)
+    told = make("images")
+    told.unet.register_to_config(condition_channels=2)
     told.register_to_config(condition="known")
-    for pipe, there in ((make("images"), True), (make("sequences"), True), (paired, False), (told, True)):
+    for pipe, there in ((make("images"), True), (make("sequences"), True), (paired("images"), False), (told, True)):
         blocks = build_page(pipe, "x")
         found = {getattr(part, "elem_id", None) for part in blocks.blocks.values()}
-        assert ("known" in found) is there and blocks.takes_files is there
+        assert ("known" in found) is there and ("condition" in found) is not there and blocks.takes_files
 
 
 def test_between_two_noises():
