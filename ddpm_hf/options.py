@@ -537,12 +537,12 @@ class EvaluationOptions:
         whole_number(2), scope.LIKELIHOOD, changeable=True,
     )  # fmt: skip
     feature_network: str = option(
-        "inception", "Features of images for metrics: 'inception' (clean-fid's network), a TorchScript file that maps "
-        "(B, 3, S, S) in [0, 255] to (B, D), or 'pixels' (needs no file, but is coarse).",
+        "inception", "Features of images for metrics: 'inception' (clean-fid's network), a TorchScript or torch.export "
+        "(.pt2) file that maps (B, 3, S, S) in [0, 255] to (B, D), or 'pixels' (needs no file, but is coarse).",
         applies=scope.FEATURES, changeable=True,
     )  # fmt: skip
     feature_resolution: int = option(
-        299, "Height and width S of the input of a TorchScript feature network, in pixels.", whole_number(1),
+        299, "Height and width S of the input of a feature network in a file, in pixels.", whole_number(1),
         scope.TORCHSCRIPT, changeable=True,
     )  # fmt: skip
     eval_num_neighbours: int | None = option(

@@ -27,7 +27,7 @@ from ddpm_hf.data.loading import (
     underlying,
 )
 from ddpm_hf.data.mapped import MappedFiles, mapped_files
-from ddpm_hf.data.resident import LEAST_EPOCHS, ResidentData, ResidentView, make_resident, resident_bytes
+from ddpm_hf.data.resident import IMAGES, LEAST_EPOCHS, ResidentData, ResidentView, make_resident, resident_bytes
 from ddpm_hf.data.scaling import scaling_of
 from ddpm_hf.data.scientific_images import ScientificImages
 from ddpm_hf.data.sequences import SequenceDataset
@@ -186,7 +186,7 @@ class StoredFeed:
                 number, because all are decoded first.
         """
         c, size = self.config, resident_bytes(self.dataset, self.condition)
-        few = isinstance(self.units, ImageDataset) and draws < LEAST_EPOCHS * len(self.dataset)
+        few = isinstance(self.units, IMAGES) and draws < LEAST_EPOCHS * len(self.dataset)
         if size is None or size > most or few:
             return None
         return make_resident(

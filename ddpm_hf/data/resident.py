@@ -17,35 +17,45 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.data.images import BadImageError, ImageDataset
 from ddpm_hf.data.loading import Batch, Key, TrainingView, load_pair, underlying
+from ddpm_hf.data.scientific_images import ScientificImages
 from ddpm_hf.data.sequences import PART, SequenceDataset
 from ddpm_hf.randomness import Stream, derive_seed
 
 # Images are decoded before the first step, so this pays in runs that use each image at least this many times.
 LEAST_EPOCHS = 4
+IMAGES = (ImageDataset, ScientificImages)
 
 
 def resident_bytes(dataset: Any, condition: Any = None) -> int | None:
     """Return the bytes that a dataset and its conditions take on a device, or None if they cannot stay there.
 
-    Images stay if they are cropped from the centre, as uint8; sequences stay in model units, as float32. Streams and
-    datasets of other classes are read by the host, and so is what random crops change each time.
+    Images stay if they are cropped from the centre, as uint8; those in units of their own, and sequences, stay in model
+    units, as float32. Streams and datasets of other classes are read by the host, and so is what random crops change
+    each time.
 
     Args:
         dataset: the items to train on.
         condition: their conditions, as `loading.load_pair` takes them.
     """
     whole = underlying(dataset)
-    if type(whole) is ImageDataset:
+    if type(whole) in IMAGES:
         kept = [whole] if condition is None else [whole, condition]
-        if not all(type(data) is ImageDataset and data.center_crop for data in kept):
+        if not all(type(data) in IMAGES and data.center_crop for data in kept):
             return None
-        return len(dataset) * sum(data.channels * data.resolution[0] * data.resolution[1] for data in kept)
+        return len(dataset) * sum(
+            _type(data).itemsize * data.channels * data.resolution[0] * data.resolution[1] for data in kept
+        )
     if type(dataset) is SequenceDataset:
         kept = [dataset] if condition is None else [dataset, condition]
         if not all(type(data) is SequenceDataset for data in kept):
             return None
         return sum(4 * data.array.shape[0] * _row(data) for data in kept)
     return None
+
+
+def _type(data: ImageDataset | ScientificImages) -> torch.dtype:
+    """Return the type in which images stay on a device."""
+    return torch.uint8 if isinstance(data, ImageDataset) else torch.float32
 
 
 def _samples(data: SequenceDataset) -> int:
@@ -66,14 +76,14 @@ class Images:
     """Images on a device.
 
     Args:
-        items: (N, C, H, W) uint8.
+        items: (N, C, H, W), uint8, or float32 in model units.
     """
 
     def __init__(self, items: Tensor):
         self.items = items
 
     def gather(self, places: Tensor, mirrored: Tensor | None) -> Tensor:
-        """Return the images at `places`, mirrored where asked, (B, C, H, W) uint8.
+        """Return the images at `places`, mirrored where asked, (B, C, H, W).
 
         Args:
             places: (B,) int64, the numbers of the images.
@@ -148,7 +158,7 @@ class ResidentView(TrainingView):
         super().__init__(dataset, seed, on_bad, labels=labels, condition=condition)
         self.bad = bad
         self.data = [underlying(dataset), *([] if condition is None else [condition])]
-        self.random_flip = isinstance(self.data[0], ImageDataset) and self.data[0].random_flip
+        self.random_flip = isinstance(self.data[0], IMAGES) and self.data[0].random_flip
 
     def _load(self, epoch: int, index: int) -> tuple[Tensor, None]:
         if index in self.bad:
@@ -186,9 +196,9 @@ class ResidentView(TrainingView):
         return numbers
 
 
-def _place(data: ImageDataset | SequenceDataset, index: int) -> int:
+def _place(data: ImageDataset | ScientificImages | SequenceDataset, index: int) -> int:
     """Return the number of an image, or that of the first value of a window, on the device."""
-    if isinstance(data, ImageDataset):
+    if isinstance(data, IMAGES):
         return index
     row, window = data.place(index)
     return row * _row(data) + window * data.stride
@@ -204,7 +214,7 @@ def make_resident(
         dataset, seed, on_bad, labels, condition: as for a `TrainingView`.
         workers, batch_size: processes that decode images, and images that each of them sends at a time.
     """
-    if isinstance(underlying(dataset), ImageDataset):
+    if isinstance(underlying(dataset), IMAGES):
         tables, bad = _read_images(dataset, condition, device, workers, batch_size)
     else:
         tables, bad = [Windows(data, device) for data in (dataset, condition) if data is not None], {}
@@ -238,7 +248,7 @@ def _side_by_side(read: Sequence[tuple]) -> tuple[list[int], list[Tensor], dict[
 def _read_images(dataset, condition, device: torch.device, workers: int, batch_size: int) -> tuple[list, dict]:
     kept = [underlying(dataset), *([] if condition is None else [condition])]
     tables = [
-        torch.zeros(len(dataset), data.channels, *data.resolution, dtype=torch.uint8, device=device) for data in kept
+        torch.zeros(len(dataset), data.channels, *data.resolution, dtype=_type(data), device=device) for data in kept
     ]
     bad: dict[int, str] = {}
     loader = DataLoader(

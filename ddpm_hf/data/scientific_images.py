@@ -563,9 +563,13 @@ class ScientificImages(Dataset):
             for spare in (x.shape[1] - self.resolution[0], x.shape[2] - self.resolution[1])
         )
         x = x[:, top : top + self.resolution[0], left : left + self.resolution[1]]
-        if rng is not None and self.random_flip and rng.random() < 0.5:
+        if rng is not None and self.mirrors(rng):
             x = x.flip(2)
         return x.contiguous()
+
+    def mirrors(self, rng: np.random.Generator) -> bool:
+        """Return True if an image is to be mirrored, as `rng` draws it."""
+        return self.random_flip and bool(rng.random() < 0.5)
 
 
 def check_range(value_range: Sequence[float] | None, norm: str | None = None) -> None:

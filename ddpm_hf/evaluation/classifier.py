@@ -4,17 +4,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_hf.evaluation.torchscript import load_torchscript
+from ddpm_hf.evaluation.networks import load_network
 
 
 class Classifier:
-    """A TorchScript classifier of generated samples.
+    """A classifier of generated samples, in a TorchScript or .pt2 file.
 
     It gets images as float32 (B, C, H, W) in [0, 1], and sequences as float32 (B, C, length) in the units of the data.
     It returns (B, classes): a larger value means a more probable class, and the classes are in the model's order.
 
     Args:
-        file: the TorchScript file.
+        file: the file.
         shape: the shape of a sample, (C, *spatial).
         classes: the number of the model's classes.
         device: the device to compute on.
@@ -25,7 +25,7 @@ class Classifier:
 
     def __init__(self, file: str, shape: tuple, classes: int, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
-        self.network = load_torchscript(file, self.device, "classifier")
+        self.network = load_network(file, self.device, "classifier")
         form = f"float32 (B, {', '.join(map(str, shape))})"
         try:
             output = self._run(torch.zeros(2, *shape))

@@ -21,6 +21,7 @@ from ddpm_hf.evaluation.groups import ClassGroups
 from ddpm_hf.evaluation.held_out import HeldOutLoss
 from ddpm_hf.evaluation.likelihood import Likelihood
 from ddpm_hf.evaluation.memorization import Memorization, neighbour_size, neighbour_vectors
+from ddpm_hf.evaluation.networks import SequenceFeatures
 from ddpm_hf.evaluation.pairs import PairErrors, Pairs, is_paired
 from ddpm_hf.evaluation.pictures import PictureDistances
 from ddpm_hf.evaluation.records import describe, make_records
@@ -30,7 +31,9 @@ from ddpm_hf.evaluation.settings import (
     AGREEMENT,
     BIASED,
     BY_CLASS,
+    FEATURE_FRECHET,
     FEW,
+    FIDELITY,
     HELD_OUT,
     LIKELIHOOD,
     METRICS,
@@ -103,6 +106,14 @@ class Evaluator:
             self.likelihood = Likelihood(dataset, held_out, self.is_image, settings, self.shares, classes, measured)
         if self.is_image and self._any(*OF_FEATURES):
             self.pictures = PictureDistances(self.real, self.shape, settings, self.shares)
+        self.network = None
+        if not self.is_image and settings.names_file() and self._any(FEATURE_FRECHET, *FIDELITY):
+            self.network = SequenceFeatures(settings.feature_network, self.shape, self.shares)
+        elif self._any(FEATURE_FRECHET):
+            raise ValueError(
+                f"the metric {FEATURE_FRECHET} needs feature_network, the file of a network of sequences; got "
+                f"{settings.feature_network!r}"
+            )
 
     def _any(self, *metrics: str) -> bool:
         return any(metric in self.metrics for metric in metrics)
@@ -140,9 +151,9 @@ class Evaluator:
     def _prepare_sequences(self) -> None:
         data = underlying(self.dataset)
         (natural,) = self.shares.collect(self._real_batches(), lambda batch: natural_units(batch[0], data))
-        self.sequences = SequenceDistances(natural, self.metrics, self.settings, self.shares)
+        self.sequences = SequenceDistances(natural, self.metrics, self.settings, self.shares, self.network)
         if self.by_class is not None:
-            self.by_class.fit_sequences(natural, self.metrics, self.settings, self.shares)
+            self.by_class.fit_sequences(natural, self.metrics, self.settings, self.shares, self.network)
         if self._any("memorization"):
             self.memorization = Memorization(self.sequences.reference, self.settings, self.shares)
 

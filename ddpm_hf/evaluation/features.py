@@ -1,4 +1,4 @@
-"""Features of pictures, such as FID compares: of clean-fid's Inception, any TorchScript network, or plain pixels.
+"""Features of pictures, such as FID compares: of clean-fid's Inception, a network in a file, or plain pixels.
 
 The network is loaded before any long work; an error says which file is missing and where to put it.
 """
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddpm_hf.evaluation.torchscript import load_torchscript
+from ddpm_hf.evaluation.networks import load_network
 
 INCEPTION = "inception-2015-12-05.pt"
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/" + INCEPTION
@@ -24,10 +24,10 @@ class FeatureNetwork:
     """A network that turns pictures into feature vectors.
 
     Args:
-        name: "inception", clean-fid's network; the path of that file or of any TorchScript file, a network
+        name: "inception", clean-fid's network; the path of that file or of any TorchScript or .pt2 file, a network
             (B, 3, S, S) float32 in [0, 255] -> (B, D); or "pixels", the values of the picture at 8x8 pixels, which
             needs no file and compares runs with each other, not with published values.
-        resolution: S, the side in pixels of the input of a TorchScript file.
+        resolution: S, the side in pixels of the input of a network in a file.
         device: the device to compute on.
 
     Attributes:
@@ -49,7 +49,7 @@ class FeatureNetwork:
             if path.name == INCEPTION:
                 resolution, self.network = 299, _inception(path, name, self.device)
             else:
-                self.network = load_torchscript(path, self.device, "feature_network", "'inception', 'pixels' or ")
+                self.network = load_network(path, self.device, "feature_network", "'inception', 'pixels' or ")
             self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
         self.digest += f"-{resolution}"
         self._resize = make_resizer("PIL", False, "bicubic", (resolution, resolution))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ddpm_hf.data.loading import Part
 from ddpm_hf.evaluation.classes import SHOWN, DataClasses
+from ddpm_hf.evaluation.networks import SequenceFeatures
 from ddpm_hf.evaluation.pictures import PictureDistances
 from ddpm_hf.evaluation.sequences import SequenceDistances
 from ddpm_hf.evaluation.settings import EvalSettings
@@ -105,16 +106,20 @@ class ClassGroups:
 
     # -- sequences -----------------------------------------------------------------------------
 
-    def fit_sequences(self, natural: Tensor, metrics: list[str], settings: EvalSettings, shares: Shares) -> None:
+    def fit_sequences(
+        self, natural: Tensor, metrics: list[str], settings: EvalSettings, shares: Shares,
+        network: SequenceFeatures | None = None,
+    ) -> None:  # fmt: skip
         """Make the distances of each class of sequences.
 
         Args:
             natural: all real sequences (N, C, length) in the data's own units, float64.
             metrics: the metrics that will be asked for.
-            settings, shares: as in `SequenceDistances`.
+            settings, shares, network: as in `SequenceDistances`.
         """
         for name, own in self.real.items():
-            self.distances[name] = SequenceDistances(natural[torch.from_numpy(own)], metrics, settings, shares)
+            rows = natural[torch.from_numpy(own)]
+            self.distances[name] = SequenceDistances(rows, metrics, settings, shares, network)
 
     # -- samples -------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, fields
 
+from ddpm_hf.evaluation.settings import FEATURE_FRECHET, FIDELITY
+
 
 def _option(default, help: str):
     return field(default=default, metadata={"help": help})
@@ -67,8 +69,9 @@ class EvaluateConfig:
         "Also compute all metrics but memorization and held-out losses for each class, from its samples and items.",
     )
     classifier: str | None = _option(
-        None, "TorchScript file of a classifier, for the share of samples that it takes for the class that they were "
-        "asked for. It gets images (B, C, H, W) in [0, 1], or sequences (B, C, length) in the units of the data."
+        None, "TorchScript or torch.export (.pt2) file of a classifier, for the share of samples that it takes for the "
+        "class that they were asked for. It gets images (B, C, H, W) in [0, 1], or sequences (B, C, length) in the "
+        "units of the data."
     )  # fmt: skip
     sampler: str | None = _option(
         None, "'fast', for the pipeline's fast sampler, or a scheduler class of diffusers. Default: the pipeline's own."
@@ -80,9 +83,10 @@ class EvaluateConfig:
     num_real: int = _option(50_000, "Largest number of real items that samples are compared with.")
     feature_network: str = _option(
         "inception", "Features of images, for FID, KID, precision, recall, density and coverage: 'inception', a "
-        "TorchScript file, or 'pixels'."
+        "TorchScript or torch.export (.pt2) file, or 'pixels'. For sequences, such a file, for feature_frechet, "
+        "precision, recall, density and coverage; it gets (B, C, length) in the units of the data and gives (B, D)."
     )  # fmt: skip
-    feature_resolution: int = _option(299, "Side in pixels of the input of a TorchScript feature network.")
+    feature_resolution: int = _option(299, "Side in pixels of the input of a feature network in a file.")
     num_neighbours: int | None = _option(
         None, "Number k of the neighbour that a ball reaches to, for precision, recall, density and coverage. Default: "
         "3 for precision and recall, 5 for density and coverage, as in their papers."
@@ -100,6 +104,10 @@ class EvaluateConfig:
         False,
         "Arrays have their channels last, as in training; the arrays of the pipeline's run may be so anyway.",
     )
+    image_range: list[float] | None = _option(
+        None, "Lowest and highest value of images in units of their own; values outside are clipped. Default: as in "
+        "the pipeline's run, if --data is its data."
+    )  # fmt: skip
     sequence_columns: list[str] | None = _option(None, "Columns of the sequences in a table.")
     stride: int | None = _option(
         None, "Distance between the windows of the data to compare with. Default: as in the pipeline's run, if --data "
@@ -146,7 +154,15 @@ class EvaluateConfig:
                 raise ValueError(
                     f"--{name} applies to the metric bits_per_dim; got {getattr(self, name)!r} without it: leave it out"
                 )
-        for name in ("feature_network", "feature_resolution", "eval_cache_dir", "random_flip"):
+        of_images = ["feature_resolution", "eval_cache_dir", "random_flip"]
+        if self.feature_network == "pixels" or not {FEATURE_FRECHET, *FIDELITY} & set(self.metrics or ()):
+            of_images.insert(0, "feature_network")
+        for name in of_images:
+            if name in given and not is_image and name == "feature_network" and self.feature_network != "pixels":
+                raise ValueError(
+                    f"--feature_network applies to the metrics {', '.join((FEATURE_FRECHET, *FIDELITY))} of sequences; "
+                    f"got {self.feature_network!r} without any of them: name one in --metrics, or leave it out"
+                )
             if name in given and not is_image:
                 raise ValueError(f"--{name} applies to images; got {getattr(self, name)!r} for sequences: leave it out")
         if "feature_resolution" in given and self.feature_network in ("inception", "pixels"):

@@ -1,7 +1,7 @@
 """The records of an evaluation for evaluation.json, and its values as lines to print."""
 
 from ddpm_hf.evaluation.classes import RULE, has_classes
-from ddpm_hf.evaluation.settings import AGREEMENT, BIASED, FEW, FIDELITY, neighbours_of
+from ddpm_hf.evaluation.settings import AGREEMENT, BIASED, FEATURE_FRECHET, FEW, FIDELITY, neighbours_of
 from ddpm_hf.run.record import without_folders
 
 
@@ -46,6 +46,9 @@ def make_records(
             own |= {"guidance_scale": guidance_scale, "guidance_interval": interval}
         if "memorization" in name and evaluator.mirrored:
             own["mirrored"] = True
+        if evaluator.network is not None and metric in (FEATURE_FRECHET, *FIDELITY):
+            network = evaluator.network
+            own |= {"feature_network": without_folders(network.name), "feature_digest": network.digest}
         if metric in FIDELITY:
             own["num_neighbours"] = neighbours_of(metric, evaluator.settings.num_neighbours)
         if metric == AGREEMENT:

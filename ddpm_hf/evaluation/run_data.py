@@ -30,7 +30,7 @@ from ddpm_hf.evaluation.settings import HELD_OUT
 from ddpm_hf.run.record import without_folders
 
 # Options that tell how data is read: those of the data's own run are taken unless others are given.
-READING = ("stride", "sequence_columns", "image_column", "on_bad_image", "class_labels", "channels_last",
+READING = ("image_range", "stride", "sequence_columns", "image_column", "on_bad_image", "class_labels", "channels_last",
            "csv_decimal", "recording", "on_missing", "condition_column", "condition_dir")  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def _open(config: EvaluateConfig, run: dict, pipeline, gaps: bool) -> tuple[Any,
     elif len(size) == 2:
         options |= {"resolution": list(size), "image_channels": pipeline.unet.config.in_channels}
         if "train_data_file" in source or path.is_dir() and not table_folder(config.data):
-            options |= _image_units(run, own_units)
+            options |= _image_norm(run, own_units) if config.image_range is None else {}
     else:
         options |= {"sequence_length": size[0]}
         if norm := run.get("options", {}).get("sequence_norm"):
@@ -167,15 +167,10 @@ def _open(config: EvaluateConfig, run: dict, pipeline, gaps: bool) -> tuple[Any,
     return dataset, shape
 
 
-def _image_units(run: dict, own_units: bool) -> dict[str, Any]:
-    """Return the options by which images of a file or folder are read in the units of the pipeline."""
-    options = {}
-    given = run.get("options", {})
-    if given.get("image_range") is not None:
-        options["image_range"] = given["image_range"]
-    elif own_units:
-        options["image_norm"] = given.get("image_norm") or "meanstd"  # the scaling is the pipeline's
-    return options
+def _image_norm(run: dict, own_units: bool) -> dict[str, Any]:
+    """Return the option by which images are read in units of their own, if the pipeline has them."""
+    # their scaling is then the pipeline's
+    return {"image_norm": run.get("options", {}).get("image_norm") or "meanstd"} if own_units else {}
 
 
 def _check_kind(data: str, is_image: bool) -> None:

@@ -14,7 +14,8 @@ from ddpm_hf.evaluation.metrics import (
     log_power_spectrum,
     sliced_wasserstein,
 )
-from ddpm_hf.evaluation.settings import FIDELITY, EvalSettings
+from ddpm_hf.evaluation.networks import SequenceFeatures
+from ddpm_hf.evaluation.settings import FEATURE_FRECHET, FIDELITY, EvalSettings
 from ddpm_hf.evaluation.shares import Shares
 
 
@@ -26,12 +27,17 @@ class SequenceDistances:
         metrics: the metrics that will be asked for.
         settings: the settings of the evaluation; their seed draws the projections of the sliced Wasserstein distance.
         shares: the exchange between processes.
+        network: the network whose features `FEATURE_FRECHET` and the metrics of `FIDELITY` compare; None: the latter
+            compare standardized sequences.
 
     Attributes:
         reference: the real sequences (N, C * length), each channel with mean 0 and deviation 1.
     """
 
-    def __init__(self, natural: Tensor, metrics: list[str], settings: EvalSettings, shares: Shares):
+    def __init__(
+        self, natural: Tensor, metrics: list[str], settings: EvalSettings, shares: Shares,
+        network: SequenceFeatures | None = None,
+    ):  # fmt: skip
         self.shape, self.metrics, self.seed = tuple(natural.shape[1:]), metrics, settings.seed
         self.mean = natural.mean(dim=(0, 2), keepdim=True)
         spread = natural.std(dim=(0, 2), keepdim=True)
@@ -44,9 +50,19 @@ class SequenceDistances:
             self.spectrum = Gaussian.fit(log_power_spectrum(values.reshape(-1, *self.shape)))
         if "autocorrelation_error" in metrics:
             self.autocorrelation = autocorrelation(values.reshape(-1, *self.shape))
-        self.fidelity = None
+        self.network, self.fidelity = network, None
+        compared = values if network is None else self.features(self.reference)
+        if FEATURE_FRECHET in metrics:
+            self.of_features = Gaussian.fit(compared)
         if set(FIDELITY) & set(metrics):
-            self.fidelity = Fidelity(values, shares, settings.num_neighbours)
+            self.fidelity = Fidelity(compared, shares, settings.num_neighbours)
+
+    def features(self, rows: Tensor) -> np.ndarray:
+        """Return the network's features (n, D) of rows (n, C * length), as `standardized` gives them.
+
+        Real sequences and samples both come from their rows, so that copies have equal features.
+        """
+        return self.network(rows.view(-1, *self.shape) * self.spread + self.mean).numpy()
 
     def standardized(self, natural: Tensor) -> Tensor:
         """Return sequences (n, C, length) in the data's own units as rows (n, C * length) in units of the real data."""
@@ -64,8 +80,11 @@ class SequenceDistances:
             values["sliced_wasserstein"] = sliced_wasserstein(flat, real, seed=self.seed)
         if "autocorrelation_error" in self.metrics:
             values["autocorrelation_error"] = autocorrelation_error(self.autocorrelation, autocorrelation(x))
+        compared = flat if self.network is None else self.features(samples)
+        if FEATURE_FRECHET in self.metrics:
+            values[FEATURE_FRECHET] = frechet_distance(self.of_features, compared)
         if self.fidelity is not None:
-            values.update(self.fidelity.values(flat, self.metrics))
+            values.update(self.fidelity.values(compared, self.metrics))
         return values
 
 

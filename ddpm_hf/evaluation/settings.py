@@ -7,16 +7,27 @@ HELD_OUT = ("held_out_loss", "held_out_weighted_loss")
 LIKELIHOOD = ("bits_per_dim",)  # computed only where it is named, because it takes long
 AGREEMENT = "class_agreement"  # computed if there is a classifier
 FIDELITY = ("precision", "recall", "density", "coverage")  # computed if they are named
+FEATURE_FRECHET = "feature_frechet"  # of sequences, in the features of a network that is named
 OF_FEATURES = ("fid", "kid", *FIDELITY)  # those that compare features of images
-BY_CLASS = ("fid", "kid", "frechet", "spectral_frechet", "sliced_wasserstein", "autocorrelation_error", *FIDELITY)
+BY_CLASS = (
+    "fid",
+    "kid",
+    FEATURE_FRECHET,
+    "frechet",
+    "spectral_frechet",
+    "sliced_wasserstein",
+    "autocorrelation_error",
+    *FIDELITY,
+)
 HIGHER_IS_BETTER = FIDELITY  # of the metrics that can choose the best pipeline
 IMAGE_METRICS = ("fid", "kid", "memorization", *FIDELITY, *HELD_OUT, *LIKELIHOOD)
 SEQUENCE_METRICS = ("frechet", "spectral_frechet", "sliced_wasserstein", "autocorrelation_error", "memorization",
-                    *FIDELITY, *HELD_OUT, *LIKELIHOOD)  # fmt: skip
+                    FEATURE_FRECHET, *FIDELITY, *HELD_OUT, *LIKELIHOOD)  # fmt: skip
 METRICS = tuple(dict.fromkeys(IMAGE_METRICS + SEQUENCE_METRICS))
 BIASED = (
     "fid",
     "frechet",
+    FEATURE_FRECHET,
     "spectral_frechet",
     "sliced_wasserstein",
 )  # biased upwards, the more so the fewer samples there are
@@ -32,7 +43,8 @@ class EvalSettings:
             allows, without those of `FIDELITY`.
         num_samples: the number of generated samples.
         num_real: the largest number of real items to compare with; if there are more, `seed` draws them.
-        feature_network, feature_resolution: the features of the metrics of `OF_FEATURES`; see `FeatureNetwork`.
+        feature_network, feature_resolution: the features of the metrics of `OF_FEATURES`; see `FeatureNetwork`. For
+            sequences, the file of a `SequenceFeatures` for `FEATURE_FRECHET` and `FIDELITY`; other names mean none.
         num_neighbours: k, the number of the neighbour that the balls of the metrics of `FIDELITY` reach to; None means
             3 for precision and recall, and 5 for density and coverage.
         batch_size: the number of samples that a process generates at once.
@@ -43,7 +55,7 @@ class EvalSettings:
         guidance_interval: the lowest and the highest noise level with guidance, in [0, 1]; see the call of a pipeline.
         per_class: compute the metrics of `BY_CLASS` also for each class of the data, from the samples of that class and
             its real items.
-        classifier: the TorchScript file of a classifier for the metric `class_agreement`; see `Classifier`.
+        classifier: the TorchScript or .pt2 file of a classifier for the metric `class_agreement`; see `Classifier`.
         likelihood_items, likelihood_timesteps: the largest number of items of `bits_per_dim`, and the number of
             timesteps for each of them; see `Likelihood`.
         random_flip: True if training mirrors pictures although the dataset does not say so. For memorization a picture
@@ -101,6 +113,10 @@ class EvalSettings:
         if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
             raise ValueError(f"guidance_interval must be two ascending numbers in [0, 1], got {low_high}")
 
+    def names_file(self) -> bool:
+        """Return True if the feature network is one in a file."""
+        return self.feature_network not in ("inception", "pixels")
+
     def least_rows(self) -> int:
         """Return the number of samples, and of real items, that the metrics need at least for their neighbours.
 
@@ -121,7 +137,7 @@ def choose_metrics(asked: Sequence[str] | None, is_image: bool, has_held_out: bo
 
     Args:
         asked: the metrics that the user names; None means all that the data allows, without
-            those of `FIDELITY` and `LIKELIHOOD`.
+            those of `FIDELITY` and `LIKELIHOOD` and `FEATURE_FRECHET`.
         is_image: True for images, False for sequences.
         has_held_out: True if there are items that training does not see.
 
@@ -129,7 +145,7 @@ def choose_metrics(asked: Sequence[str] | None, is_image: bool, has_held_out: bo
         ValueError: if a metric is not one of this kind of data, or lacks the items that it needs.
     """
     possible = IMAGE_METRICS if is_image else SEQUENCE_METRICS
-    usual = [metric for metric in possible if metric not in (*FIDELITY, *LIKELIHOOD)]
+    usual = [metric for metric in possible if metric not in (FEATURE_FRECHET, *FIDELITY, *LIKELIHOOD)]
     metrics = list(asked or (metric for metric in usual if metric not in HELD_OUT or has_held_out))
     wrong = [metric for metric in metrics if metric not in possible]
     if wrong:

@@ -309,8 +309,10 @@ def _metric_name(record: dict) -> str:
 
 
 def _has_features(record: dict) -> bool:
-    """Return True if the record's value compares features of images."""
-    return record["metric"] in ("fid", "kid") or ("num_neighbours" in record and "feature_network" in record)
+    """Return True if the record's value compares features of a network."""
+    return record["metric"] in ("fid", "kid", "feature_frechet") or (
+        "num_neighbours" in record and "feature_network" in record
+    )
 
 
 def _slug(name: str | None) -> str:
@@ -449,7 +451,11 @@ def _metric_row(parts: Parts, record: dict) -> list[str]:
 
 def _metrics_note(parts: Parts) -> str:
     """Return the sentences that the values of the metrics need."""
-    few = [r for r in parts.evaluation if r["metric"] in ("fid", "frechet") and r["num_samples"] < 10_000]
+    few = [
+        r
+        for r in parts.evaluation
+        if r["metric"] in ("fid", "frechet", "feature_frechet") and r["num_samples"] < 10_000
+    ]
     pixels = [r for r in parts.evaluation if r["metric"] in ("fid", "kid") and r.get("feature_network") == "pixels"]
     notes = ["Fréchet distances of fewer than 10,000 samples are biased upwards."] if few else []
     if pixels:

@@ -60,6 +60,7 @@ def test_the_program(sequences, capsys):
         ("--metrics=fid", "metrics of sequences are"),
         ("--data=", "--data must be given"),
         ("--feature_network=pixels", "--feature_network applies to images; got 'pixels' for sequences"),
+        ("--feature_network=x.pt2", "--feature_network applies to the metrics feature_frechet, precision, recall"),
         ("--eval_cache_dir=x", "--eval_cache_dir applies to images"),
         ("--image_column=image", "image_column applies to tables of images"),
         ("--on_bad_image=skip", "on_bad_image applies to images"),

@@ -10,6 +10,7 @@ from ddpm_hf import TrainConfig
 from ddpm_hf.data import open_data
 from ddpm_hf.data.images import ImageDataset
 from ddpm_hf.data.resident import LEAST_EPOCHS, resident_bytes
+from ddpm_hf.data.scientific_images import ScientificImages
 from ddpm_hf.data.sequences import SequenceDataset
 
 GIB = 1 << 30
@@ -59,6 +60,16 @@ def equal(ours, theirs):
         assert tensor.numpy().tobytes() == expected.numpy().tobytes(), name
 
 
+def bands(**options):
+    """Five channels in units of their own, which are resized and cropped."""
+    values = np.random.default_rng(0).normal(300, 100, (23, 5, 9, 12))
+    return ScientificImages(values, (8, 8), norm="meanstd", **options)
+
+
+def eight_bit_bands(**options):
+    return ScientificImages(np.random.default_rng(0).integers(0, 256, (23, 5, 8, 8), dtype=np.uint8), **options)
+
+
 def compare(feed, steps=12):
     """Compare three epochs; two shares of the processes; and a start at step 7."""
     resident = feed.resident(torch.device("cpu"), GIB, FOREVER)
@@ -74,7 +85,7 @@ def compare(feed, steps=12):
 
 @pytest.mark.parametrize("holdout", [0, 4])
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("make", [grey, colour])
+@pytest.mark.parametrize("make", [grey, colour, bands, eight_bit_bands])
 def test_images(make, flip, holdout):
     data = make(random_flip=flip, labels=np.arange(23) % 3)
     feed = open_data(config(holdout=holdout, class_labels="label"), data)
@@ -142,7 +153,11 @@ def test_data_that_does_not_stay():
     assert resident(images, draws=LEAST_EPOCHS * 23) is not None
     assert resident(images, draws=LEAST_EPOCHS * 23 - 1) is None
     assert resident(recordings(), draws=1) is not None  # nothing has to be decoded
-    assert resident(colour(center_crop=False)) is None
+    assert resident(colour(center_crop=False)) is None and resident(bands(center_crop=False)) is None
+    assert resident(bands(), most=4 * 23 * 5 * 64) is not None
+    assert (
+        resident(bands(), most=4 * 23 * 5 * 64 - 1) is None and resident(bands(), draws=LEAST_EPOCHS * 23 - 1) is None
+    )
     assert resident(Own(images.sources, (8, 8))) is None
     assert resident([torch.zeros(1, 8, 8)] * 20) is None
     pairs = [(torch.zeros(1, 8, 8), torch.zeros(1, 8, 8))] * 20

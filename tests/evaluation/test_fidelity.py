@@ -1,5 +1,7 @@
 """Precision, recall, density and coverage: brute force, modes left out and copied, identical sets, processes, cache."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ddpm_hf.evaluation import fidelity, pictures
 from ddpm_hf.evaluation.classes import DataClasses
 from ddpm_hf.evaluation.features import FeatureNetwork
 from ddpm_hf.evaluation.fidelity import Fidelity
+from ddpm_hf.evaluation.metrics import frechet_distance
 from ddpm_hf.evaluation.settings import FIDELITY
 from ddpm_hf.evaluation.shares import Shares
 
@@ -132,6 +135,68 @@ def test_of_pictures_on_any_number_of_processes(kind, network, tmp_path, monkeyp
     calls.clear()
     (again,) = simulated(1, work)
     assert again[0] == pytest.approx(expected, rel=1e-12) and calls == [30, 30]  # of the samples alone
+
+
+class OfSequences(nn.Module):
+    """Features of a user: the mean, the squared deviation and the last value of each channel."""
+
+    def forward(self, x):
+        return torch.cat((x.mean(2), x.var(2), x[..., -1]), 1)
+
+
+@pytest.fixture(scope="module", params=["pt", "pt2"])
+def of_sequences(request, tmp_path_factory):
+    file = str(tmp_path_factory.mktemp("sequences") / f"own.{request.param}")
+    if request.param == "pt":
+        torch.jit.script(OfSequences()).save(file)
+    else:
+        shapes = ({0: torch.export.Dim("batch")},)
+        torch.export.save(torch.export.export(OfSequences(), (torch.zeros(2, 2, 6),), dynamic_shapes=shapes), file)
+    return file
+
+
+def test_of_sequences_in_features_that_the_user_names(of_sequences):
+    """In the units of the data, on any number of processes, and by class; a copy of the data has 1 in all four."""
+    rng = np.random.default_rng(0)
+    real, fake = (7 + spread * rng.normal(size=(40, 2, 6)) for spread in (3, 2))
+    labels = np.arange(40) % 2
+    options = {"num_samples": 40, "metrics": [*ALL, "feature_frechet"], "feature_network": of_sequences,
+               "per_class": True, "classes": DataClasses(("a", "b"), [20, 20], labels, None)}  # fmt: skip
+
+    def values(accelerator, samples=fake):
+        e = evaluator(SequenceDataset(real), (2, 6), accelerator=accelerator, **options)
+        e.prepare()
+        found = e(KnownClasses(np.stack((samples, samples)), ("a", "b")), 5)
+        return found, e.sampling.asked, e.records(found, KnownClasses(np.stack((samples, samples)), ("a", "b")), 5)
+
+    ((found, asked, records),) = simulated(1, values)
+    x, y = (OfSequences()(torch.from_numpy(v).float()).double().numpy() for v in (real, fake))
+    for name, rows, own in (("", slice(None), slice(None)), ("/b", labels == 1, asked == 1)):
+        assert {m: found[m + name] for m in ALL} == pytest.approx(directly(x[rows], y[own]), rel=1e-4)
+        assert found["feature_frechet" + name] == pytest.approx(frechet_distance(x[rows], y[own]), rel=1e-4)
+    # simulated processes are threads, of which only one at a time can read a file of torch.export
+    for shared, _, _ in simulated(2 if of_sequences.endswith(".pt") else 1, values):
+        assert shared == pytest.approx(found, rel=1e-9)
+    data = SequenceDataset(real)
+    copied, _, _ = values(None, data.scaling.to_data(torch.stack(list(data)).double()).numpy())
+    assert all(copied[m] == 1 for m in ALL) and copied["feature_frechet"] == pytest.approx(0, abs=1e-6)
+    assert {record["feature_network"] for record in records} == {Path(of_sequences).name}
+
+
+def test_feature_networks_of_sequences_that_do_not_fit(of_sequences, tmp_path):
+    data, options = SequenceDataset(np.random.default_rng(0).normal(size=(40, 2, 6))), {"num_samples": 40}
+    with pytest.raises(ValueError, match="feature_frechet needs feature_network, the file of .*got 'pixels'"):
+        evaluator(data, (2, 6), metrics=["feature_frechet"], **options)
+    options |= {"metrics": ALL}
+    with pytest.raises(ValueError, match="a TorchScript or torch.export file; there is no file none.pt2"):
+        evaluator(data, (2, 6), feature_network="none.pt2", **options)
+    for name, kind in (("text.pt", "TorchScript"), ("text.pt2", "torch.export")):
+        (tmp_path / name).write_text("no")
+        with pytest.raises(ValueError, match=f"is not a {kind} file"):
+            evaluator(data, (2, 6), feature_network=str(tmp_path / name), **options)
+    torch.export.save(torch.export.export(OfSequences(), (torch.zeros(2, 2, 6),)), str(tmp_path / "two.pt2"))
+    with pytest.raises(ValueError, match=r"must take float32 \(B, 2, 6\), for any B"):
+        evaluator(data, (2, 6), feature_network=str(tmp_path / "two.pt2"), **options)
 
 
 def test_of_sequences_and_by_class():
