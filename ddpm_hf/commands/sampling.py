@@ -84,15 +84,16 @@ def check_with_conditions(conditions: Conditions, known: Known | None, start: St
     Raises:
         ValueError: it does not.
     """
-    if known is not None:
-        raise ValueError("--known does not apply to a model with paired conditions: leave it out")
     if size:
         raise ValueError(f"--{next(iter(size))} does not apply with --condition, which has the size of the samples")
-    if start is not None and len(start.items) not in (1, len(conditions.names)):
-        raise ValueError(
-            f"--init_{start.name} must have one item, or one for each of the {len(conditions.names):,} conditions of "
-            f"--condition; got {len(start.items):,}"
-        )
+    items = {} if start is None else {f"init_{start.name}": len(start.items)}
+    items |= {} if known is None else {"known": len(known.data)}
+    for option, count in items.items():
+        if count not in (1, len(conditions.names)):
+            raise ValueError(
+                f"--{option} must have one item, or one for each of the {len(conditions.names):,} conditions of "
+                f"--condition; got {count:,}"
+            )
 
 
 class SharedError(ValueError):

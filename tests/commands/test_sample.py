@@ -354,6 +354,13 @@ def test_conditions_of_sequences_are_in_their_own_units(pipelines, tmp_path, for
     np.testing.assert_allclose(np.load(tmp_path / "a" / "samples.npy"), expected, rtol=0, atol=1e-5)
     names = (tmp_path / "a" / "conditions.csv").read_text().split()[1::2]
     assert names == [f"{n}" if form == "folder" else f"{n:06d}" for n in range(len(leads))]
+    known = np.full((len(leads), 8), np.nan)
+    known[:, :3] = np.arange(len(leads))[:, None] / 4
+    np.save(tmp_path / "known.npy", known)
+    options = [f"--condition={place}", f"--known={tmp_path}/known.npy", "--jump_n_sample=1"]
+    assert run(pipelines, "leads", tmp_path / "k", *options, count=2) == 0
+    completed = np.load(tmp_path / "k" / "samples.npy")[:, 0]
+    assert np.array_equal(completed[:, :3], known[:, :3].repeat(2, axis=0)) and np.isfinite(completed).all()
     for option, message in (("--length=16", "length"), (f"--init_sequence={pipelines}/gap.npy", "init_sequence")):
         assert run(pipelines, "leads", tmp_path / "b", f"--condition={place}", option) == 2, message
 
