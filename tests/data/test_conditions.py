@@ -42,6 +42,8 @@ def sources(tmp_path_factory):
             place = folder / "pictures" / name / CLASSES_OF_FOLDERS[number % 2]
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(each).save(place / f"{number}.{'bmp' if name == 'c' else 'png'}")
+            (folder / "mixed" / place.name).mkdir(parents=True, exist_ok=True)
+            np.save(folder / "mixed" / place.name / f"{number}.npy", SMALL[number])
             (folder / "bands" / name).mkdir(parents=True, exist_ok=True)
             np.save(folder / "bands" / name / f"{number}.npy", each * (1.0 if name == "x" else 3.0) + 7)
     Image.fromarray(SMALL[0]).save(folder / "pictures" / "c" / "more.png")
@@ -73,6 +75,8 @@ def sources(tmp_path_factory):
                     "resolution": [8], "random_flip": True, "class_labels": "folder"}, None),
         "bands": ({"train_data_dir": str(folder / "bands" / "x"), "condition_dir": str(folder / "bands" / "c"),
                    "resolution": [8], "random_flip": True}, None),
+        "mixed": ({"train_data_dir": str(folder / "pictures" / "x"), "condition_dir": str(folder / "mixed"),
+                   "resolution": [8], "random_flip": True}, None),
         "image array": ({"train_data_file": str(folder / "images.npz"), "condition_column": "small",
                          "random_flip": True}, None),
         "pairs": ({"condition_column": "c"}, list(zip(x, c))),
@@ -82,8 +86,9 @@ def sources(tmp_path_factory):
 
 
 ALL = ["image table", "flipped", "npz", "windows", "meanstd", "saved lists", "parquet", "pairs", "triples", "dicts",
-       "npy", "csv", "csv rest", "numbers", "folder", "bands", "image array"]  # fmt: skip
-FLIPPED = ("flipped", "folder", "bands", "image array")
+       "npy", "csv", "csv rest", "numbers", "folder", "bands", "mixed",
+       "image array"]  # fmt: skip
+FLIPPED = ("flipped", "folder", "bands", "mixed", "image array")
 
 
 def belongs(x0, condition, feed):
@@ -113,8 +118,8 @@ def test_batches_carry_the_condition_of_each_item(source, sources, holdout):
     assert "conditions" in feed.fingerprint() and (dataset is None) == (feed.condition_scaling is not MODEL_UNITS)
     for index in range(len(feed.held_out or ())):
         x, c = load_pair(feed.held_out, feed.held_out_condition, index)
-        as_float = (lambda t: t.float() / 127.5 - 1) if x.dtype == torch.uint8 else (lambda t: t)
-        belongs(as_float(x)[None], as_float(c)[None], feed)
+        x, c = (each.float() / 127.5 - 1 if each.dtype == torch.uint8 else each for each in (x, c))
+        belongs(x[None], c[None], feed)
 
 
 def test_workers_and_the_batch_on_a_device(sources):
