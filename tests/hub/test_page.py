@@ -146,11 +146,38 @@ class Visitor:
         return self.picture(picture)
 
 
+def visit_own_data(page, kind, tmp_path):
+    """Vary and score an uploaded item, and draw a series that is longer than the model's."""
+    page.tab(4)
+    given = tmp_path / ("given.png" if kind == "images" else "given.csv")
+    if kind == "images":
+        Image.new("L", (16, 16), 90).save(given)
+    else:
+        np.savetxt(given, np.random.default_rng(0).normal(size=(16, 2)), delimiter=",")
+    page.wait(lambda: page.find("#given input[type=file]"))[0].send_keys(str(given))
+    page.wait(lambda: page.find("#given img") or "given" in page.find("#given")[0].text)
+    assert page.press("vary", "varied").std() > 5
+    heat = page.press("score", "heat")
+    assert heat.shape[1] > 400 and heat.std() > 5
+    page.wait(lambda: "higher is stranger" in page.find("#score_words")[0].text)
+    if kind == "sequences":
+        page.tab(5)
+        page.wait(lambda: page.find("#length input[type=number]"))
+        page.fill("length", 15)
+        page.find("#longer")[0].click()
+        page.wait(lambda: any("length must be a whole number from 16" in t.text for t in page.find(".toast-body")))
+        page.fill("length", 80)
+        first = page.press("longer", "series")
+        page.fill("length", 160)
+        assert first.std() > 5 and not np.array_equal(page.press("longer", "series"), first)
+
+
 @needs_chromium
 @pytest.mark.parametrize("kind", ["images", "sequences"])
 def test_a_visit(kind, browser, port, tmp_path):
     """Opens, generates, changes with the seed, repeats with the same one; a bad value shows a message, and the page
-    lives on; the slider goes through the trajectory; interpolation gives its points."""
+    lives on; the slider goes through the trajectory; interpolation gives its points; an uploaded item is completed,
+    varied and scored, and a series is drawn that is longer than the model's."""
     make(kind).save_pretrained(tmp_path / "saved")
     demo = [ROOT / "training" / "demo.py", "--pipeline", tmp_path / "saved", "--port", port]
     with Server(demo, port, tmp_path) as server:
@@ -194,15 +221,7 @@ def test_a_visit(kind, browser, port, tmp_path):
             page.wait(lambda: "table" in drop.text)
             assert page.press("complete", "completed").std() > 5
 
-        page.tab(4)
-        given = tmp_path / ("given.png" if kind == "images" else "given.csv")
-        if kind == "images":
-            Image.new("L", (16, 16), 90).save(given)
-        else:
-            np.savetxt(given, np.random.default_rng(0).normal(size=(16, 2)), delimiter=",")
-        page.wait(lambda: page.find("#given input[type=file]"))[0].send_keys(str(given))
-        page.wait(lambda: page.find("#given img") or "given" in page.find("#given")[0].text)
-        assert page.press("vary", "varied").std() > 5
+        visit_own_data(page, kind, tmp_path)
         assert "Traceback" not in server.text()
 
 
