@@ -359,8 +359,8 @@ def _summary(parts: Parts) -> str:
 
 
 def _samples(parts: Parts) -> dict | None:
-    """Return the caption of samples.png, or None if there is no such picture."""
-    if not (parts.folder / "samples.png").exists():
+    """Return the caption of samples.png, or None if there is no such picture, or no record of how it was made."""
+    if not (parts.folder / "samples.png").exists() or "samples_step" not in parts.training:
         return None
     step, steps = parts.training.get("samples_step"), parts.training.get("options", {}).get("ddpm_num_inference_steps")
     what = "Samples" if parts.is_image else "Generated sequences (left) beside real ones (right)"
