@@ -13,7 +13,8 @@ growth = load_program("benchmarks/growth")
 TINY = {"save": (1, 2, 3), "csv": (1000, 2000, 3000), "step": (8, 16, 32), "step linear": (8, 16, 32),
         "sampling": (1, 2, 3), "folder": (3, 501, 1002), "scan": (4, 8, 16), "scan again": (4, 8, 16),
         "autocorrelation": (8, 16, 32), "memorization": (520, 530, 540), "memorization again": (520, 530, 540),
-        "items": (4, 9, 16), "bare": (1, 2, 3)}  # fmt: skip
+        "items": (4, 9, 16), "bare": (1, 2, 3), "same": (1, 2, 3), "csv large": (1000, 2000, 3000),
+        "lists": (1, 2, 3)}  # fmt: skip
 
 
 @pytest.mark.parametrize("power", [0.5, 1, 2.5])
@@ -42,12 +43,12 @@ def test_time_and_memory_of_a_row_are_measured(monkeypatch):
     assert np.array(peaks) / 2**20 == pytest.approx([8, 16, 32], rel=0.3)
 
 
-FAST = ("folder", "csv", "scan", "scan again", "autocorrelation", "items", "step linear")
+FAST = ("folder", "csv", "csv large", "lists", "scan", "scan again", "autocorrelation", "items", "step linear")
 
 
 @pytest.mark.parametrize("names", [FAST, pytest.param(tuple(set(TINY) - set(FAST)), marks=pytest.mark.slow)])
 def test_the_table_and_its_file(tmp_path, monkeypatch, capfd, names):
-    assert set(TINY) == set(growth.ROWS) - {"trainer"}
+    assert set(TINY) == set(growth.ROWS) - {"trainer", "run saves"}
     tiny = {name: sizes for name, sizes in TINY.items() if name in names}
     for name, sizes in tiny.items():
         monkeypatch.setitem(growth.ROWS, name, growth.ROWS[name]._replace(quick=sizes))
@@ -61,10 +62,20 @@ def test_the_table_and_its_file(tmp_path, monkeypatch, capfd, names):
         assert [row[place] for place in ("small", "middle", "large")] == list(sizes)
         seconds = [row[f"{place}, s"] for place in ("small", "middle", "large")]
         assert all(value > 0 for value in seconds) and row["exponent"] == round(growth.exponent(sizes, seconds), 3)
-        assert ("large, MB" in row) == (name != "bare")
+        assert ("large, MB" in row) == (name not in ("bare", "same"))
     assert content["once"][0]["what"] == "nothing" and 0 < content["once"][0]["s"] < 5
-    header = capfd.readouterr().out.splitlines()[0].split("  ")
-    assert [name.strip() for name in header if name][:2] == ["what", "size in"]
+    lines = capfd.readouterr().out.splitlines()
+    assert [name.strip() for name in lines[0].split("|")[1:3]] == ["what", "size in"]
+    assert set(lines[1]) == set("|- ") and len({line.count("|") for line in lines[: 2 + len(tiny)]}) == 1
+
+
+def test_the_trainer_is_compared_with_both_loops(monkeypatch):
+    """The loops take turns, and the medians are divided."""
+    times = {"train_steps": iter([6.0, 9.0, 5.0]), "bare_steps": iter([2.0, 3.0, 4.0]), "same_steps": iter([4.0] * 3)}
+    for name, values in times.items():
+        monkeypatch.setattr(growth, name, lambda size, place, values=values: next(values))
+    bare, same = growth.ratios(3)
+    assert (bare["ratio"], same["ratio"]) == (2, 1.5) and bare["loop, ms"] == 3000 and same["trainer, ms"] == 6000
 
 
 def test_a_size_is_measured_in_a_process_of_its_own():

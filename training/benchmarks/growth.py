@@ -8,7 +8,9 @@ Each row is measured at three sizes, each size in a process of its own with one 
 that other work on the machine changes it little. The exponent is the slope of log time over log size: 1 is linear
 growth, 2 quadratic. Memory is the peak above what the process held before. The rows of "once" have no size.
 
-The program prints both tables, and writes them to --output_dir as JSON.
+The row "ratio" compares a step of the trainer with two plain loops, which take turns with it.
+
+The program prints the tables in the form of Markdown, and writes them to --output_dir as JSON.
 """
 
 import argparse
@@ -28,22 +30,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import datasets
 import numpy as np
 import pandas  # noqa: F401  imported here, so that no measurement pays for it
+import pyarrow
+import pyarrow.csv  # noqa: F401  as above
 import torch
 from accelerate import Accelerator
-from measures import reset_peak, resident
-from report import table
+from measures import alternate, reset_peak, resident
+from report import markdown
 
-from ddpm_hf import DDPMPipeline, GaussianScheduler, TrainConfig, UNet1D, UNet2D, train
+from ddpm_hf import DDPMPipeline, GaussianScheduler, TrainConfig, UNet1D, UNet2D
 from ddpm_hf.arguments import SuggestingParser
 from ddpm_hf.data.images import ImageDataset, find_images
 from ddpm_hf.data.sequence_files import read_sequences
 from ddpm_hf.data.sequences import SequenceDataset
+from ddpm_hf.data.tables import ListColumns
 from ddpm_hf.evaluation.memorization import Memorization
 from ddpm_hf.evaluation.metrics import autocorrelation
 from ddpm_hf.evaluation.settings import EvalSettings
 from ddpm_hf.evaluation.shares import Shares
+from ddpm_hf.trainer.loop import Trainer
 
 ROOT = Path(__file__).parents[2]
 ENOUGH = 0.3  # seconds of CPU time, after which a measurement is not repeated
@@ -81,6 +88,14 @@ def read_csv(size: int, place: Path) -> Run:
     block = "".join(",".join(f"{x:.6f}" for x in row) + "\n" for row in np.random.default_rng(0).normal(size=(1000, 8)))
     (place / "data.csv").write_text(block * (size // 1000))
     return lambda: read_sequences(str(place / "data.csv"))
+
+
+def lists(size: int, place: Path) -> Run:
+    """Load 20 items of a table of `size` columns, which are lists of 8 numbers."""
+    numbers = list(np.random.default_rng(0).standard_normal((20, 8), np.float32))
+    names = [f"c{number}" for number in range(size)]
+    found = ListColumns(datasets.Dataset(pyarrow.table(dict.fromkeys(names, pyarrow.array(numbers)))), names, "lists")
+    return lambda: [found[index : index + 1] for index in range(20)]
 
 
 def _mapped(size: int, place: Path) -> np.ndarray:
@@ -176,44 +191,113 @@ def sampling(size: int, place: Path) -> Run:
     return lambda: pipeline(batch_size=size, num_inference_steps=2, output_type="np")
 
 
+def _dim(size: int) -> int:
+    """Return the dim of a `UNet2D` of about `size` parameters: a convolution has in times out weights."""
+    return 8 * max(1, round(2 * math.sqrt(size / UNet2D(dim=16, sample_size=32).num_parameters())))
+
+
 def save(size: int, place: Path) -> Run:
     """Save the pipeline of a `UNet2D` of about `size` parameters."""
-    small = UNet2D(dim=16, sample_size=32)
-    dim = 8 * max(1, round(2 * math.sqrt(size / small.num_parameters())))  # a convolution has in times out weights
-    pipeline = DDPMPipeline(UNet2D(dim=dim, sample_size=32), GaussianScheduler())
+    pipeline = DDPMPipeline(UNet2D(dim=_dim(size), sample_size=32), GaussianScheduler())
     return lambda: pipeline.save_pretrained(place / "pipeline")
 
 
-def _train_config(size: int, place: Path, steps: int) -> TrainConfig:
-    return TrainConfig(
-        dataset_name="digits", output_dir=str(place / f"{time.monotonic_ns()}"), dim=8, dim_mults=(1,), num_samples=1,
-        train_batch_size=size, max_train_steps=steps, report_to="none", ddpm_num_inference_steps=1,
-        logging_steps=1000, num_cpu_threads=1,
+def _trainer(place: Path, steps: int, batch: int, **options) -> Trainer:
+    """Return a trainer on 16 images of 8 x 8, which are soon cached."""
+    images = ImageDataset(
+        list(np.random.default_rng(0).integers(0, 256, (16, 8, 8), np.uint8)), (8, 8), 1, cache_gb=0.1
+    )
+    config = TrainConfig(
+        output_dir=str(place / f"{time.monotonic_ns()}"), num_samples=1, train_batch_size=batch, max_train_steps=steps,
+        report_to="none", ddpm_num_inference_steps=1, logging_steps=1000, num_cpu_threads=1, **options,
     )  # fmt: skip
+    return Trainer(config, images)
+
+
+def run_saves(size: int, place: Path) -> float:
+    """Return the CPU time of a save of a run (checkpoint, pipeline, record) of about `size` parameters."""
+    trainer = _trainer(place, 5, 1, dim=_dim(size), checkpointing_steps=1)
+    used, finish = [], trainer._finish_step
+
+    def timed(*args, **more) -> None:
+        start = cpu_seconds()
+        finish(*args, **more)
+        used.append(cpu_seconds() - start)
+
+    trainer._finish_step = timed
+    trainer.run()
+    return min(used[:-1])  # the last one draws samples too
 
 
 def train_steps(size: int, place: Path) -> float:
-    """Return the CPU time of a step of training at the batch size `size`: of a run of 120 steps less one of 20."""
-    used = []
-    for steps in (20, 20, 120):  # the first one warms up
-        start = cpu_seconds()
-        train(_train_config(size, place, steps))
-        used.append(cpu_seconds() - start)
-    return (used[2] - used[1]) / 100
+    """Return the CPU time of a step of training at the batch size `size`, between the steps 20 and 120 of a run."""
+    trainer = _trainer(place, 121, size, dim=8, dim_mults=(1,))
+    ends, after = [], trainer._after_step
+
+    def timed(bar) -> None:
+        after(bar)
+        ends.append(cpu_seconds())
+
+    trainer._after_step = timed
+    trainer.run()
+    return (ends[119] - ends[19]) / 100
 
 
-def bare_steps(size: int, place: Path) -> float:
-    """Return the CPU time of a step of a bare loop of the same model: forward, backward and AdamW."""
-    model = UNet2D(dim=8, dim_mults=(1,), in_channels=1, sample_size=8)
-    optimizer = torch.optim.AdamW(model.parameters())
-    x, t = torch.randn(size, 1, 8, 8), torch.full((size,), 500)
+def _looped(step: Run) -> float:
+    """Return the CPU time of a step."""
     for turn in range(120):
         if turn == 20:
             start = cpu_seconds()
+        step()
+    return (cpu_seconds() - start) / 100
+
+
+def bare_steps(size: int, place: Path) -> float:
+    """Return the CPU time of a step of a bare loop of the same model: forward, backward and AdamW, as torch has them.
+
+    There is no noise, no clipping and no average, and AdamW is not fused, which is torch's default.
+    """
+    model = UNet2D(dim=8, dim_mults=(1,), in_channels=1, sample_size=8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    x, t = torch.randn(size, 1, 8, 8), torch.full((size,), 500)
+
+    def step() -> None:
         optimizer.zero_grad()
         (model(x, t).sample - x).square().mean().backward()
         optimizer.step()
-    return (cpu_seconds() - start) / 100
+
+    return _looped(step)
+
+
+def same_steps(size: int, place: Path) -> float:
+    """Return the CPU time of a step of a plain loop that does the trainer's work on one batch.
+
+    That is: draws of timesteps and noise, the noisy images and the target, the model with its channels last in memory,
+    the loss, its gradients, clipping, fused AdamW, the schedule of the learning rate, the average of the weights, and
+    the loss as a number. It lacks reading data, draws that can be resumed, a progress bar, stops and saves.
+    """
+    model, scheduler = UNet2D(dim=8, dim_mults=(1,), in_channels=1, sample_size=8), GaussianScheduler()
+    model.channels_last()
+    weights = list(model.parameters())
+    averages = [p.detach().clone() for p in weights]
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    x = torch.randn(size, 1, 8, 8).clamp(-1, 1)
+
+    def step() -> None:
+        t, noise = torch.randint(0, 1000, (size,)), torch.randn_like(x)
+        output = model(scheduler.add_noise(x, noise, t), t).sample
+        loss = (output - scheduler.target(x, noise, t)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 0.01)
+        loss.item()
+
+    return _looped(step)
 
 
 class Row(NamedTuple):
@@ -237,6 +321,9 @@ ROWS = {
     "folder": Row("listing a folder of images", "files", folder, (5_000, 20_000, 80_000), (2_000, 4_000, 8_000)),
     "csv": Row("reading a .csv file of 8 columns", "rows", read_csv, (20_000, 80_000, 320_000),
                (10_000, 20_000, 40_000)),
+    "csv large": Row("reading one of 64 MiB and more", "rows", read_csv, (1_000_000, 2_000_000, 4_000_000),
+                     (1_000_000, 1_200_000, 1_400_000)),
+    "lists": Row("20 items of a table of lists of 8 numbers", "columns", lists, (125, 500, 2_000), (125, 250, 500)),
     "scan": Row("opening a .npy file for the first time", "sequences of 1,024", first_scan, (16_384, 32_768, 65_536),
                 (16_384, 24_576, 32_768)),
     "scan again": Row("opening it again", "sequences of 1,024", second_scan, (16_384, 32_768, 65_536),
@@ -254,8 +341,11 @@ ROWS = {
     "sampling": Row("sampling 32 × 32 in 2 steps", "images", sampling, (64, 256, 1024), (16, 32, 64)),
     "save": Row("saving a pipeline", "parameters", save, (2_000_000, 8_000_000, 32_000_000),
                 (500_000, 1_000_000, 2_000_000)),
+    "run saves": Row("a save of a run", "parameters", run_saves, (500_000, 2_000_000, 8_000_000),
+                     (500_000, 1_000_000, 2_000_000)),
     "trainer": Row("a step of the trainer, dim 8", "batch", train_steps, (4, 16, 64), (4, 8, 16)),
     "bare": Row("a step of a bare AdamW loop, dim 8", "batch", bare_steps, (4, 16, 64), (4, 8, 16)),
+    "same": Row("a step of a plain loop of the same work, dim 8", "batch", same_steps, (4, 16, 64), (4, 8, 16)),
 }  # fmt: skip
 ONCE = {
     "help": ("train.py --help", [str(ROOT / "training" / "train.py"), "--help"]),
@@ -334,28 +424,47 @@ def once(name: str) -> dict:
     return {"what": what, "s": cpu_seconds() - start}
 
 
+def ratios(rounds: int) -> list[dict]:
+    """Compare a step of the trainer at dim 8 and batch 4 with both plain loops: medians of rounds of turns."""
+    torch.set_num_threads(1)
+    names = {"trainer": train_steps, "bare": bare_steps, "same": same_steps}
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()):
+        turns = {name: lambda run=run: run(4, Path(place)) for name, run in names.items()}
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = alternate(turns, rounds)
+    return [
+        {"what": "a step of the trainer, dim 8, batch 4", "over": ROWS[name].what.removesuffix(", dim 8"),
+         "trainer, ms": 1e3 * found["trainer"], "loop, ms": 1e3 * found[name],
+         "ratio": found["trainer"] / found[name]}
+        for name in ("bare", "same")
+    ]  # fmt: skip
+
+
 def main(arguments: list) -> int:
     """Measure what the arguments say, print it and write it; return the exit status."""
     parser = SuggestingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*ROWS, *ONCE]
+    names = [*ROWS, *ONCE, "ratio"]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="the rows. Defaults to all")
     parser.add_argument("--quick", action="store_true", help="smaller sizes")
     parser.add_argument("--output_dir", default="benchmarks", help="folder of growth.json. Defaults to %(default)s")
     options = SimpleNamespace(**vars(parser.parse_args(arguments)))
-    grown, single = [], []
+    grown, single, compared = [], [], []
     for name in options.only:
         print(f"measuring {name}", file=sys.stderr, flush=True)
         if name in ROWS:
             grown.append(growth(name, ROWS[name].quick if options.quick else ROWS[name].sizes))
-        else:
+        elif name in ONCE:
             single.append(once(name))
-    for rows in (grown, single):
+        else:
+            compared = ratios(1 if options.quick else 3)
+    for rows in (grown, single, compared):
         if rows:
-            print(table(rows) + "\n", flush=True)
+            print(markdown(rows) + "\n", flush=True)
     folder_ = Path(options.output_dir)
     folder_.mkdir(parents=True, exist_ok=True)
     machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-    content = {"machine": machine, "quick": options.quick, "growth": grown, "once": single}
+    content = {"machine": machine, "quick": options.quick, "growth": grown, "once": single,
+               "ratios": compared}  # fmt: skip
     (folder_ / "growth.json").write_text(json.dumps(content, indent=1))
     return 0
 

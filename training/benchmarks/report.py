@@ -11,10 +11,21 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells)
 
 
+def markdown(rows: list[dict]) -> str:
+    """Return rows as `table` does, in the form of Markdown."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([cell(row.get(name)) for name in names] for row in rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(text.ljust(width) for text, width in zip(line, widths))} |" for line in cells)
+
+
 def cell(value) -> str:
     """Return a value as it stands in a table: three digits, or all digits before the point."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, int):
+        return f"{value:,}"
     return "" if value is None else str(value)
 
 
