@@ -118,7 +118,7 @@ LENGTH, SPLIT, BEAT = 256, 640, 848  # length of a window, end of the part for t
 GAINS = (0.8, 0.9, 1, 1.1, 1.2)  # amplitudes of the windows for training
 DEVIATION = 15  # number of values of the moving standard deviation
 SMOOTHING = 3.0  # deviation of the filter of the maps, in values
-SHOWN = 20  # number of the window that is drawn
+SHOWN = 60  # number of the window that is drawn
 ARTEFACTS = ("dropped beat", "step", "burst of noise", "flat piece")
 
 
