@@ -86,15 +86,15 @@ class DataOptions:
         Rule(bool, "a name or a file"), scope.CLASSES, none="no classes",
     )  # fmt: skip
     condition_column: str | None = option(
-        None, "The condition paired with each item, an image or a sequence of the item's size or a whole divisor of "
-        "it: a column of images in a table; a column of a table of sequences, or several that commas separate; the "
-        "name of an array in a .npz file; a .npy file beside an array; for a dataset from Python, the entry of items "
-        "that are dicts (any name for items (x, condition), or (x, y, condition) with class_labels).",
+        None, "The condition paired with each item, an image or a sequence of the item's size, or of that divided by "
+        "a whole number: a column of images in a table; a column of a table of sequences, or several that commas "
+        "separate; the name of an array in a .npz file; a .npy file beside an array; for a dataset from Python, the "
+        "entry of items that are dicts (any name for items (x, condition), or (x, y, condition) with class_labels).",
         Rule(bool, "a name or a file"), scope.PAIRS, none="no conditions",
     )  # fmt: skip
     condition_dir: str | None = option(
         None, "Folder of the conditions of the images in train_data_dir: each under the same path, but for its ending. "
-        "They have the size of the images or a whole divisor of it, and may be .npy or TIFF files of any range.",
+        "They have the size of the images, or that divided by a whole number, and may be .npy or TIFF files.",
         Rule(bool, "a folder"), scope.PAIR_FOLDERS, none="no conditions",
     )  # fmt: skip
     holdout: int = option(
@@ -119,19 +119,19 @@ class ImageOptions:
     )  # fmt: skip
     image_channels: int | None = option(
         None, "1 (grey), 3 (RGB) or 4 (RGBA). With 1 and 3, transparent images are laid on white. Images in units of "
-        "their own keep the channels that they have, of any number.",
+        "their own keep their channels, of any number.",
         whole_number(1), scope.IMAGES, 
         none="3; 1 for digits; for images in units of their own, the channels of the data",
     )  # fmt: skip
     image_norm: str | None = option(
-        None, "Scaling of images in units of their own, which samples have too: 'bits' scales the full range of the "
-        "integer type to [-1, 1], 'minmax' the range of each channel, and 'meanstd' scales each channel to mean 0 and "
-        "standard deviation 1.", one_of(*IMAGE_NORMS), scope.OWN_UNITS,
+        None, "Scaling of images in units of their own; samples have the same units. 'bits' scales the full range of "
+        "the integer type to [-1, 1], 'minmax' the range of each channel, and 'meanstd' scales each channel to mean 0 "
+        "and standard deviation 1.", one_of(*IMAGE_NORMS), scope.OWN_UNITS,
         none="pictures of 8 bits, or for arrays and scientific files, bits for whole numbers and minmax for floats",
     )  # fmt: skip
     image_range: list[float] | None = option(
         None, "Two numbers, the lowest and the highest value of images in units of their own, which are scaled to "
-        "[-1, 1], as 0 4095 for 12 bits. Values outside are clipped, and their share is told.",
+        "[-1, 1], as 0 4095 for 12 bits. Values outside are clipped, and a warning says how many.",
         Rule(lambda ends: len(ends) == 2 and ends[0] < ends[1], "two finite numbers, the lower first"),
         scope.OWN_UNITS, none="image_norm",
     )  # fmt: skip
@@ -159,8 +159,8 @@ class SequenceOptions:
     )  # fmt: skip
     on_missing: str = option(
         "stop", "What to do with missing values (NaN, empty cells): 'stop' ends the run and names the first, 'drop' "
-        "leaves out the sequences or windows that have one, 'interpolate' takes the line between the neighbours in "
-        "time, 'mask' trains on what is known, with condition known (which does so by itself).",
+        "leaves out the sequences or windows that have one, 'interpolate' fills them in from the line between the "
+        "neighbours in time, 'mask' trains on what is known, with condition known (which does so by itself).",
         either("stop", "drop", "interpolate", "mask"), scope.MISSING, off="stop",
     )  # fmt: skip
 
@@ -229,12 +229,12 @@ class RunOptions:
     )  # fmt: skip
     continue_checkpoint: str = option(
         "newest", "Checkpoint to continue from: 'newest', 'best' (the one of the best evaluation), or the folder of a "
-        "checkpoint, as step-001000.", applies=scope.CONTINUED,
+        "checkpoint, such as step-001000.", applies=scope.CONTINUED,
     )  # fmt: skip
     init_from: str | None = option(
-        None, "Pipeline to begin with the weights of (fine-tuning): a folder, a repo on the Hub, or a model-*.pt file "
-        "of denoising-diffusion-pytorch. Its options of the model and of the noise schedule are taken; data, size and "
-        "classes may differ.", none="new weights",
+        None, "Fine-tuning: begin with the weights of this pipeline, a folder, a repo on the Hub, or a model-*.pt file "
+        "of denoising-diffusion-pytorch. The options of the model and of the noise schedule are taken from it; data, "
+        "size and classes may differ.", none="new weights",
     )  # fmt: skip
     dry_run: bool = option(
         False, "Print the resolved options, the size of the model and the data found, read every item, list those that "
@@ -264,7 +264,7 @@ class ModelOptions:
 
     _argument_group_name = "Model"
 
-    dim: int = option(64, "Width of the U-Net, which dim_mults multiply.", whole_number(1), scope.NEW_MODEL)
+    dim: int = option(64, "Base width of the U-Net, which dim_mults multiply.", whole_number(1), scope.NEW_MODEL)
     init_dim: int | None = option(
         None, "Width after the first convolution.",
         whole_number(1), scope.NEW_MODEL, none="dim",
@@ -377,13 +377,13 @@ class DiffusionOptions:
         one_of("known"), none="the model is given no part of the item",
     )  # fmt: skip
     mask_strategy: str = option(
-        "mixed", "Which part is known: 'random' positions, a share of them that is drawn for each item; all but "
-        "'blocks', gaps in sequences and rectangles in images, an eighth to three quarters of the item long; for "
-        "sequences 'forecast', all but an end of that length; or 'mixed', one of these for each item, drawn evenly.",
+        "mixed", "Which part is known. 'random': single positions, a share of them that is drawn for each item; "
+        "'blocks': all but a gap in a sequence or a rectangle in an image, an eighth to three quarters of the item "
+        "long; 'forecast' (sequences): all but an end of that length; 'mixed': one of these for each item.",
         one_of(*MASK_STRATEGIES), scope.KNOWN,
     )  # fmt: skip
     immiscible: bool = option(
-        False, "Assign the noise within each batch of train_batch_size samples to the nearest data."
+        False, "Immiscible diffusion: within each batch of train_batch_size samples, noise is assigned to near data."
     )
     rescale_betas_zero_snr: bool = option(
         False, "Rescale the schedule so that it ends in pure noise; not with epsilon. The loss_weighting 'snr' then "
@@ -417,12 +417,12 @@ class OptimizationOptions:
     )  # fmt: skip
     lr_scheduler: str = option(
         "cosine",
-        f"A schedule of diffusers.optimization: {', '.join(LR_SCHEDULERS)}.",
+        f"Schedule of the learning rate, from diffusers.optimization: {', '.join(LR_SCHEDULERS)}.",
         one_of(*LR_SCHEDULERS),
     )
     lr_warmup_steps: int = option(
-        100, "Number of optimizer steps of warm-up n: step k has the rate times k / (n + 1).", whole_number(0),
-        scope.WARM_UP, off=0,
+        100, "Number n of warm-up steps: in step k of them the learning rate is multiplied by k / (n + 1).",
+        whole_number(0), scope.WARM_UP, off=0,
     )  # fmt: skip
     adam_beta1: float = option(0.9, "AdamW's beta1.", BELOW_1)
     adam_beta2: float = option(0.99, "AdamW's beta2.", BELOW_1)
@@ -453,7 +453,7 @@ class AveragingOptions:
     ema_inv_gamma: float = option(
         1.0, "Warm-up of the decay: 1 - (1 + step / ema_inv_gamma) ** -ema_power.", ABOVE_0, scope.EMA
     )
-    ema_power: float = option(0.75, "Power of that warm-up.", ABOVE_0, scope.EMA)
+    ema_power: float = option(0.75, "Power of the warm-up of the decay; see ema_inv_gamma.", ABOVE_0, scope.EMA)
     ema_update_after_step: int = option(
         0, "Step after which averaging starts; before it, the average is a copy of the weights.", whole_number(0),
         scope.EMA,

@@ -9,8 +9,8 @@
 
 The results are added to evaluation.json in the pipeline's folder, or in --output_dir, and the model card takes them
 from there. Several numbers of steps, or scales of guidance, also draw steps-versus-metric.png, and bits_per_dim draws
-bits-per-dim.png. With a task, held-out
-items are completed instead; the scores are added to completion.json, with a picture of the first setting.
+bits-per-dim.png. With --task,
+held-out items are completed instead; the scores are added to completion.json, with a picture of the first setting.
 """
 
 import argparse

@@ -89,8 +89,8 @@ def read_conditions(pipeline, path: str | None, draws: int) -> Conditions | None
     channels, size = pipeline.unet.config.condition_channels, tuple(pipeline.config.condition_size)
     if path is None:
         raise ValueError(
-            f"the pipeline's model is given a condition beside each sample, {channels} channels of the size "
-            f"{_by(size)}: --condition names its file, or a folder"
+            f"--condition must name a file or folder of conditions: this model needs one for each sample, of "
+            f"{channels} channel{'s'[: channels > 1]} and the size {_by(size)}"
         )
     if not Path(path).exists():
         raise ValueError(f"--condition must be a file or a folder, got {path}: No such file")
@@ -123,11 +123,12 @@ def _read_files(pipeline, path: str, channels: int, size: tuple[int, ...]) -> tu
         if len(size) == 2 and not files:
             files = find_images(path, listing)[0]
         if not files:
-            raise ValueError(f"--condition: {path} has no .npy files; those of sequences are (channels, length)")
+            raise ValueError(f"--condition must be a file or a folder of .npy files (channels, length); {path} has no "
+                             ".npy files")  # fmt: skip
     names = [str(Path(file).relative_to(root if root.is_dir() else root.parent).with_suffix("")) for file in files]
     twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
     if twice:
-        raise ValueError(f"--condition: the names without endings must differ, and {path} has two of {twice[0]}")
+        raise ValueError(f"--condition: names without endings must differ, and {path} has two files {twice[0]}")
     found = []
     for file in files:
         try:

@@ -85,7 +85,11 @@ def check_with_conditions(conditions: Conditions, known: Known | None, start: St
         ValueError: it does not.
     """
     if size:
-        raise ValueError(f"--{next(iter(size))} does not apply with --condition, which has the size of the samples")
+        name, value = next(iter(size.items()))
+        raise ValueError(
+            f"--{name} and --condition exclude each other; from Python, pipe({name}=..., condition=...) takes both; "
+            f"got {value}"
+        )
     items = {} if start is None else {f"init_{start.name}": len(start.items)}
     items |= {} if known is None else {"known": len(known.data)}
     for option, count in items.items():

@@ -7,9 +7,8 @@
 
 The table has a row for each item: its file or number, its score (higher is stranger), and with --reference, or scores
 that were saved in the pipeline, the percentile of its score among those. Beside scores.csv lie scores.json (settings
-and metrics) and, if they are asked for, scores-maps.npy and the folder scores-maps. Data is opened as evaluate.py opens
-it, in the units of the pipeline. Item number i has noise that follows from (seed, i), so that neither the number of
-processes nor the batch size changes a score, but for rounding.
+and metrics) and, if they are asked for, scores-maps.npy and the folder scores-maps. Data is read as evaluate.py reads
+it. Neither the number of processes nor the batch size changes a score, except for rounding.
 """
 
 import argparse
@@ -61,7 +60,8 @@ def make_parser() -> SuggestingParser:
     what = parser.add_argument_group("reference for percentiles")
     what.add_argument("--reference", help="Data, usually that of training, whose scores the percentiles refer to. "
                       "Default: scores that were saved in the pipeline, or no percentiles.")  # fmt: skip
-    what.add_argument("--num_reference", type=int, default=1000, help="Largest number of items of --reference.")
+    what.add_argument("--num_reference", type=int, default=1000, help="Largest number of items of "
+                      "--reference. Default: %(default)s.")  # fmt: skip
     what.add_argument("--save_reference", action="store_true", help="Save the scores of --reference in the folder of "
                       "the pipeline, for later percentiles.")  # fmt: skip
     what = parser.add_argument_group("known anomalies")
@@ -75,10 +75,10 @@ def make_parser() -> SuggestingParser:
         if field.name in READING:
             _add_field(what, field)
     what = parser.add_argument_group("machine")
-    what.add_argument("--batch_size", type=int, default=64, help="Number of rows in a call of the model.")
-    what.add_argument(
-        "--mixed_precision", choices=SAMPLING_PRECISIONS, default="no", help="Precision of the model's calls."
-    )
+    what.add_argument("--batch_size", type=int, default=64, help="Number of noisy items in a call of the model. "
+                      "Default: %(default)s.")  # fmt: skip
+    what.add_argument("--mixed_precision", choices=SAMPLING_PRECISIONS, default="no", help="Precision of the model's "
+                      "calls. Default: %(default)s.")  # fmt: skip
     return parser
 
 

@@ -76,7 +76,10 @@ def check_options(given: argparse.Namespace, pipeline) -> None:
     if given.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {given.seed}")
     if given.save_reference and (not given.reference or not Path(given.pipeline).is_dir()):
-        raise ValueError("--save_reference needs --reference, and a --pipeline in a folder")
+        raise ValueError(
+            f"--save_reference needs --reference and a --pipeline in a folder; got {given.reference} and "
+            f"{given.pipeline}"
+        )
     if given.complete and not isinstance(pipeline, DDPMPipeline1D) and pipeline.config.get("data_scale") is None:
         raise ValueError(
             "--complete applies to sequences, and to images in units of their own; pictures have no missing values: "
@@ -102,8 +105,8 @@ def _check_classes(given: argparse.Namespace, pipeline) -> None:
         raise ValueError("--class_labels and --class_for_all exclude each other; got both")
     if given.reference and given.class_labels is not None and is_label_file(given.class_labels):
         raise ValueError(
-            f"--class_labels {given.class_labels} has the classes of --data, and --reference has items of its own: "
-            "score it for itself with --save_reference, or name a column"
+            f"--class_labels must name a column, or 'folder', with --reference, because a file has the classes of "
+            f"--data alone; --class_for_all gives all items one class; got the file {given.class_labels}"
         )
 
 
@@ -181,7 +184,7 @@ def open_items(given: argparse.Namespace, data: str, pipeline, say, column: str 
         elif real.classes is not None:
             classes = np.asarray(model_classes(pipeline, real.classes.names))[real.classes.numbers].tolist()
         else:
-            say("the model has classes, and scores the items without one: --class_labels, --class_for_all name it")
+            say("the model has classes, and scores the items without one; --class_labels and --class_for_all give one")
     if is_paired(pipeline) and real.pairs is None:
         raise ValueError(
             f"--condition_column or --condition_dir must name the conditions of {data}: the model has paired conditions"
@@ -221,10 +224,10 @@ def score_block(given, pipeline, scored: Scored, numbers: range) -> tuple[np.nda
         wrong, empty = ~items.flatten(1).isfinite().all(dim=1), items.flatten(1).isnan().all(dim=1)
         if wrong.any() and not given.complete:
             place = scored.place(batch.numbers[int(wrong.nonzero()[0])])
-            raise ValueError(f"items must be finite; NaN or infinity is in {place}: --complete completes it first")
+            raise ValueError(f"items must be finite; NaN or infinity is in {place}; --complete fills NaN in first")
         if empty.any():
             place = scored.place(batch.numbers[int(empty.nonzero()[0])])
-            raise ValueError(f"items must have something known to be completed; {place} has missing values alone")
+            raise ValueError(f"items must have a known value to be completed; {place} has missing values alone")
         options = {name: getattr(given, name) for name in ("strengths", "num_timesteps")}
         found = pipeline.score(
             items, method=given.method, smoothing=given.smoothing, batch_size=given.batch_size,
@@ -307,8 +310,8 @@ class Run:
             found = json.loads(self.facts.read_text())["settings"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"--output {self.given.output} is there already, and {self.facts.name} with its settings is not: "
-                "choose another --output"
+                f"--output {self.given.output} exists already without its settings, {self.facts.name}, so this run "
+                "cannot go on with it: choose another --output"
             ) from error
         check_settings(found, self.settings, f"--output {self.given.output}", "output", "scores")
         if self.masks is not None and not self.map_file.exists():
@@ -324,8 +327,9 @@ class Run:
         written = [self.facts, *([self.map_file] if "npy" in self.given.maps else [])]
         written += [self.pictures] if "pictures" in self.given.maps else []
         if found := [str(path) for path in written if path.exists() and not self.folder.exists()]:
-            raise ValueError(f"--output {self.given.output} is new, and {', '.join(found)} is there already: choose "
-                             "another --output")  # fmt: skip
+            raise ValueError(
+                f"--output {self.given.output} would write over {', '.join(found)}: choose another --output"
+            )
 
     def score(self, scored: Scored, name: str) -> ScoreParts:
         """Score what is missing of the items, on all processes, and return the parts."""

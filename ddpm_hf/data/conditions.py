@@ -84,7 +84,7 @@ def image_conditions(
         ValueError: a pair does not fit, random crops are asked for, or the resolution is not divisible.
     """
     if not images.center_crop:
-        raise ValueError(f"{where} needs center_crop, which cuts both images of a pair alike; got false")
+        raise ValueError(f"{where} needs center_crop true, which cuts both images of a pair alike; got false")
     if len(sources) != len(images):
         raise ValueError(f"{where} must have {len(images):,} images, as the data has, got {len(sources):,}")
     factor, channels = _form_of_pairs(sources, images, where, own_units, last, all_pairs)
@@ -191,8 +191,8 @@ def folder_conditions(
     if missing:
         raise ValueError(
             printable(
-                f"{where} must have a condition for each image, of the same path without its ending: {missing[0]} has "
-                f"none, one of {len(missing):,} such images"
+                f"{where} must have a condition for each image, under the same path but for its ending; "
+                f"{len(missing):,} have none, such as {missing[0]}"
             )
         )
     several = [stem for stem in stems if len(found[stem]) > 1]

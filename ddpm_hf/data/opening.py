@@ -438,7 +438,7 @@ def _cut(config: TrainConfig, array: Any, name: str, labels: Labels | None = Non
         raise ValueError(f"sequence_length must be at most the data's length {array.shape[-1]}, got {length}{way_out}")
     if config.on_missing == "drop":
         if config.condition_column is not None:
-            raise ValueError("on_missing must be stop, interpolate or mask with condition_column, got 'drop'")
+            raise ValueError("on_missing must be stop or interpolate with condition_column, got 'drop'")
         if len(array.shape) < 3:
             array = np.atleast_2d(array)[:, None] if len(array.shape) == 2 or config.stride else array
         return RecordingDataset(

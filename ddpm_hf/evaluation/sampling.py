@@ -63,8 +63,8 @@ class Sampling:
         s = self.settings
         if is_paired(pipeline) and self.pairs is None:
             raise ValueError(
-                "the pipeline's model is given paired conditions, and samples get them from the data: condition_column "
-                "or condition_dir must name those of the data"
+                "condition_column or condition_dir must name the conditions of the data: the pipeline's model needs "
+                "one for each sample, and takes them from there"
             )
         if not 0 <= guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must be a finite number of at least 0, got {guidance_scale}")

@@ -184,7 +184,7 @@ def test_other_files_and_missing_values_are_named(place, tmp_path, capsys):
     assert np.isfinite(pd.read_csv(tmp_path / "n.csv")["score"]).all()
     assert run(place, "sequences", tmp_path / "d.csv", "--on_missing=drop", data=tmp_path / "nan.npy") == 0
     assert list(pd.read_csv(tmp_path / "d.csv")["item"]) == [0, 1, 2, 4]
-    assert "s.json with its settings is not" in error and "--output must end in .csv or .parquet" in error
+    assert "without its settings, s.json" in error and "--output must end in .csv or .parquet" in error
     assert "sequence 3" in error or "row 3" in error
 
 
@@ -278,7 +278,7 @@ def test_odd_data_and_outputs(place, tmp_path, capsys):
     (tmp_path / "t-maps").mkdir()
     for name, file in (("s", "s.json"), ("t", "t-maps")):
         assert run(place, "images", tmp_path / f"{name}.csv", "--maps=pictures") == 2
-        assert f"{file} is there already" in capsys.readouterr().err
+        assert f"{file}: choose another --output" in capsys.readouterr().err
     assert (tmp_path / "s.json").read_text() == "mine"
 
 
