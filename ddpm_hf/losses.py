@@ -195,7 +195,7 @@ def _mean(values: Tensor, counted: Tensor | None) -> Tensor:
     return values.masked_fill(~counted, 0.0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
 
-def _bound(scheduler, output: Tensor, x0: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+def _bound(scheduler, output: Tensor, x0: Tensor, x_t: Tensor, timesteps: Tensor, levels) -> Tensor:
     """Return an estimate of the variational bound for each value, in bits: T times the term at the sample's timestep.
 
     Its gradient goes to the variance alone: the prediction of the mean is detached (Nichol & Dhariwal, section 3.1).
@@ -203,8 +203,8 @@ def _bound(scheduler, output: Tensor, x0: Tensor, x_t: Tensor, timesteps: Tensor
     output = output.to(torch.promote_types(x0.dtype, torch.float32))
     channels = x0.shape[1]
     output = torch.cat((output[:, :channels].detach(), output[:, channels:]), dim=1)
-    decoder = "discretized" if x0.ndim == 4 else "density"
-    term = scheduler.bound_term(output, x0, x_t, timesteps, decoder, clip=False)
+    kind = {"decoder": "density"} if x0.ndim == 3 or levels is None else {"levels": levels}
+    term = scheduler.bound_term(output, x0, x_t, timesteps, clip=False, **kind)
     return term * (scheduler.config.num_train_timesteps / math.log(2))
 
 
@@ -225,6 +225,7 @@ def diffusion_loss(
     known: Tensor | None = None,
     counted: Tensor | None = None,
     vlb_weight: float = 0.0,
+    levels: int | Tensor | None = 256,
 ) -> DiffusionLoss:
     """Compute the loss of each sample. None of the given tensors is changed.
 
@@ -251,8 +252,11 @@ def diffusion_loss(
             there is none; None: over all.
         vlb_weight: weight of the variational bound in the loss of a model with learned variance, L_hybrid = L_simple +
             weight * L_vlb (Nichol & Dhariwal, equation 16, which has 0.001); the bound is in bits per dimension, as in
-            the authors' code, and T times the term at the sample's timestep estimates it. Images have the discretized
-            decoder, sequences the density. Its gradient goes to the variance alone. 0: the variance is not trained.
+            the authors' code, and T times the term at the sample's timestep estimates it. Its gradient goes to the
+            variance alone. 0: the variance is not trained.
+        levels: the number of evenly spaced values from -1 to 1 that images have, for the bound's discretized decoder
+            (256 for 8 bits), or a tensor of them that broadcasts against x0; None: the bound is that of a density, as
+            it always is for sequences.
 
     Raises:
         ValueError: shapes or devices do not fit, `weighting` is unknown, `vlb_weight` is not 0 with a fixed variance,
@@ -289,5 +293,5 @@ def diffusion_loss(
     if weighting == "snr":
         loss = loss * scheduler.loss_weights(timesteps, min_snr_gamma).to(loss)
     if vlb_weight:
-        loss = loss + vlb_weight * _mean(_bound(scheduler, output, x0, x_t, timesteps), counted)
+        loss = loss + vlb_weight * _mean(_bound(scheduler, output, x0, x_t, timesteps, levels), counted)
     return DiffusionLoss(loss=loss, timesteps=timesteps)

@@ -127,3 +127,16 @@ def has_own_units(scaling: Scaling) -> bool:
 def scaling_of(dataset: Any) -> Scaling:
     """Return the scaling of a dataset; one without the attribute `scaling` is in model units already."""
     return getattr(dataset, "scaling", MODEL_UNITS)
+
+
+def levels_of(data) -> tuple[int, ...] | None:
+    """Return the number of levels of a dataset of images, one for each channel or one for all; None for a density.
+
+    Images without units of their own have 8-bit levels. Those with units have levels if they are whole numbers in a
+    range that ends in whole numbers (`Scaling.levels`).
+    """
+    scaling = scaling_of(data)
+    if not has_own_units(scaling):
+        return (256,)
+    dtype = getattr(data, "dtype", None)
+    return None if dtype is None else scaling.levels(dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.data.loading import Part, underlying
-from ddpm_hf.data.scaling import has_own_units, scaling_of
+from ddpm_hf.data.scaling import levels_of
 from ddpm_hf.evaluation.classes import DataClasses
 from ddpm_hf.evaluation.pairs import Pairs, is_paired
 from ddpm_hf.evaluation.settings import EvalSettings
@@ -207,19 +207,6 @@ class Likelihood:
         t = torch.tensor([int(draw.integers(low, high)) for draw in draws], device=x0.device)
         noise = np.stack([draw.standard_normal(x0.shape[1:], dtype=np.float32) for draw in draws])
         return t, torch.from_numpy(noise).to(x0.device)
-
-
-def levels_of(data) -> tuple[int, ...] | None:
-    """Return the number of levels of a dataset of images, one for each channel or one for all; None for a density.
-
-    Images without units of their own have 8-bit levels. Those with units have levels if they are whole numbers in a
-    range that ends in whole numbers (`Scaling.levels`).
-    """
-    scaling = scaling_of(data)
-    if not has_own_units(scaling):
-        return (256,)
-    dtype = getattr(data, "dtype", None)
-    return None if dtype is None else scaling.levels(dtype)
 
 
 def check_bound(scheduler) -> None:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import open_data
 from ddpm_hf.data.loading import Batch
+from ddpm_hf.data.scaling import levels_of
 from ddpm_hf.data.sequences import write_scans
 from ddpm_hf.hub.publish import check_token, make_publisher, target_of
 from ddpm_hf.randomness import Stream, derive_seed
@@ -223,7 +224,8 @@ class Trainer:
             c, acc, self.folder, self.feed, self.scheduler, self.model, average, self.progress, self.global_batch
         )
         classes = None if self.feed.class_names is None else len(self.feed.class_names)
-        self.training_step = TrainingStep(self.model, self.scheduler, optimizer, average, c, acc, classes)
+        levels = levels_of(self.feed.units)
+        self.training_step = TrainingStep(self.model, self.scheduler, optimizer, average, c, acc, classes, levels)
         plan = compiling.make_plan(c, acc)
         self.runner = Runner(self.training_step, plan, StepBackend(acc.device) if plan.graphs else None, tqdm.write)
         self.losses = LossWatch(self.parts)

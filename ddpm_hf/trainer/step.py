@@ -49,17 +49,23 @@ class TrainingStep:
         config: the `TrainConfig`.
         accelerator: runs the backward pass, accumulation and clipping on one process or several.
         classes: the number of classes, for batches with labels.
+        levels: for each channel of images, or for all, the number of values that it can have, for the bound of a model
+            with learned variance; None: the bound is that of a density.
 
     Attributes:
         network: the model as the loss calls it; may be set to a compiled form of it.
     """
 
     def __init__(
-        self, model, scheduler, optimizer, average: WeightAverage, config, accelerator, classes: int | None = None
-    ):
+        self, model, scheduler, optimizer, average: WeightAverage, config, accelerator, classes: int | None = None,
+        levels: Sequence[int] | None = (256,),
+    ):  # fmt: skip
         self.model, self.scheduler, self.optimizer = model, scheduler, optimizer
         self.average, self.config, self.accelerator = average, config, accelerator
         self.network, self.classes = model, classes
+        self.levels = None if levels is None else levels[0]
+        if levels is not None and len(set(levels)) > 1:
+            self.levels = torch.tensor(levels, dtype=torch.float32, device=accelerator.device).view(-1, 1, 1)
         # One process without a loss scaler needs nothing of accelerate after the backward pass. Its optimizer looks for
         # other libraries in every step, and listing the model's parameters takes a tenth of a small model's step.
         self._plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
@@ -150,6 +156,7 @@ class TrainingStep:
             losses = diffusion_loss(
                 self.network, self.scheduler, x0, timesteps, noise, min_snr_gamma=c.min_snr_gamma or None,
                 weighting=c.loss_weighting, immiscible=c.immiscible, self_condition=self_condition,
-                class_labels=labels, vlb_weight=c.vlb_weight if c.learned_variance else 0.0, **told,
+                class_labels=labels, vlb_weight=c.vlb_weight if c.learned_variance else 0.0,
+                levels=self.levels, **told,
             ).loss  # fmt: skip
         return losses.mean()

@@ -1,12 +1,13 @@
 """Training a learned variance: the bound falls, runs resume bit for bit, models and options fit, samples are drawn."""
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from helpers import MODEL, config, state
 
-from ddpm_hf import DDPMPipeline, DDPMPipeline1D, TrainConfig, UNet2D, train
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, TrainConfig, UNet2D, train
 from ddpm_hf.data.images import digits
 from ddpm_hf.evaluation.evaluator import Evaluator
 from ddpm_hf.evaluation.settings import EvalSettings
@@ -68,6 +69,27 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, monkeypatch, op
     monkeypatch.setattr(Trainer, "_train_step", step)
     train(config(tmp_path / "parts", **options))
     assert state(tmp_path / "whole") == state(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "span", "levels"), [(np.uint16, [0, 4095], 4096), (np.float32, [-900, 900], None), (np.uint8, None, 256)]
+)
+def test_the_bound_has_the_levels_of_the_data(tmp_path, monkeypatch, dtype, span, levels):
+    """As the metric bits_per_dim has them; data that is not whole numbers has a density."""
+    draw = np.random.default_rng(0)
+    low, high = span or [0, 255]
+    np.save(tmp_path / "x.npy", draw.integers(low, high, (8, 1, 8, 8), endpoint=True).astype(dtype))
+    seen = []
+    term = GaussianScheduler.bound_term
+
+    def watch(self, *args, **kwargs):
+        seen.append((kwargs.get("levels"), kwargs.get("decoder")))
+        return term(self, *args, **kwargs)
+
+    monkeypatch.setattr(GaussianScheduler, "bound_term", watch)
+    options = {"dataset_name": None, "train_data_file": str(tmp_path / "x.npy"), "image_range": span}
+    train(config(tmp_path / "run", max_train_steps=1, **options, **LEARNED))
+    assert seen == [(levels, None if levels else "density")]
 
 
 def test_options_and_models_that_do_not_fit(tmp_path):
