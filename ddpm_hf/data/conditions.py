@@ -135,8 +135,8 @@ def _form_of_pairs(
         first = first or (factor, channels)
         if factor != first[0]:
             raise ValueError(
-                f"{where} must be smaller than the images by one number, {first[0]} as in the first pair; got {factor} "
-                f"for {own_name} ({_by(own)}) with {name} ({_by(size)})"
+                f"{where} must be smaller than all images by one whole number, {first[0]} in the first pair; got "
+                f"{factor} for {own_name} ({_by(own)}) with {name} ({_by(size)})"
             )
         if channels != first[1]:
             raise ValueError(f"{where} must have {first[1]} channels, as the first one has; {own_name} has {channels}")

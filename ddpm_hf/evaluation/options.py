@@ -6,6 +6,9 @@ from ddpm_hf.evaluation.settings import FEATURE_FRECHET, FIDELITY
 
 
 def _option(default, help: str):
+    """Return the field of an option; its help names a default that is a number or a text."""
+    if not isinstance(default, bool) and default not in (None, "") and "Default:" not in help:
+        help += f" Default: {default}."
     return field(default=default, metadata={"help": help})
 
 
@@ -40,7 +43,8 @@ class EvaluateConfig:
         "of the training data."
     )  # fmt: skip
     jump_length: int = _option(
-        10, "Steps of a jump of RePaint, for a task with a model that was not trained for it; see inpaint."
+        10,
+        "Number of steps that a jump of RePaint goes back, for a task with a model that was not trained to complete.",
     )
     jump_n_sample: int = _option(10, "Number of times that RePaint passes each place that it jumps from; 1: no jumps.")
     metrics: list[str] | None = _option(
@@ -86,7 +90,7 @@ class EvaluateConfig:
         "TorchScript or torch.export (.pt2) file, or 'pixels'. For sequences, such a file, for feature_frechet, "
         "precision, recall, density and coverage; it gets (B, C, length) in the units of the data and gives (B, D)."
     )  # fmt: skip
-    feature_resolution: int = _option(299, "Side in pixels of the input of a feature network in a file.")
+    feature_resolution: int = _option(299, "Height and width in pixels of the input of a feature network in a file.")
     num_neighbours: int | None = _option(
         None, "Number k of the neighbour that a ball reaches to, for precision, recall, density and coverage. Default: "
         "3 for precision and recall, 5 for density and coverage, as in their papers."
@@ -99,21 +103,25 @@ class EvaluateConfig:
     )  # fmt: skip
     dataset_config_name: str | None = _option(None, "Configuration of a dataset on the Hub.")
     dataset_split: str = _option("train", "Split of a dataset on the Hub, or of a folder of tables.")
-    image_column: str | None = _option(None, "Column of the images in a table.")
+    image_column: str | None = _option(
+        None, "Column of the images in a table. Default: as in the pipeline's run, if --data is its data."
+    )
     channels_last: bool = _option(
         False,
-        "Arrays have their channels last, as in training; the arrays of the pipeline's run may be so anyway.",
+        "Arrays have their channels last, as in training. Default: as in the pipeline's run, if --data is its data.",
     )
     image_range: list[float] | None = _option(
         None, "Lowest and highest value of images in units of their own; values outside are clipped. Default: as in "
         "the pipeline's run, if --data is its data."
     )  # fmt: skip
-    sequence_columns: list[str] | None = _option(None, "Columns of the sequences in a table.")
+    sequence_columns: list[str] | None = _option(
+        None, "Columns of the sequences in a table. Default: as in the pipeline's run, if --data is its data."
+    )
     stride: int | None = _option(
         None, "Distance between the windows of the data to compare with. Default: as in the pipeline's run, if --data "
         "is its data."
     )  # fmt: skip
-    csv_decimal: str | None = _option(None, "Decimal mark of a .csv file. Default: it is found.")
+    csv_decimal: str | None = _option(None, "Decimal mark of a .csv file. Default: found from the file.")
     recording: bool = _option(False, "An array (channels, points) is one recording.")
     on_missing: str = _option("stop", "What to do with missing values: 'stop', 'drop', 'interpolate' or 'mask'.")
     dataloader_num_workers: int = _option(0, "Number of processes that load data.")

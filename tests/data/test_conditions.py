@@ -184,7 +184,7 @@ def test_pairs_of_folders_that_do_not_fit(tmp_path):
     refused(r"but for its ending; 1 have none, such as .*x/sub/b.png", **options)
     for size, mode, message in (
         ((3, 3), "L", "c/sub/b.png must have the size of the items, 8 x 8, or that divided .*; got 3 x 3"),
-        ((8, 8), "L", r"by one number, 2 as in the first pair; got 1 for .*b.png \(8 x 8\) with .*b.png \(8 x 8\)"),
+        ((8, 8), "L", r"by one whole number, 2 in the first pair; got 1 for .*b.png \(8 x 8\) with .*b.png \(8 x 8\)"),
         ((4, 4), "RGB", "must have 1 channels, as the first one has; .*c/sub/b.png has 3"),
     ):
         Image.new(mode, size).save(tmp_path / "c" / "sub" / "b.png")
