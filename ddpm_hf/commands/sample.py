@@ -45,7 +45,8 @@ def make_parser() -> SuggestingParser:
     what = parser.add_argument_group("paired conditions")
     what.add_argument("--condition", help="Conditions, for a model that is given one beside each sample: a picture, a "
                       "folder of pictures, .npy or .npz; for sequences .npy, .npz, .csv or .parquet; or a folder of "
-                      ".npy files with one each. Each gets --num_samples samples.")  # fmt: skip
+                      ".npy files with one each. Each gets --num_samples samples. With --length, --height or "
+                      "--width they have the size in proportion.")  # fmt: skip
     what = parser.add_argument_group("completing")
     what.add_argument("--known", help="Items to complete, in turn: .npy, .npz, .csv or .parquet of sequences; .npy, "
                       ".npz, a picture or a folder of pictures for images. NaN is unknown.")  # fmt: skip

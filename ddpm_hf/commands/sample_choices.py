@@ -23,9 +23,11 @@ from ddpm_hf.data.sequence_files import read_sequences
 from ddpm_hf.evaluation.classes import has_classes
 from ddpm_hf.pipeline.guidance import make_guidance
 from ddpm_hf.pipeline.outputs import IMAGE_MODES
+from ddpm_hf.pipeline.pairs import refuse_paired
 from ddpm_hf.pipeline.rules import check_rules
 from ddpm_hf.pipeline.schedulers import step_options
 from ddpm_hf.pipeline.varying import VARYING_RULES
+from ddpm_hf.pipeline.windows import Windows
 from ddpm_hf.run.record import without_folders
 
 LABEL_FILES = (".csv", ".txt")
@@ -168,8 +170,22 @@ def check_numbers(given: argparse.Namespace, pipeline, labels: list | None, guid
     )  # fmt: skip
 
 
-def choose_size(pipeline, given: argparse.Namespace) -> dict:
-    """Return the arguments of a call for the size of the samples, without those that are not given.
+class SampleSize(NamedTuple):
+    """The size of the samples, where it may be another than in training.
+
+    Attributes:
+        arguments: the arguments of a call that are given.
+        size: the size without channels; None: as trained.
+        windows: the windows in which the model predicts, or None.
+    """
+
+    arguments: dict
+    size: tuple[int, ...] | None
+    windows: Windows | None
+
+
+def choose_size(pipeline, given: argparse.Namespace) -> SampleSize:
+    """Return the size of the samples.
 
     Raises:
         ValueError: one does not apply to the pipeline or to given items, or is outside of its range.
@@ -183,11 +199,12 @@ def choose_size(pipeline, given: argparse.Namespace) -> dict:
             raise ValueError(f"--{name} does not apply to a pipeline of {kind}, got {getattr(given, name)}")
     if chosen and (given.known or given.init_image or given.init_sequence):
         raise ValueError(f"--{next(iter(chosen))} does not apply to given items, which have a size: leave it out")
-    if chosen:
-        size = [given.length] if kind == "sequences" else pipeline._size_of(given.height, given.width)
-        size = None if size is None or None in size else tuple(size)
-        pipeline._windows(size, given.method, given.overlap)  # its rules
-    return chosen
+    size = [given.length] if kind == "sequences" else pipeline._size_of(given.height, given.width)
+    size = None if size is None or None in size else tuple(size)
+    windows = pipeline._windows(size, given.method, given.overlap) if chosen else None
+    if given.method == "sequential":
+        refuse_paired(pipeline)
+    return SampleSize(chosen, size, windows)
 
 
 class Known(NamedTuple):

@@ -14,7 +14,8 @@ from ddpm_hf.data.images import IMAGE_MODES, decode, find_images, image_form
 from ddpm_hf.data.listing import list_folder
 from ddpm_hf.data.scientific_images import read_values
 from ddpm_hf.data.sequence_files import FILE_ENDINGS, read_sequences
-from ddpm_hf.pipeline.pairs import encode_condition
+from ddpm_hf.pipeline.pairs import encode_condition, size_of_conditions
+from ddpm_hf.pipeline.windows import Windows
 from ddpm_hf.run.record import without_folders
 
 CHECKED = 64  # the number of conditions that are checked at once
@@ -69,7 +70,9 @@ def _levels(data: Tensor) -> Tensor:
     return data.double() / 255 if data.dtype == torch.uint8 else data
 
 
-def read_conditions(pipeline, path: str | None, draws: int) -> Conditions | None:
+def read_conditions(
+    pipeline, path: str | None, draws: int, size: tuple[int, ...] | None = None, windows: Windows | None = None
+) -> Conditions | None:
     """Read the conditions of the samples, and check them; None for a model without paired conditions.
 
     Args:
@@ -77,6 +80,8 @@ def read_conditions(pipeline, path: str | None, draws: int) -> Conditions | None
         path: a picture, a folder of pictures or of .npy files with a condition each, or a file of many: .npy or .npz,
             and .csv or .parquet for sequences.
         draws: the number of samples of each condition.
+        size, windows: the size of the samples without channels, and the windows in which the model predicts, as in
+            `encode_condition`.
 
     Raises:
         ValueError: the model needs conditions and there are none, or the reverse; a file cannot be read, or holds a
@@ -86,19 +91,19 @@ def read_conditions(pipeline, path: str | None, draws: int) -> Conditions | None
         if path is not None:
             raise ValueError(f"--condition needs a model with paired conditions, and this one has none; got {path}")
         return None
-    channels, size = pipeline.unet.config.condition_channels, tuple(pipeline.config.condition_size)
+    channels, own = pipeline.unet.config.condition_channels, size_of_conditions(pipeline, size, windows)
     if path is None:
         raise ValueError(
             f"--condition must name a file or folder of conditions: this model needs one for each sample, of "
-            f"{channels} channel{'s'[: channels > 1]} and the size {_by(size)}"
+            f"{channels} channel{'s'[: channels > 1]} and the size {_by(own)}"
         )
     if not Path(path).exists():
         raise ValueError(f"--condition must be a file or a folder, got {path}: No such file")
     is_picture = Path(path).suffix.lower() not in FILE_ENDINGS
-    if Path(path).is_dir() or (is_picture and len(size) == 2):
-        found = _read_files(pipeline, path, channels, size)
+    if Path(path).is_dir() or (is_picture and len(own) == 2):
+        found = _read_files(pipeline, path, channels, own)
     else:
-        found = _read_rows(pipeline, path, channels, size)
+        found = _read_rows(pipeline, path, channels, own)
     conditions = Conditions(path, *found, draws)
     data = _levels(conditions.data)
     bad = ~data.flatten(1).isfinite().all(dim=1)
@@ -108,7 +113,7 @@ def read_conditions(pipeline, path: str | None, draws: int) -> Conditions | None
     for first in range(0, len(data), CHECKED):
         part = data[first : first + CHECKED]
         try:
-            encode_condition(pipeline, part, len(part))  # checks the range
+            encode_condition(pipeline, part, len(part), size=size, windows=windows)  # checks the range
         except ValueError as error:
             raise ValueError(f"--condition: {path}, from {conditions.names[first]} on: {error}") from error
     return conditions
@@ -135,7 +140,7 @@ def _read_files(pipeline, path: str, channels: int, size: tuple[int, ...]) -> tu
             found.append(_read_file(pipeline, file, channels, size))
         except (OSError, ValueError) as error:
             raise ValueError(f"--condition: {error}") from error
-        _check_shape(found[-1].shape, channels, size, file)
+        _check_shape(pipeline, found[-1].shape, size, file)
     return names, torch.from_numpy(np.stack(found))
 
 
@@ -151,7 +156,7 @@ def _read_file(pipeline, file: str, channels: int, size: tuple[int, ...]) -> np.
     if channels not in IMAGE_MODES:
         raise ValueError(f"conditions of {channels} channels are read from .npy files, got {file}")
     own, _ = image_form(file, file)
-    _check_shape((channels, *own), channels, size, file)
+    _check_shape(pipeline, (channels, *own), size, file)
     image = np.asarray(decode(file, IMAGE_MODES[channels], size, file))
     return image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
 
@@ -173,16 +178,18 @@ def _read_rows(pipeline, path: str, channels: int, size: tuple[int, ...]) -> tup
         array = array[:, None]
     if array.ndim != len(size) + 2 or not len(array):
         raise ValueError(f"--condition: {path} must hold conditions (N, {channels}, {_by(size)}), got {array.shape}")
-    _check_shape(array.shape[1:], channels, size, path)
+    _check_shape(pipeline, array.shape[1:], size, path)
     levels = array.dtype == np.uint8 and len(size) == 2 and pipeline.config.get("condition_scale") is None
     return [f"{row:06d}" for row in range(len(array))], torch.from_numpy(array if levels else array.astype(np.float64))
 
 
-def _check_shape(shape: Sequence[int], channels: int, size: tuple[int, ...], file: str) -> None:
+def _check_shape(pipeline, shape: Sequence[int], size: tuple[int, ...], file: str) -> None:
+    channels = pipeline.unet.config.condition_channels
     if tuple(shape) != (channels, *size):
+        trained = size == tuple(pipeline.config.condition_size)
         raise ValueError(
-            f"--condition must have {channels} channel{'s'[: channels > 1]} of the size {_by(size)}, as in training; "
-            f"{file} has the shape {tuple(shape)}"
+            f"--condition must have {channels} channel{'s'[: channels > 1]} of the size {_by(size)}, "
+            f"{'as in training' if trained else 'in proportion to the samples'}; {file} has the shape {tuple(shape)}"
         )
 
 

@@ -18,6 +18,7 @@ from ddpm_hf import DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.choices import SAMPLING_PRECISIONS
 from ddpm_hf.commands.sample_choices import (
     Known,
+    SampleSize,
     Start,
     check_numbers,
     choose_format,
@@ -78,18 +79,12 @@ def make_settings(
     }  # fmt: skip
 
 
-def check_with_conditions(conditions: Conditions, known: Known | None, start: Start | None, size: dict):
-    """Check that what else is given goes with the conditions of the samples.
+def check_with_conditions(conditions: Conditions, known: Known | None, start: Start | None):
+    """Check that the given items go with the conditions of the samples.
 
     Raises:
-        ValueError: it does not.
+        ValueError: they do not.
     """
-    if size:
-        name, value = next(iter(size.items()))
-        raise ValueError(
-            f"--{name} and --condition exclude each other; from Python, pipe({name}=..., condition=...) takes both; "
-            f"got {value}"
-        )
     items = {} if start is None else {f"init_{start.name}": len(start.items)}
     items |= {} if known is None else {"known": len(known.data)}
     for option, count in items.items():
@@ -130,7 +125,7 @@ class Work(NamedTuple):
     known: Known | None
     start: Start | None
     conditions: Conditions | None
-    size: dict
+    size: SampleSize
     files: SampleFiles
     settings: dict
 
@@ -145,14 +140,15 @@ def prepare(given: argparse.Namespace) -> Work:
     guide = load_pipeline(given.guide) if given.guide else None
     choose_scheduler(pipeline, given.scheduler, given.num_inference_steps)
     form = choose_format(pipeline, given.format)
-    conditions = read_conditions(pipeline, given.condition, given.num_samples)
+    size = choose_size(pipeline, given)
+    conditions = read_conditions(pipeline, given.condition, given.num_samples, size.size, size.windows)
     count = given.num_samples if conditions is None else conditions.count
     labels = choose_labels(pipeline, given.class_labels, count)
     check_numbers(given, pipeline, labels, guide)
     known = read_known(pipeline, given.known, given.mask)
-    start, size = read_start(pipeline, given), choose_size(pipeline, given)
+    start = read_start(pipeline, given)
     if conditions is not None:
-        check_with_conditions(conditions, known, start, size)
+        check_with_conditions(conditions, known, start)
     files = SampleFiles(given.output_dir, form, count, given.batch_size, labels, conditions)
     settings = make_settings(given, pipeline, guide, form, labels, known, start, conditions)
     return Work(pipeline, guide, known, start, conditions, size, files, settings)
@@ -213,7 +209,7 @@ def draw_missing(given: argparse.Namespace, work: Work, missing: list[int], acce
             if work.start is not None:
                 samples = pipeline(**work.start.part(items), **options)[0]
             elif work.known is None:
-                samples = pipeline(batch_size=len(numbers), **work.size, **options)[0]
+                samples = pipeline(batch_size=len(numbers), **work.size.arguments, **options)[0]
             else:
                 samples = pipeline.inpaint(*work.known.part(items), **jumps, **options)[0]
             files.write(block, in_form(samples, files.form))

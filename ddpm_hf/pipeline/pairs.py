@@ -122,7 +122,7 @@ def encode_condition(
                 "not; got one"
             )
         return None
-    channels, own, whole = pipeline.unet.config.condition_channels, _own_size(pipeline, size, windows), size
+    channels, own, whole = pipeline.unet.config.condition_channels, size_of_conditions(pipeline, size, windows), size
     if condition is None:
         raise ValueError(f"condition must be given to this model, {channels} channels of the size {own}; got None")
     has_units, is_pil = c.condition_scale is not None or c.condition_shift is not None, False
@@ -151,8 +151,12 @@ def encode_condition(
     return enlarged(x, whole or pipeline._size())
 
 
-def _own_size(pipeline, size: tuple[int, ...] | None, windows: Windows | None) -> tuple[int, ...]:
-    """Return the size of the conditions of samples of a size, which is checked; the arguments are as above."""
+def size_of_conditions(pipeline, size: tuple[int, ...] | None, windows: Windows | None) -> tuple[int, ...]:
+    """Return the size of the conditions of samples, without channels; the arguments are those of `encode_condition`.
+
+    Raises:
+        ValueError: a value of the condition would belong to a part of a pixel or window.
+    """
     own = tuple(pipeline.config.condition_size)
     if size is None:
         return own

@@ -361,8 +361,43 @@ def test_conditions_of_sequences_are_in_their_own_units(pipelines, tmp_path, for
     assert run(pipelines, "leads", tmp_path / "k", *options, count=2) == 0
     completed = np.load(tmp_path / "k" / "samples.npy")[:, 0]
     assert np.array_equal(completed[:, :3], known[:, :3].repeat(2, axis=0)) and np.isfinite(completed).all()
-    for option, message in (("--length=16", "length"), (f"--init_sequence={pipelines}/gap.npy", "init_sequence")):
-        assert run(pipelines, "leads", tmp_path / "b", f"--condition={place}", option) == 2, message
+    assert run(pipelines, "leads", tmp_path / "b", f"--condition={place}", f"--init_sequence={pipelines}/gap.npy") == 2
+
+
+@pytest.mark.parametrize("method", ["single", "joint"])
+@pytest.mark.parametrize("kind", ["paired", "leads"])
+def test_larger_samples_have_conditions_in_proportion(kind, method, pipelines, tmp_path):
+    """The samples are those of a call of the pipeline."""
+    rng = np.random.default_rng(0)
+    if kind == "paired":
+        conditions, size = rng.uniform(size=(2, 1, 6, 8)), {"height": 12, "width": 16}
+    else:
+        conditions, size = rng.normal(5, 2, size=(2, 2, 10)), {"length": 20}
+    np.save(tmp_path / "c.npy", conditions)
+    options = [f"--condition={tmp_path}/c.npy", "--format=npy", f"--method={method}"]
+    assert run(pipelines, kind, tmp_path / "a", *options, *(f"--{name}={n}" for name, n in size.items()), count=1) == 0
+    pipe = load_pipeline(str(pipelines / kind))
+    call = {"num_inference_steps": 2, "generator": sample_generators(0, range(2)), "output_type": "np", **size}
+    expected = pipe(condition=torch.from_numpy(conditions), method=method, return_dict=False, **call)[0]
+    expected = np.moveaxis(expected, -1, 1) if kind == "paired" else expected
+    np.testing.assert_allclose(np.load(tmp_path / "a" / "samples.npy"), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("paired", ["--condition={}/large.png", "--width=16"], "size 4 x 8, in proportion to the samples; {}/large"),
+        ("paired", ["--condition={}/large.png", "--width=17"], "a multiple of 2 as their size"),
+        ("paired", ["--width=16"], "of 1 channel and the size 4 x 8"),
+        ("paired", ["--condition={}/twice", "--height=16", "--width=16", "--overlap=3"], "must be a multiple of 2"),
+        ("leads", ["--condition={}/gap.npy", "--length=16"], "2 channels of the size 8, in proportion to the samples"),
+        ("leads", ["--condition={}/gap.npy", "--length=8", "--method=sequential"], "without paired conditions"),
+    ],
+)  # fmt: skip
+def test_conditions_out_of_proportion_are_refused(kind, options, message, pipelines, tmp_path, capsys):
+    """Before anything is written."""
+    assert run(pipelines, kind, tmp_path / "a", *(option.format(pipelines) for option in options)) == 2
+    assert message.format(pipelines) in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
 def test_images_in_units_of_the_data(pipelines, tmp_path):
