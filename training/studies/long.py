@@ -1,7 +1,8 @@
 """The figures and pictures of docs/long.md: long electrocardiograms by each method, their seams and their rhythm.
 
     python training/train.py --config training/configs/ecg.yaml
-    python training/train.py --config training/configs/ecg.yaml --sequence_length 512 --output_dir runs/ecg-512
+    python training/train.py --config training/configs/ecg.yaml --sequence_length 512 --dim 16 --train_batch_size 16 \\
+        --max_train_steps 600 --output_dir runs/ecg-512
     python training/studies/long.py --wider runs/ecg-512/pipeline
     python training/studies/long.py --extend
 
