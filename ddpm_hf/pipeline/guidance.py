@@ -170,8 +170,10 @@ def _guide_model(pipeline, guide):
 
 
 def as_list(class_labels: ClassLabels):
-    """Return arrays and tensors of labels as lists, and other labels as they are."""
-    return class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+    """Return tuples, arrays and tensors of labels as lists, and one label for all as it is."""
+    if hasattr(class_labels, "tolist"):
+        return class_labels.tolist()
+    return list(class_labels) if isinstance(class_labels, tuple) else class_labels
 
 
 def for_each_sample(values, items: int, samples: int):

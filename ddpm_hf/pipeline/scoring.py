@@ -165,11 +165,13 @@ class ReconstructingPipeline(VaryingPipeline):
                 f"num_samples and batch_size must be whole numbers of at least 1, got {num_samples!r}, {batch_size!r}"
             )
         data, _ = read_items(self, x, "x")
+        labels, guided = as_list(class_labels), (guidance_scale, guidance_rescale, guidance_interval, guide)
         encode_condition(self, condition, len(data), size=data.shape[2:])  # its rules
+        make_guidance(self, len(data), labels, *guided)  # its rules
         draws = []
         for each in generators_of_items(generator, len(data)):
             draws += generators_of_items(each, num_samples)
-        labels = for_each_sample(as_list(class_labels), len(data), num_samples)
+        labels = for_each_sample(labels, len(data), num_samples)
         samples = []
         for first in range(0, len(draws), batch_size):
             chosen = slice(first, min(first + batch_size, len(draws)))
@@ -177,7 +179,7 @@ class ReconstructingPipeline(VaryingPipeline):
             out = self._vary(
                 "x", data[numbers], strength, 1, 1, num_inference_steps, draws[chosen], None, eta, "pt", False, None,
                 ("latents",), False, None, labels[chosen] if isinstance(labels, list) else labels,
-                chosen_conditions(condition, numbers), guidance_scale, guidance_rescale, guidance_interval, guide,
+                chosen_conditions(condition, numbers), *guided,
             )  # fmt: skip
             samples.append(out[0].cpu())
         samples = torch.cat(samples).unflatten(0, (len(data), num_samples))

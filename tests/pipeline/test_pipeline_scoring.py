@@ -289,8 +289,13 @@ def test_classes_and_stock_schedulers():
     pipe.unet.forward = None
     with pytest.raises(ValueError, match="does not know"):
         pipe.score(x, class_labels="four")
-    pipe = images(1).use_fast_sampler(4)
+    with pytest.raises(ValueError, match="one per sample: batch_size is 3, got 4 labels"):
+        pipe.reconstruct(x, class_labels=[0, 1, 2, 1])
+    named = DDPMPipeline(UNet2D(8, 1, dim=8, dim_mults=(1, 2), num_class_embeds=2), GaussianScheduler(20))
     x = torch.rand(2, 1, 8, 8)
+    labelled = [named.score(x, class_labels=each, generator=seeds(0)[0]).scores for each in ([0, 1], (0, 1))]
+    np.testing.assert_array_equal(*labelled)
+    pipe = images(1).use_fast_sampler(4)
     pipe.score(x, generator=seeds(0)[0])
     own = images(1)
     pipe.unet.load_state_dict(own.unet.state_dict())
