@@ -18,14 +18,13 @@ from torch import Tensor
 
 from ddpm_hf import DDPMPipeline1D, GaussianScheduler
 from ddpm_hf.choices import IMAGE_FORMATS, SEQUENCE_FORMATS
-from ddpm_hf.data.images import find_images
+from ddpm_hf.data.images import IMAGE_MODES, find_images, to_mode
 from ddpm_hf.data.sequence_files import read_sequences
 from ddpm_hf.evaluation.classes import has_classes
 from ddpm_hf.pipeline.guidance import make_guidance
-from ddpm_hf.pipeline.outputs import IMAGE_MODES
 from ddpm_hf.pipeline.pairs import refuse_paired
 from ddpm_hf.pipeline.rules import check_rules
-from ddpm_hf.pipeline.schedulers import step_options
+from ddpm_hf.pipeline.schedulers import begin_at, step_options
 from ddpm_hf.pipeline.varying import VARYING_RULES
 from ddpm_hf.pipeline.windows import Windows
 from ddpm_hf.run.record import without_folders
@@ -204,6 +203,7 @@ def choose_size(pipeline, given: argparse.Namespace) -> SampleSize:
     windows = pipeline._windows(size, given.method, given.overlap) if chosen else None
     if given.method == "sequential":
         refuse_paired(pipeline)
+        pipeline._check_completion()
     return SampleSize(chosen, size, windows)
 
 
@@ -299,10 +299,11 @@ def read_start(pipeline, given: argparse.Namespace) -> Start | None:
         VARYING_RULES, name=name, strength=strength, num_samples=1, latents=None, scheduler=pipeline.scheduler,
         kind=type(pipeline.scheduler).__name__,
     )  # fmt: skip
+    if 0 < strength < 1:
+        begin_at(pipeline.scheduler, strength, pipeline.is_spaced_by_log_snr())  # its rule
     found = _read(pipeline, file, f"--init_{name}")
     if isinstance(found, list):  # pictures
-        mode = IMAGE_MODES.get(pipeline.unet.config.in_channels, "RGB")
-        found = [ImageOps.fit(picture.convert(mode), pipeline._size()[::-1]) for picture in found]
+        found = [ImageOps.fit(picture, pipeline._size()[::-1]) for picture in found]
     items = pipeline._tensor(found, f"init_{name}")
     pipeline._encode(items, f"init_{name}")  # checks values and range
     if tuple(items.shape[2:]) != tuple(pipeline._size()):
@@ -315,32 +316,42 @@ def read_start(pipeline, given: argparse.Namespace) -> Start | None:
 
 def _read(pipeline, path: str, option: str):
     """Return the content of a file of items or masks, in a form that `inpaint` takes."""
+    channels = pipeline.unet.config.in_channels
     if isinstance(pipeline, DDPMPipeline1D):
-        array = _read_array(path, option)
+        array = torch.from_numpy(read_array(path, option))
         dims = array.ndim
-        array = array[:, None] if dims == 2 and pipeline.unet.config.in_channels == 1 else array
+        array = array[:, None] if dims == 2 and channels == 1 else array
         return array if array.ndim == 3 or option == "--mask" and dims == 1 else array.reshape(1, -1, array.shape[-1])
     if Path(path).suffix.lower() not in (".npy", ".npz"):
+        mode = None if option == "--mask" else IMAGE_MODES.get(channels)
         try:
-            return [_picture(each) for each in (find_images(path)[0] if Path(path).is_dir() else [path])]
+            return [_picture(each, mode) for each in (find_images(path)[0] if Path(path).is_dir() else [path])]
         except (OSError, ValueError) as error:
             raise ValueError(f"{option}: cannot read the pictures of {path}: {error}") from error
-    array, channels = _read_array(path, option), pipeline.unet.config.in_channels
+    array = torch.from_numpy(read_array(path, option))
     if array.ndim == 4 and array.shape[1] != channels and array.shape[-1] in (1, channels):
         array = array.movedim(-1, 1)
     eight_bit = array.dtype == torch.uint8 and option != "--mask" and not has_own_units(pipeline)
     return array / 255 if eight_bit else array
 
 
-def _picture(path: str) -> Image.Image:
+def _picture(path: str, mode: str | None) -> Image.Image:
+    """Read a picture upright, in `mode` as training reads it; in a mode of its own for None."""
     with Image.open(path) as image:
-        image.load()
-    return image
+        upright = ImageOps.exif_transpose(image)
+    return upright if mode is None else to_mode(upright, mode)
 
 
-def _read_array(path: str, option: str) -> Tensor:
+def read_array(path: str, option: str) -> np.ndarray:
+    """Read the array of a file, in which NaN is allowed, as a copy that may be written to.
+
+    Raises:
+        ValueError: it cannot be read, or holds no real numbers; the message begins with the option.
+    """
     try:
-        array = np.array(read_sequences(path, missing=True))  # a copy that may be written to
-        return torch.from_numpy(array)
-    except (ValueError, TypeError) as error:
+        array = np.array(read_sequences(path, missing=True)[:])
+    except (ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{option}: {str(error).replace('train_data_file', 'the file')}") from error
+    if array.dtype.kind not in "iufb":
+        raise ValueError(f"{option}: {path} must hold real numbers, got {array.dtype}")
+    return array

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ddpm_hf import DDPMPipeline1D
+from ddpm_hf.commands.sample_choices import read_array
 from ddpm_hf.data.images import IMAGE_MODES, decode, find_images, image_form
 from ddpm_hf.data.listing import list_folder
 from ddpm_hf.data.scientific_images import read_values
-from ddpm_hf.data.sequence_files import FILE_ENDINGS, read_sequences
+from ddpm_hf.data.sequence_files import FILE_ENDINGS
 from ddpm_hf.pipeline.pairs import encode_condition, size_of_conditions
 from ddpm_hf.pipeline.windows import Windows
 from ddpm_hf.run.record import without_folders
@@ -148,7 +149,9 @@ def _read_file(pipeline, file: str, channels: int, size: tuple[int, ...]) -> np.
     """Read the condition of a file, (C', *spatial); a picture as training reads it, but in its own size."""
     if len(size) == 1:
         values = np.load(file, allow_pickle=False)
-        return values[None] if values.ndim == 1 else values
+        if values.dtype.kind not in "iufb":
+            raise ValueError(f"{file} must hold real numbers, got {values.dtype}")
+        return np.atleast_2d(values).astype(np.float64)
     own_units = pipeline.config.get("condition_scale") is not None
     if own_units or file.lower().endswith(".npy"):
         values = read_values(file, file)
@@ -163,12 +166,7 @@ def _read_file(pipeline, file: str, channels: int, size: tuple[int, ...]) -> np.
 
 def _read_rows(pipeline, path: str, channels: int, size: tuple[int, ...]) -> tuple[list[str], Tensor]:
     """Read the conditions in the rows of a file."""
-    try:
-        array = np.array(read_sequences(path, missing=True))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--condition: {str(error).replace('train_data_file', 'the file')}") from error
-    if array.dtype.kind not in "iufb":
-        raise ValueError(f"--condition: {path} must hold real numbers, got {array.dtype}")
+    array = read_array(path, "--condition")
     if isinstance(pipeline, DDPMPipeline1D):
         if array.ndim == 1 or (array.ndim == 2 and channels > 1):
             array = array.reshape(1, -1, array.shape[-1])

@@ -296,6 +296,20 @@ def test_given_items_are_varied_in_turn(pipelines, tmp_path, capsys):
     assert run(pipelines, "sequences", tmp_path / "b", *options, "--strength=2") == 2
     error = capsys.readouterr().err
     assert "strength: 0.5 there, 0.4 now" in error and "strength must be a number from 0" in error
+    for late in ([*options, "--scheduler=PNDMScheduler", "--num_inference_steps=5"],
+                 ["--method=sequential", "--length=16", "--scheduler=DDIMScheduler"]):  # fmt: skip
+        assert run(pipelines, "sequences", tmp_path / "b", *late) == 2 and not (tmp_path / "b").exists()
+    error = capsys.readouterr().err
+    assert "cannot start in the middle" in error and "jumps need GaussianScheduler" in error
+    table = datasets.Dataset.from_dict({"channel_0": items[:, 0].tolist()})
+    table.to_parquet(str(tmp_path / "items.parquet"))
+    lists = [f"--init_sequence={tmp_path}/items.parquet", "--strength=0"]
+    assert run(pipelines, "sequences", tmp_path / "lists", *lists, count=2) == 0
+    assert np.array_equal(np.load(tmp_path / "lists" / "samples.npy"), items)
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1028  # 16 bits: 4 levels of 8 bits apart
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert run(pipelines, "images", tmp_path / "d", f"--init_image={tmp_path}/deep.png", "--strength=0") == 0
+    assert (images_of(tmp_path / "d")[0] == deep / 257).all()
     Image.new("RGB", (20, 30), (90, 90, 90)).save(tmp_path / "picture.png")
     assert run(pipelines, "images", tmp_path / "c", f"--init_image={tmp_path}/picture.png", "--strength=0") == 0
     assert (images_of(tmp_path / "c") == 90).all()
@@ -333,11 +347,13 @@ def test_every_condition_gets_its_samples(pipelines, tmp_path, capsys):
     assert (tmp_path / "c" / "samples" / "c.png").exists()
 
 
-@pytest.mark.parametrize("form", ["npy", "csv", "folder"])
+@pytest.mark.parametrize("form", ["npy", "csv", "folder", "bytes"])
 def test_conditions_of_sequences_are_in_their_own_units(pipelines, tmp_path, form):
     leads = np.random.default_rng(0).normal(5, 2, size=(3, 2, 4))
-    if form == "folder":
-        for number, each in enumerate(leads):
+    if form == "bytes":  # numbers in units of the data, and no levels of pictures
+        leads = leads.round().clip(0, 255)
+    if form in ("folder", "bytes"):
+        for number, each in enumerate(leads if form == "folder" else leads.astype(np.uint8)):
             (tmp_path / "leads").mkdir(exist_ok=True)
             np.save(tmp_path / "leads" / f"{number}.npy", each)
     elif form == "npy":
@@ -345,7 +361,7 @@ def test_conditions_of_sequences_are_in_their_own_units(pipelines, tmp_path, for
     else:  # one row a channel, and so a single condition
         leads = leads[:1]
         np.savetxt(tmp_path / "leads.csv", leads[0], delimiter=",")
-    place = tmp_path / ("leads" if form == "folder" else f"leads.{form}")
+    place = tmp_path / ("leads" if form in ("folder", "bytes") else f"leads.{form}")
     assert run(pipelines, "leads", tmp_path / "a", f"--condition={place}", count=2) == 0
     pipe = load_pipeline(str(pipelines / "leads"))
     numbers = range(2 * len(leads))
@@ -353,7 +369,7 @@ def test_conditions_of_sequences_are_in_their_own_units(pipelines, tmp_path, for
     expected = pipe(condition=leads.repeat(2, axis=0), **call).sequences
     np.testing.assert_allclose(np.load(tmp_path / "a" / "samples.npy"), expected, rtol=0, atol=1e-5)
     names = (tmp_path / "a" / "conditions.csv").read_text().split()[1::2]
-    assert names == [f"{n}" if form == "folder" else f"{n:06d}" for n in range(len(leads))]
+    assert names == [f"{n}" if place.is_dir() else f"{n:06d}" for n in range(len(leads))]
     known = np.full((len(leads), 8), np.nan)
     known[:, :3] = np.arange(len(leads))[:, None] / 4
     np.save(tmp_path / "known.npy", known)
