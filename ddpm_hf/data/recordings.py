@@ -12,6 +12,7 @@ import numpy as np
 
 from ddpm_hf.data import sequences
 from ddpm_hf.data.labels import Labels
+from ddpm_hf.data.listing import list_folder
 from ddpm_hf.data.sequences import SequenceDataset, mapped_file
 from ddpm_hf.randomness import Stream, derive_seed
 
@@ -296,6 +297,18 @@ class RecordingDataset(SequenceDataset):
     def per_item(self, values: np.ndarray) -> np.ndarray:
         return values[self.array.owner(np.asarray(self.rows))]
 
+    @property
+    def sequences(self) -> int:
+        """The number of recordings, with those of which no item is left."""
+        return len(self.array.recordings)
+
+    def origin(self, index: int) -> tuple[int | str, int]:
+        """Return the file of an item's recording, or its number in an array, and the item's first sample in it."""
+        window = int(self.rows[index])
+        number = int(self.array.owner(window))
+        recording, start = self.array.recordings[number], (window - self.array.windows(number)[0]) * self.array.stride
+        return number if recording.rate is None else recording.name, start
+
     def hold_out(self, count: int, seed: int) -> tuple["RecordingDataset", "RecordingDataset"]:
         """Split as `SequenceDataset.hold_out` does: whole recordings, or stretches of a single one."""
         rows, owners = np.asarray(self.rows), self.array.owner(np.asarray(self.rows))
@@ -347,7 +360,7 @@ def recording_files(path: str, listed: Sequence[str] | None = None) -> list[str]
     if not os.path.isdir(path):
         return [path]
     if listed is None:
-        listed = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
+        listed = list_folder(path).files
     found = [file for file in listed if Path(file).suffix.lower() in ENDINGS]
     if not found:
         raise ValueError(f"the folder {path} must hold recordings ({', '.join(ENDINGS)}); it has none")

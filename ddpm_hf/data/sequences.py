@@ -228,8 +228,18 @@ class SequenceDataset(Dataset):
             window -= stop - first
         return int(self.rows[row]), first + window
 
+    @property
+    def sequences(self) -> int:
+        """The number of sequences in the array, with those of which no item is left."""
+        return self.array.shape[0]
+
+    def origin(self, index: int) -> tuple[int | str, int]:
+        """Return the number of an item's sequence in the array, and the item's first sample in it."""
+        row, window = self.place(index)
+        return row, window * self.stride
+
     def per_item(self, values: np.ndarray) -> np.ndarray:
-        """Spread one value for each sequence of the array over the items, (len(self),)."""
+        """Spread one value for each of the `sequences` over the items, (len(self),)."""
         return np.repeat(values[np.asarray(self.rows)], sum(b - a for a, b in self.ranges))
 
     def hold_out(self, count: int, seed: int) -> tuple["SequenceDataset", "SequenceDataset"]:

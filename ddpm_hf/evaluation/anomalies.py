@@ -21,21 +21,25 @@ KINDS = {False: "normal", True: "anomalous"}
 def item_names(dataset: Any, folder: str | Path) -> tuple[list[str], list]:
     """Return names of the columns that say what an item is, and their values, one row for each item.
 
-    They are `item`, the file below `folder` or else the item's number, and for windows of sequences also `sequence` and
-    `start`, the number of the sequence and of the window's first point.
+    They are `item`, the file below `folder` or else the item's number; for windows of sequences also `sequence`, the
+    file or the number of the sequence, and `start`, the window's first point in it.
     """
+    root = Path(folder) if Path(folder).is_dir() else Path(folder).parent
+
+    def below(name: int | str | Path) -> int | str:
+        if isinstance(name, int):
+            return name
+        return str(Path(name).relative_to(root) if Path(name).is_relative_to(root) else name)
+
     sources = getattr(dataset, "sources", None)
     if isinstance(sources, (list, tuple)) and all(isinstance(each, (str, Path)) for each in sources):
-        root = Path(folder)
-        return ["item"], [[str(Path(s).relative_to(root)) if Path(s).is_relative_to(root) else str(s)] for s in sources]
-    numbers = range(len(dataset))
-    if getattr(dataset, "windows", 1) > 1 and getattr(dataset, "stride", None) and hasattr(dataset, "place"):
-        places = [dataset.place(number) for number in numbers]
-        rows = [[number, row, window * dataset.stride] for number, (row, window) in zip(numbers, places)]
-        return ["item", "sequence", "start"], rows
-    if hasattr(dataset, "place"):  # some of the sequences may have been left out
-        return ["item"], [[dataset.place(number)[0]] for number in numbers]
-    return ["item"], [[number] for number in numbers]
+        return ["item"], [[below(each)] for each in sources]
+    if not hasattr(dataset, "origin"):
+        return ["item"], [[number] for number in range(len(dataset))]
+    places = [(below(name), start) for name, start in map(dataset.origin, range(len(dataset)))]
+    if any(start for _, start in places):
+        return ["item", "sequence", "start"], [[number, *place] for number, place in enumerate(places)]
+    return ["item"], [[name] for name, _ in places]  # some of the sequences may have been left out
 
 
 def percentiles(scores: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -70,9 +74,9 @@ def read_anomalies(labels: str, dataset: Any, normal: Sequence[str] | None) -> n
     Raises:
         ValueError: there are no labels, they do not fit the items or `normal`, or all items are of one kind.
     """
+    rows = getattr(dataset, "sequences", len(dataset))
     if is_label_file(labels):
-        rows = len(getattr(dataset, "array", dataset))
-        found = read_label_file(labels, rows if hasattr(dataset, "per_item") else len(dataset))
+        found = read_label_file(labels, rows)
         if len(found) not in (len(dataset), rows):
             raise ValueError(
                 f"--labels {labels} must have one label for each of the {len(dataset):,} items"
@@ -94,7 +98,7 @@ def read_anomalies(labels: str, dataset: Any, normal: Sequence[str] | None) -> n
     if unknown:
         raise ValueError(f"--normal must be of the classes {', '.join(names[:20])}; got {', '.join(unknown)}")
     anomalous = ~np.isin(found.numbers, [names.index(each) for each in normal])
-    if len(anomalous) != len(dataset):
+    if hasattr(dataset, "per_item") and len(anomalous) == rows:
         anomalous = dataset.per_item(anomalous)
     if anomalous.all() or not anomalous.any():
         raise ValueError(f"--labels {labels} must have normal and anomalous items; all are {KINDS[anomalous.any()]}")

@@ -55,6 +55,7 @@ def write(folder, suffix, lengths=(40, 25, 9), rate=100, channels=2):
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".hea"])
 def test_folders_of_recordings(suffix, tmp_path):
     arrays = write(tmp_path / "r", suffix)
+    (tmp_path / "r" / f"._a{suffix}").write_bytes(b"no sound")  # macOS leaves such files
     options = {"sequence_length": 10, "stride": 5}
     by_dir = TrainConfig(train_data_dir=str(tmp_path / "r"), **options)
     feed = open_data(TrainConfig(train_data_file=str(tmp_path / "r"), **options))

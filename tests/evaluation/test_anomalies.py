@@ -6,6 +6,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from ddpm_hf.data.images import image_folder
+from ddpm_hf.data.recordings import Recording, RecordingDataset, rows_as_recordings
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.evaluation.anomalies import (
     item_metrics,
@@ -68,6 +69,31 @@ def test_labels_and_masks_follow_windows(windows, tmp_path):
             read_anomalies(str(tmp_path / "wrong.txt"), windows, None)
     with pytest.raises(ValueError, match="--normal must be of the classes a, b; got c"):
         read_anomalies(str(tmp_path / "wrong.txt"), windows, ["c"])
+
+
+def test_labels_and_places_of_windows_where_some_are_left_out(tmp_path):
+    """Labels of the sequences, or of the windows that are left; a sequence of which no window is left has one too."""
+    array = np.arange(36.0).reshape(3, 1, 12)
+    array[0, 0, 5] = array[1] = np.nan
+    windows = RecordingDataset(rows_as_recordings(array, "x"), "x", length=4, stride=4, drop=True)
+    names, rows = item_names(windows, "x.npy")
+    assert names == ["item", "sequence", "start"]
+    assert rows == [[0, 0, 0], [1, 0, 8], [2, 2, 0], [3, 2, 4], [4, 2, 8]]
+    for text, expected in (("0\n1\n1\n", [0, 0, 1, 1, 1]), ("0\n1\n0\n0\n1\n", [0, 1, 0, 0, 1])):
+        (tmp_path / "labels.txt").write_text(text)
+        assert read_anomalies(str(tmp_path / "labels.txt"), windows, None).tolist() == expected
+    (tmp_path / "labels.txt").write_text("0\n1\n" * 4 + "0\n")
+    with pytest.raises(ValueError, match="each of the 5 items, or of the 3 sequences, got 9"):
+        read_anomalies(str(tmp_path / "labels.txt"), windows, None)
+
+
+def test_windows_of_recordings_have_their_files(tmp_path):
+    read = [Recording(f"{tmp_path}/a/{n}.wav", 1, 8, 10.0, lambda a, b: np.arange(a, b)[None] * 1.0) for n in range(3)]
+    whole, windows = (RecordingDataset(read, "x", length=length, stride=length) for length in (8, 4))
+    assert item_names(whole, tmp_path) == (["item"], [["a/0.wav"], ["a/1.wav"], ["a/2.wav"]])
+    assert item_names(windows, tmp_path)[1][:3] == [[0, "a/0.wav", 0], [1, "a/0.wav", 4], [2, "a/1.wav", 0]]
+    (tmp_path / "labels.txt").write_text("1\n0\n0\n")
+    assert read_anomalies(str(tmp_path / "labels.txt"), windows, None).tolist() == [1, 1, 0, 0, 0, 0]
 
 
 def test_masks_of_images_are_cut_as_the_images(tmp_path):
