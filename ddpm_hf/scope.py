@@ -117,9 +117,10 @@ CSV = _data("tables in .csv files", ("sequence file",))
 SEQUENCE_ARRAYS = _data("arrays of sequences (.npy, .npz)", ("array",))
 CLASSES = _data("all data but the bundled electrocardiogram", [kind for kind in KINDS if kind != "ecg"])
 PAIRS = _data(
-    "stored tables, arrays and datasets given from Python",
-    ("image table", "image array", "sequence table", "sequence file", "array", "given images", "given sequences"),
-)
+    "tables, arrays and datasets given from Python",
+    ("image table", "image stream", "image array", "sequence table", "sequence file", "array", "given images",
+     "given sequences"),
+)  # fmt: skip
 PAIR_FOLDERS = _data("folders of images", ("folder", "data folder"))
 STREAMS = _data("tables of images", ("image stream",))
 TABLES = _data("tables that dataset_name or train_data_dir names", _TABLES)

@@ -123,7 +123,7 @@ for kind in set(HAS) - {"ecg"}:
     HAS[kind] = HAS[kind] | {"class_labels", "class_dropout_prob"}
 
 
-for kind in ("image table", "image array", "sequence table", "sequence file", "array", "given images",
+for kind in ("image table", "image stream", "image array", "sequence table", "sequence file", "array", "given images",
              "given sequences"):  # fmt: skip
     HAS[kind] = HAS[kind] | {"condition_column"}
 for kind in ("folder", "data folder"):

@@ -131,16 +131,34 @@ def _form_of_pairs(
             if first is None:
                 raise
             continue  # the image is named when it is read
-        factor = divisor(size, own, own_name)
+        factor = same_factor(size, own, first and first[0], where, name, own_name)
         first = first or (factor, channels)
-        if factor != first[0]:
-            raise ValueError(
-                f"{where} must be smaller than all images by one whole number, {first[0]} in the first pair; got "
-                f"{factor} for {own_name} ({_by(own)}) with {name} ({_by(size)})"
-            )
         if channels != first[1]:
             raise ValueError(f"{where} must have {first[1]} channels, as the first one has; {own_name} has {channels}")
     return first
+
+
+def same_factor(
+    size: tuple[int, int], own: tuple[int, int], first: int | None, where: str, name: str, own_name: str
+) -> int:
+    """Return the number by which a condition is smaller than its image.
+
+    Args:
+        size, own: sizes of the image and of the condition, (height, width).
+        first: that number of the first pair; None: this is the first one.
+        where: what the conditions are, for messages.
+        name, own_name: names of the image and of the condition, for messages.
+
+    Raises:
+        ValueError: there is no such whole number, or it is another one than `first`.
+    """
+    factor = divisor(size, own, own_name)
+    if first is not None and factor != first:
+        raise ValueError(
+            f"{where} must be smaller than all images by one whole number, {first} in the first pair; got {factor} for "
+            f"{own_name} ({_by(own)}) with {name} ({_by(size)})"
+        )
+    return factor
 
 
 def _form(source: Any, name: str, own_units: bool, channels_last: bool) -> tuple[tuple[int, int], int]:

@@ -56,8 +56,9 @@ class StoredFeed:
         item_labels: int64 (items,), the class number of each item to train on; None without class_labels.
         class_names: the names of the classes, whose place is the class number; None without class_labels.
         class_counts: the number of items to train on in each class; None where it is not known.
-        condition, held_out_condition: the conditions of the items to train on and of the held-out items, as `load_pair`
-            takes them; None without condition_column and condition_dir.
+        paired: the items whose conditions `condition` holds: `dataset`, or the first items of a stream.
+        condition, held_out_condition: the conditions of `paired` and of the held-out items, as `load_pair` takes them;
+            None without condition_column and condition_dir.
         condition_shape: shape of a condition, or None.
         condition_scaling: the map between data units and model units of conditions, or None.
 
@@ -76,7 +77,7 @@ class StoredFeed:
         if config.holdout:
             self.dataset, self.held_out = hold_out(dataset, config.holdout, config.seed)
             self.split = split_record(self.held_out)
-        self.units, self.items = underlying(self.dataset), len(self.dataset)
+        self.units, self.items, self.paired = underlying(self.dataset), len(self.dataset), self.dataset
         self.scaling = scaling_of(self.units)
         if getattr(self.units, "missing", False) and config.condition != "known":
             raise ValueError(
@@ -212,10 +213,13 @@ class StoredFeed:
 
 
 class StreamedFeed:
-    """The feed of an `ImageStream`; attributes and methods are those of `StoredFeed`."""
+    """The feed of an `ImageStream`; attributes and methods are those of `StoredFeed`.
+
+    With conditions, `labels` has the classes of the items in `paired`.
+    """
 
     held_out = split = labels = class_counts = None
-    condition = held_out_condition = condition_shape = condition_scaling = None
+    paired = condition = held_out_condition = condition_shape = condition_scaling = None
 
     def __init__(self, stream: ImageStream, config, kind: str | None = None):
         self.config, self.dataset, self.units, self.kind = config, stream, stream, kind or "given ImageDataset"
@@ -223,15 +227,22 @@ class StreamedFeed:
         self.class_names = stream.class_names
         self.notes = class_notes(self.class_names, None) if self.class_names else []
         self.items, self.shape = stream.length, probe(stream)
+        conditions = None
+        if stream.pairs is not None:
+            self.paired, self.labels, self.condition = stream.pairs, stream.pairs.labels, stream.pairs.condition
+            conditions = self.condition.load_8bit(0)[None]
+            self.condition_scaling, self.condition_shape = self.condition.scaling, tuple(conditions.shape[1:])
+            self.notes += [*self.condition.notes, f"conditions of shape {self.condition_shape}"]
         labels = torch.zeros(1, dtype=torch.int64) if self.class_names else None
-        first = Batch(torch.zeros(1, dtype=torch.uint8), [], labels=labels)
+        first = Batch(torch.zeros(1, dtype=torch.uint8), [], labels=labels, conditions=conditions)
         self.shared_memory = _shared_memory(config, self.shape, first)
         folder = Path(config.train_data_dir or config.dataset_name or "")
         self.files = MappedFiles(sorted(map(str, folder.rglob("*.arrow"))) if saved_to_disk(folder) else [])
 
     def check_items(self) -> None:
         if PartialState().is_main_process:
-            print("note: the images are streamed, so that only the first one was read")
+            read = "one was" if self.condition is None else "pairs were"
+            print(f"note: the images are streamed, so that only the first {read} read")
 
     def check(self, state: dict) -> None:
         Place.from_json(state)

@@ -261,7 +261,10 @@ def _open_image_stream(config: TrainConfig) -> ImageStream:
     table, name = open_table(config)
     column = tables.image_column(tables.features(table), config.image_column, name)
     form = ImageDataset((), _resolution(config, 64), _picture_channels(config), config.center_crop, config.random_flip)
-    return ImageStream(table, column, form, config.shuffle_buffer, name, config.class_labels)
+    return ImageStream(
+        table, column, form, config.shuffle_buffer, name, config.class_labels, config.condition_column,
+        config.num_samples,
+    )  # fmt: skip
 
 
 def _open_sequence_file(config: TrainConfig) -> SequenceDataset:

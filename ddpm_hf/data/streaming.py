@@ -17,8 +17,9 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ddpm_hf.data.images import IMAGE_MODES, BadImageError, ImageDataset, decode
-from ddpm_hf.data.labels import check_column, feature_names
+from ddpm_hf.data.conditions import image_conditions, same_factor
+from ddpm_hf.data.images import IMAGE_MODES, BadImageError, ImageDataset, decode, image_form
+from ddpm_hf.data.labels import Labels, check_column, feature_names
 from ddpm_hf.data.loading import Item
 from ddpm_hf.data.scaling import EIGHT_BIT
 from ddpm_hf.data.tables import features, undecoded
@@ -26,6 +27,7 @@ from ddpm_hf.randomness import Stream, derive_seed
 
 OPEN_SHARDS = 16  # shards that are read side by side
 CHUNK = 16  # rows of a shard that are read at once
+LOOKED_AT = 100  # first rows of which one must be readable
 
 
 class Labelled(NamedTuple):
@@ -35,8 +37,15 @@ class Labelled(NamedTuple):
     label: int | None
 
 
+class Paired(NamedTuple):
+    """An undecoded image, `Labelled` if the stream has classes, and its undecoded condition."""
+
+    source: Any
+    condition: Any
+
+
 class Row(NamedTuple):
-    """An undecoded image, `Labelled` if the stream has classes, and its place in the stream."""
+    """An undecoded image, `Labelled` or `Paired` if the stream has classes or conditions, and its place."""
 
     epoch: int
     shard: int
@@ -95,23 +104,30 @@ class ImageStream:
         buffer: number of images that are shuffled together.
         name: name of the data in messages.
         class_column: column of the classes, a ClassLabel feature; None: no classes.
+        condition_column: column of the images that are the conditions; None: no conditions.
+        kept: number of pairs to keep in memory, undecoded, for the pictures of samples.
 
     Attributes:
         scaling: the map between 8-bit levels and model units.
         length: number of images, or None where the dataset does not tell it.
         class_names: the names of the classes, or None.
+        pairs: the first images that can be read, with their classes and conditions, or None. Other conditions have the
+            form of the first one.
 
     Raises:
-        ValueError: the data holds no images, or the column of the classes does not name them.
+        ValueError: the data holds no images, the column of the classes does not name them, or an image and its
+            condition do not fit.
     """
 
     scaling = EIGHT_BIT
 
     def __init__(self, table: Any, column: str, images: ImageDataset, buffer: int, name: str,
-                 class_column: str | None = None):  # fmt: skip
-        self.class_column = class_column
+                 class_column: str | None = None, condition_column: str | None = None, kept: int = 1):  # fmt: skip
+        self.class_column, self.condition_column = class_column, condition_column
         self.class_names = None if class_column is None else stream_classes(features(table), class_column, name)
-        others = () if class_column is None else (class_column,)
+        if condition_column is not None:
+            check_column(condition_column, list(features(table)), name, option="condition_column")
+        others = [other for other in (class_column, condition_column) if other is not None]
         self.table, self.column, self.images, self.buffer = undecoded(table, column, *others), column, images, buffer
         self.name, self.num_shards = name, table.num_shards
         splits, split = getattr(table.info, "splits", None) or {}, str(table.split or "")
@@ -119,13 +135,44 @@ class ImageStream:
         self.first = next((source for _, _, source in self.sources()), None)
         if self.first is None:
             raise ValueError(f"{name} holds no images")
+        self._conditions = f"the column {condition_column!r} of {name}"
+        self.pairs: ImageDataset | None = None
+        if condition_column is not None:
+            self._keep_pairs(kept)
+
+    def _keep_pairs(self, count: int) -> None:
+        """Keep the first `count` pairs that can be read, or fewer; the first one tells the form of all conditions."""
+        form, classes, last = self.images, [], None
+        for place in islice(self.sources(), max(count, LOOKED_AT)):
+            row, (image, _, condition) = Row(0, *place), _parts(place[-1])
+            try:
+                self.load(row, None)
+                decode(condition, IMAGE_MODES[form.channels], form.resolution, self._name_of_condition(row))
+            except BadImageError as error:
+                last = error
+                continue
+            self._check_size(row)
+            if self.pairs is None:
+                self.pairs = ImageDataset([image], form.resolution, form.channels, form.center_crop, form.random_flip)
+                self.pairs.condition = image_conditions([condition], self.pairs, self._conditions)
+            else:
+                self.pairs.sources.append(image)
+                self.pairs.condition.sources.append(condition)
+            classes.append(self.label(row))
+            if len(classes) == count:
+                break
+        if self.pairs is None:
+            raise ValueError(f"none of the first pairs of {self.name} can be read: {last}")
+        if self.class_names is not None:
+            self.pairs.labels = Labels(np.array(classes, np.int64), tuple(self.class_names))
 
     def read(self, shard: int, skip: int) -> Iterator[Any]:
         """Yield the undecoded images of one shard, from row `skip` on."""
         table = self.table.shard(num_shards=self.num_shards, index=shard)
         for row in table.skip(skip) if skip else table:
             image = row[self.column]
-            yield image if self.class_column is None else Labelled(image, row[self.class_column])
+            source = image if self.class_column is None else Labelled(image, row[self.class_column])
+            yield source if self.condition_column is None else Paired(source, row[self.condition_column])
 
     def sources(self) -> Iterator[tuple[int, int, Any]]:
         """Yield (shard, row, undecoded image) of all images, shard by shard."""
@@ -139,10 +186,32 @@ class ImageStream:
         Raises:
             BadImageError: the image cannot be read.
         """
-        images, name = self.images, f"number {row.row} of shard {row.shard}"
-        source = row.source.image if isinstance(row.source, Labelled) else row.source
-        image = decode(source, IMAGE_MODES[images.channels], images.resolution, name)
-        return images.finish(np.asarray(image).reshape(image.height, image.width, images.channels), rng)
+        return _load(self.images, _parts(row.source)[0], _name(row), rng)
+
+    def load_condition(self, row: Row, rng: np.random.Generator | None) -> Tensor:
+        """Decode a row's condition, augmented by `rng` if given, as uint8 (C', H', W').
+
+        Raises:
+            BadImageError: the image or its condition cannot be read.
+            ValueError: the condition is smaller than the image by another number than the first one.
+        """
+        self._check_size(row)
+        return _load(self.pairs.condition, _parts(row.source)[2], self._name_of_condition(row), rng)
+
+    def _check_size(self, row: Row) -> None:
+        """Check that a row's condition is smaller than its image by the number of the first pair.
+
+        Raises:
+            BadImageError: one of both cannot be read.
+            ValueError: it is smaller by another number, or by none.
+        """
+        (image, _, condition), name, own_name = _parts(row.source), _name(row), self._name_of_condition(row)
+        first = None if self.pairs is None else self.images.resolution[0] // self.pairs.condition.resolution[0]
+        size, own = image_form(image, name)[0], image_form(condition, own_name)[0]
+        same_factor(size, own, first, self._conditions, name, own_name)
+
+    def _name_of_condition(self, row: Row) -> str:
+        return f"{_name(row)} in {self._conditions}"
 
     def label(self, row: Row) -> int | None:
         """Return the number of a row's class; None where the stream has no classes.
@@ -150,9 +219,9 @@ class ImageStream:
         Raises:
             ValueError: the row has no class.
         """
-        if not isinstance(row.source, Labelled):
+        if self.class_names is None:
             return None
-        label = row.source.label
+        label = _parts(row.source)[1]
         if label is None or not 0 <= label < len(self.class_names):
             raise ValueError(
                 f"the column {self.class_column!r} of {self.name} must hold the number of a class, at least 0 and less "
@@ -162,9 +231,29 @@ class ImageStream:
         return label
 
     def fingerprint(self, shape: tuple) -> dict:
-        """Return a fingerprint of the data: number of shards, shape, and a digest of the first image as stored."""
-        digest = hashlib.sha256(repr(self.first).encode())
-        return {"items": self.num_shards, "shape": list(shape), "digest": digest.hexdigest()}
+        """Return a fingerprint of the data: number of shards, shape, and digests of the first row as it is stored."""
+        first = self.first if isinstance(self.first, Paired) else Paired(self.first, None)
+        digest, conditions = (hashlib.sha256(repr(each).encode()).hexdigest() for each in first)
+        found = {"items": self.num_shards, "shape": list(shape), "digest": digest}
+        return found if self.pairs is None else {**found, "conditions": conditions}
+
+
+def _parts(source: Any) -> tuple[Any, int | None, Any]:
+    """Return the undecoded image of a row, its class and its undecoded condition; None for what it does not have."""
+    source, condition = source if isinstance(source, Paired) else (source, None)
+    image, label = source if isinstance(source, Labelled) else (source, None)
+    return image, label, condition
+
+
+def _name(row: Row) -> str:
+    """Return the name of a row's image in messages."""
+    return f"number {row.row} of shard {row.shard}"
+
+
+def _load(images: ImageDataset, source: Any, name: str, rng: np.random.Generator | None) -> Tensor:
+    """Decode an image in the form that `images` has, augmented by `rng` if given, as uint8 (C, H, W)."""
+    image = decode(source, IMAGE_MODES[images.channels], images.resolution, name)
+    return images.finish(np.asarray(image).reshape(image.height, image.width, images.channels), rng)
 
 
 class StreamingView(Dataset):
@@ -180,16 +269,20 @@ class StreamingView(Dataset):
 
     def __getitem__(self, row: Row) -> Item:
         place = (row.epoch, row.shard, row.row)
-        rng = None
-        if self.stream.images.augments:  # making a generator takes a while
-            rng = np.random.default_rng(derive_seed(self.seed, Stream.AUGMENTATION, *place))
+
+        def rng():  # both images of a pair are mirrored alike
+            augments = self.stream.images.augments  # making a generator takes a while
+            return np.random.default_rng(derive_seed(self.seed, Stream.AUGMENTATION, *place)) if augments else None
+
         try:
-            return Item(self.stream.load(row, rng), [], label=self.stream.label(row))
+            x = self.stream.load(row, rng())
+            condition = None if self.stream.pairs is None else self.stream.load_condition(row, rng())
+            return Item(x, [], label=self.stream.label(row), condition=condition)
         except BadImageError as error:
             if self.on_bad == "stop":
                 return Item(None, [], f"{error}. To leave such images out: --on_bad_image skip")
             return Item(derive_seed(self.seed, Stream.STAND_IN, *place), [str(error)])
-        except ValueError as error:  # it has no class
+        except ValueError as error:  # it has no class, or a condition that does not fit
             return Item(None, [], str(error))
 
 
@@ -350,8 +443,8 @@ def probe(stream: ImageStream) -> tuple:
     Raises:
         ValueError: none of the first 100 images can be read.
     """
-    for shard, number, source in islice(stream.sources(), 100):
-        row = Row(0, shard, number, source)
+    for place in islice(stream.sources(), LOOKED_AT):
+        row = Row(0, *place)
         try:
             shape = tuple(stream.load(row, None).shape)
             stream.label(row)  # a first row without a class is told before training

@@ -163,10 +163,11 @@ def undecoded(table: Any, column: str, *others: str) -> Any:
     """Return a table of that column (and others), whose images stay files or bytes; workers decode them."""
     import datasets
 
-    is_image = isinstance((features(table) or {}).get(column), datasets.Image)
-    table = table.select_columns([column, *others])
-    if is_image:
-        table = table.cast_column(column, datasets.Image(decode=False))
+    kinds, columns = features(table) or {}, list(dict.fromkeys((column, *others)))
+    table = table.select_columns(columns)
+    for each in columns:
+        if isinstance(kinds.get(each), datasets.Image):
+            table = table.cast_column(each, datasets.Image(decode=False))
     return table
 
 

@@ -30,13 +30,13 @@ class Pairs:
 
     @classmethod
     def of_feed(cls, feed: Any) -> "tuple[Pairs | None, Pairs | None]":
-        """Return the pairs that a feed trains on and those that it holds out; None where there are none."""
+        """Return the pairs that a feed trains on, the first ones of a stream, and those that it holds out, or None."""
         if feed.condition is None:
             return None, None
         held = None
         if feed.held_out is not None:
             held = cls(feed.held_out, feed.held_out_condition, feed.condition_scaling)
-        return cls(feed.dataset, feed.condition, feed.condition_scaling), held
+        return cls(feed.paired, feed.condition, feed.condition_scaling), held
 
     @classmethod
     def of_part(cls, dataset: Any, condition: Any) -> "Pairs | None":

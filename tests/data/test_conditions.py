@@ -1,6 +1,8 @@
 """Paired conditions: every source of them, the same place and the same flip as their items, and what does not fit."""
 
+import io
 import itertools
+import re
 
 import datasets
 import numpy as np
@@ -60,6 +62,7 @@ def sources(tmp_path_factory):
     return {
         "image table": (images, None),
         "flipped": ({**images, "random_flip": True, "class_labels": "label"}, None),
+        "stream": ({**images, "random_flip": True, "class_labels": "label", "streaming": True}, None),
         "npz": (npz, None),
         "windows": ({**npz, "sequence_length": 16, "stride": 4}, None),
         "meanstd": ({**npz, "sequence_norm": "meanstd"}, None),
@@ -85,10 +88,9 @@ def sources(tmp_path_factory):
     }  # fmt: skip
 
 
-ALL = ["image table", "flipped", "npz", "windows", "meanstd", "saved lists", "parquet", "pairs", "triples", "dicts",
-       "npy", "csv", "csv rest", "numbers", "folder", "bands", "mixed",
-       "image array"]  # fmt: skip
-FLIPPED = ("flipped", "folder", "bands", "mixed", "image array")
+ALL = ["image table", "flipped", "stream", "npz", "windows", "meanstd", "saved lists", "parquet", "pairs", "triples",
+       "dicts", "npy", "csv", "csv rest", "numbers", "folder", "bands", "mixed", "image array"]  # fmt: skip
+FLIPPED = ("flipped", "stream", "folder", "bands", "mixed", "image array")
 
 
 def belongs(x0, condition, feed):
@@ -106,6 +108,8 @@ def belongs(x0, condition, feed):
 def test_batches_carry_the_condition_of_each_item(source, sources, holdout):
     """Held-out items have theirs too, in the units of those that are trained on."""
     options, dataset = sources[source]
+    if source == "stream" and holdout:
+        pytest.skip("streams hold nothing out")
     feed = open_data(TrainConfig(train_batch_size=4, holdout=holdout, **options), dataset)
     flips = set()
     for batch in itertools.islice(feed.loader(0, 0, 1, {}, False), 8):
@@ -133,6 +137,73 @@ def test_workers_and_the_batch_on_a_device(sources):
         assert moved.items.dtype == moved.conditions.dtype == torch.uint8
         assert torch.equal(moved.x0, other.x0) and torch.equal(moved.condition, other.condition)
         assert torch.equal(moved.labels, other.labels)
+
+
+def rows_of(batches):
+    """Each item with its condition and class, as bytes, sorted."""
+    parts = [(b.items, b.conditions, b.labels) for b in batches]
+    return sorted(b"".join(each.numpy().tobytes() for each in row) for batch in parts for row in zip(*batch))
+
+
+def test_a_stream_gives_the_pairs_of_the_table(sources):
+    """In an epoch that two processes share, of any form of images; the first pairs are kept for the pictures."""
+    options = {**sources["stream"][0], "random_flip": False, "image_channels": 1, "resolution": [4], "num_samples": 3}
+    feed, stored = (open_data(TrainConfig(**{**options, "streaming": s}, train_batch_size=5)) for s in (True, False))
+    shares = [next(iter(feed.loader(0, process, 2, {}, False))) for process in range(2)]
+    whole = list(itertools.islice(stored.loader(0, 0, 1, {}, False), 2))
+    assert rows_of(shares) == rows_of(whole) and len(set(rows_of(whole))) == 10
+    for name in ("shape", "condition_shape", "condition_scaling", "class_names"):
+        assert getattr(feed, name) == getattr(stored, name)
+    assert feed.condition_shape == (1, 2, 2) and len(feed.paired) == len(feed.labels) == 3
+    for index in range(3):
+        kept, same = load_pair(feed.paired, feed.condition, index), load_pair(stored.dataset, stored.condition, index)
+        assert all(map(torch.equal, kept, same))
+        assert feed.labels.numbers[index] == CLASSES[index]
+
+
+def test_pairs_of_a_stream_that_do_not_fit(sources, tmp_path):
+    """The row is named: before training if it is one of the first pairs, and otherwise by the batch."""
+    options = sources["stream"][0]
+    refused(
+        "condition_column must be a column of .*: image, small, label; got 'c'", **{**options, "condition_column": "c"}
+    )
+    refused("needs center_crop", **options, center_crop=False)
+    refused("resolution must be divisible by 2", **{**options, "resolution": [7]})
+
+    def saved(number, small, name):
+        rows = {"image": list(map(Image.fromarray, LARGE)), "small": list(map(Image.fromarray, SMALL))}
+        kinds = datasets.Features({"image": datasets.Image(), "small": datasets.Image(decode=False)})
+        table = datasets.Dataset.from_dict(rows, datasets.Features({name: datasets.Image() for name in rows}))
+        rows = table.cast(kinds).to_list()
+        rows[number]["small"] = small
+        table = datasets.Dataset.from_list(rows, kinds).cast_column("small", datasets.Image())
+        table.save_to_disk(str(tmp_path / name))
+        return {"train_data_dir": str(tmp_path / name), "image_column": "image", "condition_column": "small",
+                "resolution": [8], "streaming": True, "train_batch_size": 10}  # fmt: skip
+
+    def png(size):
+        file = io.BytesIO()
+        Image.new("L", (size, size)).save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+
+    other = saved(6, png(8), "other")
+    message = "2 in the first pair; got 1 for number 6 of shard 0 in the column 'small' of .* [(]8 x 8[)] with number 6"
+    refused(message, **other)
+    batch = next(iter(open_data(TrainConfig(**other, num_samples=4)).loader(0, 0, 1, {}, False)))
+    assert batch.items is None and re.search(message, batch.error)
+    refused(
+        "number 0 of shard 0 in the column 'small' of .* 8 x 8, or that divided .*; got 3 x 3",
+        **saved(0, png(3), "odd"),
+    )
+    bad = saved(0, {"bytes": b"no", "path": None}, "bad")
+    batch = next(iter(open_data(TrainConfig(**bad)).loader(0, 0, 1, {}, False)))
+    assert re.search(
+        "cannot read the image number 0 of shard 0 in the column 'small'.*--on_bad_image skip", batch.error
+    )
+    feed = open_data(TrainConfig(**bad, on_bad_image="skip"))
+    batch = next(iter(feed.loader(0, 0, 1, {}, False)))
+    belongs(batch.x0, batch.condition, feed)
+    assert len(batch.skipped) == 1 and len(feed.paired) == 9
 
 
 def refused(message, dataset=None, **options):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers import STREAMED as PICTURES
 from helpers import config, save_tars, state, table
+from PIL import Image
 
-from ddpm_hf import TrainConfig, train
+from ddpm_hf import DDPMPipeline, TrainConfig, train
 from ddpm_hf.data import streaming
 from ddpm_hf.data.loading import Item, collate
 from ddpm_hf.data.opening import build_dataset
@@ -176,15 +177,26 @@ def test_the_stand_ins_are_spread_over_the_batch(tars):
     assert torch.equal(again.items, batches[7].items) and len(again.skipped) == 2
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stopped_run_goes_on_with_the_same_bits(workers, tars, tmp_path, monkeypatch):
-    """In the middle of an epoch, of a block and of an accumulated step."""
+@pytest.mark.parametrize("workers, paired", [(0, False), (2, False), (0, True)])
+def test_a_stopped_run_goes_on_with_the_same_bits(workers, paired, tars, tmp_path, monkeypatch):
+    """In the middle of an epoch, of a block and of an accumulated step; also with conditions and classes."""
     options = {
         "dataset_name": None, "train_data_dir": tars, "resolution": [8], "streaming": True, "shuffle_buffer": 9,
         "train_batch_size": 3, "gradient_accumulation_steps": 2, "max_train_steps": 6, "checkpointing_steps": 4,
         "dataloader_num_workers": workers, "random_flip": True, "image_channels": 1,
     }  # fmt: skip
-    train(config(tmp_path / "whole", **options))
+    if paired:
+        kinds = {"image": datasets.Image(), "small": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])}
+        rows = {"image": PICTURES, "small": [p.resize((4, 4)) for p in PICTURES], "kind": [0, 1] * 11}
+        datasets.Dataset.from_dict(rows, datasets.Features(kinds)).save_to_disk(str(tmp_path / "pairs"), num_shards=3)
+        options.update(train_data_dir=str(tmp_path / "pairs"), image_column="image", condition_column="small",
+                       class_labels="kind", num_samples=2)  # fmt: skip
+    result = train(config(tmp_path / "whole", **options))
+    if paired:
+        pipe = DDPMPipeline.from_pretrained(result.pipeline_dir)
+        assert pipe.config.condition == "paired" and pipe.config.condition_size == [4, 4]
+        picture = Image.open(tmp_path / "whole" / "samples" / "step-000006.png")
+        assert picture.size == (3 * 66, 2 * 66)  # condition, sample and true item of two pairs
     next_batch, calls = Batches.__next__, []
 
     def stop(self):
