@@ -126,8 +126,9 @@ def test_batches_carry_the_condition_of_each_item(source, sources, holdout):
         belongs(x[None], c[None], feed)
 
 
-def test_workers_and_the_batch_on_a_device(sources):
-    options, _ = sources["flipped"]
+@pytest.mark.parametrize("source", ["flipped", "stream"])
+def test_workers_and_the_batch_on_a_device(source, sources):
+    options, _ = sources[source]
     config = TrainConfig(train_batch_size=4, dataloader_num_workers=2, **options)
     feed = open_data(config)
     batches = list(itertools.islice(feed.loader(0, 0, 1, {}, False), 4))
@@ -204,6 +205,10 @@ def test_pairs_of_a_stream_that_do_not_fit(sources, tmp_path):
     batch = next(iter(feed.loader(0, 0, 1, {}, False)))
     belongs(batch.x0, batch.condition, feed)
     assert len(batch.skipped) == 1 and len(feed.paired) == 9
+    # a run that goes on tells other conditions, and a run without conditions has the fingerprint that it always had
+    without = open_data(TrainConfig(**{**bad, "condition_column": None})).fingerprint()
+    first, second = feed.fingerprint(), open_data(TrainConfig(**other, num_samples=4)).fingerprint()
+    assert first.pop("conditions") != second.pop("conditions") and first == second == without
 
 
 def refused(message, dataset=None, **options):
