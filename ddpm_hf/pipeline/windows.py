@@ -78,7 +78,7 @@ def cover(size: Sequence[int], window: Sequence[int], overlap: Sequence[int]) ->
     starts = [window_starts(*each) for each in zip(size, window, overlap)]
     weights = torch.ones((), dtype=torch.float64)
     for n, shared in zip(window, overlap):
-        place = torch.arange(n)
+        place = torch.arange(n, dtype=torch.float64)
         weights = weights[..., None] * (torch.minimum(place + 1, n - place).clamp(max=shared) / shared) ** 4
     places = [tuple(slice(s, s + n) for s, n in zip(corner, window)) for corner in product(*starts)]
     total = weights.new_zeros(tuple(size))

@@ -111,6 +111,12 @@ def test_the_weights_sum_to_one(double):
     assert len(asked) == 1 and asked[0][0].shape == (3 * len(windows.places), 2, 8, 6)
 
 
+def test_the_weights_have_the_digits_of_float64():
+    """With an overlap of 3, whose thirds no float32 holds."""
+    shares = torch.tensor([1, 2, 3, 3, 3, 3, 2, 1], dtype=torch.float64) / 3
+    assert torch.allclose(cover((19,), (8,), (3,)).weights, shares**4, rtol=1e-14, atol=0)
+
+
 def test_windows_in_half_precision_have_no_empty_edge():
     """The weight at an edge is too small for float16, but its share at the edge of the whole is 1."""
     windows = cover((600,), (256,), (128,))
