@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ddpm_hf.data.images import to_tensor
 from ddpm_hf.data.scaling import Scaling
 from ddpm_hf.data.scientific_images import check_range, choose_scaling, measure, to_model
+from ddpm_hf.pipeline.pairs import as_torch_takes_it
 
 NAMES = ("x0", "pixel_values", "image", "images", "sequence")  # of the value in an item that is a dict
 LOOKED_AT = 16  # items whose range is looked at before training
@@ -51,11 +52,6 @@ def image_of_bytes(value: np.ndarray | Tensor) -> Tensor:
     first, last = tensor.shape[0], tensor.shape[-1]
     is_last = last < first or last == first and isinstance(value, np.ndarray)
     return tensor.movedim(-1, 0) if is_last else tensor
-
-
-def as_torch_takes_it(value: np.ndarray) -> np.ndarray:
-    """Return an array in the byte order of this machine and without negative strides."""
-    return np.ascontiguousarray(value, value.dtype.newbyteorder("="))
 
 
 class GivenUnits(Dataset):

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ddpm_hf.data.conditions import GivenConditions, divisor
-from ddpm_hf.data.given import as_torch_takes_it, image_of_bytes, value_of
+from ddpm_hf.data.given import image_of_bytes, value_of
 from ddpm_hf.data.images import BadImageError, ImageDataset, to_tensor
 from ddpm_hf.data.labels import Labels
 from ddpm_hf.data.scaling import EIGHT_BIT, scaling_of
 from ddpm_hf.data.scientific_images import ScientificImages
 from ddpm_hf.data.sequences import SequenceDataset
+from ddpm_hf.pipeline.pairs import as_torch_takes_it
 from ddpm_hf.randomness import Stream, derive_seed
 
 Key = tuple[int, int]  # (epoch, index)

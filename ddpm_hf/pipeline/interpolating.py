@@ -104,7 +104,9 @@ class InterpolatingPipeline(EncodingPipeline):
         if method == "latent":
             if strength != 0.5 or eta:
                 raise ValueError(f"method='latent' takes no strength and no eta but 0, got {strength} and {eta}")
-            steps = num_inference_steps or self.config.num_inference_steps or 250
+            steps = num_inference_steps
+            if steps is None:
+                steps = self.config.num_inference_steps or 250
             ends = [
                 self.encode(
                     x, steps, class_labels=class_labels, guidance_scale=guidance_scale,

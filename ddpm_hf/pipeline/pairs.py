@@ -57,6 +57,11 @@ def condition_settings(unet, condition: str | None, size, shift, scale) -> dict:
     return {"condition": condition, "condition_size": size, **units}
 
 
+def as_torch_takes_it(value: np.ndarray) -> np.ndarray:
+    """Return an array in the byte order of this machine and without negative strides."""
+    return np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+
+
 def image_tensor(images, name: str, channels: int) -> tuple[Tensor, bool]:
     """Return PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) as a tensor, and True for PIL images.
 
@@ -76,7 +81,7 @@ def image_tensor(images, name: str, channels: int) -> tuple[Tensor, bool]:
         arrays = [np.asarray(image.convert(mode) if mode else image) / 255.0 for image in images]
         images = np.stack([array if array.ndim == 3 else array[..., None] for array in arrays])
     if isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, 1) if images.ndim == 4 else images
+        images = torch.from_numpy(as_torch_takes_it(images)).movedim(-1, 1) if images.ndim == 4 else images
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != channels:
         got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
         raise ValueError(f"{name} must be PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) with "
@@ -84,10 +89,15 @@ def image_tensor(images, name: str, channels: int) -> tuple[Tensor, bool]:
     return images, is_pil
 
 
-def _sequence_tensor(sequences, name: str, channels: int) -> Tensor:
-    """Return an array or a tensor (B, C, length) as a tensor."""
+def sequence_tensor(sequences, name: str, channels: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
+    """Return an array, a tensor or lists (B, C, length) as a tensor on the CPU; `dtype` None keeps the type.
+
+    Raises:
+        ValueError: it is something else, or has other channels.
+    """
     try:
-        x = torch.as_tensor(sequences, dtype=torch.float64, device="cpu")
+        array = as_torch_takes_it(sequences) if isinstance(sequences, np.ndarray) else sequences
+        x = torch.as_tensor(array, dtype=dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be an array or tensor, got {type(sequences).__name__}") from error
     if x.ndim != 3 or x.shape[1] != channels:
@@ -127,7 +137,7 @@ def encode_condition(
         raise ValueError(f"condition must be given to this model, {channels} channels of the size {own}; got None")
     has_units, is_pil = c.condition_scale is not None or c.condition_shift is not None, False
     if len(own) == 1:
-        x = _sequence_tensor(condition, "condition", channels)
+        x = sequence_tensor(condition, "condition", channels)
     else:
         x, is_pil = image_tensor(condition, "condition", channels)
         x = x.cpu().double()

@@ -13,6 +13,7 @@ from torch.nn.functional import conv1d, pad
 
 from ddpm_hf.pipeline.completing import CompletingPipeline
 from ddpm_hf.pipeline.encoding import Predictor
+from ddpm_hf.pipeline.finite import why_not_finite
 from ddpm_hf.pipeline.guidance import as_list, for_each_sample, make_guidance
 from ddpm_hf.pipeline.outputs import ReconstructionOutput, ScoreOutput
 from ddpm_hf.pipeline.pairs import chosen_conditions, encode_condition
@@ -240,6 +241,7 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
         Raises:
             ValueError: a value is outside its range, a shape is wrong, items have NaN, a condition is missing or does
                 not fit, or the scheduler has no bound.
+            FloatingPointError: a score is NaN or infinity; the message has the likely cause.
         """
         check_rules(
             SCORING_RULES, method=method, strengths=strengths, num_timesteps=num_timesteps, smoothing=smoothing,
@@ -266,6 +268,9 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
         counted = known & (scale > 0)  # not the channels that never change
         scores = torch.where(counted, maps, 0).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
         scores = scores.numpy()
+        if not np.isfinite(scores).all():
+            bad = numbers_of(torch.from_numpy(~np.isfinite(scores))[:, None])
+            raise FloatingPointError(f"the score of {bad} is NaN or infinity. {why_not_finite(self.unet, x0.dtype)}")
         return ScoreOutput(
             scores=scores, maps=self._array(smoothed(maps.float(), smoothing)),
             percentiles=self._percentiles(scores, options), options=options,

@@ -9,7 +9,7 @@ from ddpm_hf.pipeline.continuing import ContinuingPipeline
 from ddpm_hf.pipeline.guidance import class_names, number_of_classes
 from ddpm_hf.pipeline.interpolating import InterpolatingPipeline
 from ddpm_hf.pipeline.outputs import SequenceOutput
-from ddpm_hf.pipeline.pairs import condition_settings
+from ddpm_hf.pipeline.pairs import condition_settings, sequence_tensor
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_parts
 from ddpm_hf.pipeline.scoring import ScoringPipeline
 from ddpm_hf.pipeline.units import checked_units, from_units, to_units
@@ -138,11 +138,8 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, ScoringPipeline)
 
     def _encode(self, sequences, name: str) -> Tensor:
         """Convert arrays or tensors (B, C, length) from the units of the data to those of the model."""
-        try:
-            x = torch.as_tensor(sequences, dtype=torch.float64, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name} must be an array or tensor, got {type(sequences).__name__}") from error
-        if x.ndim != 3 or len(x) == 0 or x.shape[1] != self._channels() or not torch.isfinite(x).all():
+        x = sequence_tensor(sequences, name, self._channels())
+        if len(x) == 0 or not torch.isfinite(x).all():
             raise ValueError(f"{name} must be finite, (B, {self._channels()}, length); got the shape {tuple(x.shape)}")
         return from_units(self, x).to(self._execution_device, self.unet.dtype)
 
@@ -158,12 +155,8 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, ScoringPipeline)
 
         Lists and whole numbers become float64.
         """
-        try:
-            x = torch.as_tensor(sequences, device="cpu", dtype=None if hasattr(sequences, "dtype") else torch.float64)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name} must be an array or tensor, got {type(sequences).__name__}") from error
-        if x.ndim != 3 or x.shape[1] != self._channels():
-            raise ValueError(f"{name} must have the shape (B, {self._channels()}, length); got {tuple(x.shape)}")
+        dtype = None if hasattr(sequences, "dtype") else torch.float64
+        x = sequence_tensor(sequences, name, self._channels(), dtype)
         return x if x.is_floating_point() else x.double()
 
     def _in_form(self, sequences: Tensor, output_type: str):

@@ -478,7 +478,7 @@ class Conditioned(Model):
         ({"mask": np.full(16, 255)}, "only 0 .known. and 1 .unknown., got 255 to 255"),
         ({"mask": np.linspace(0, 1, 16)}, "got 0 to 1"), ({"mask": "all"}, "mask must be PIL images, an array"),
         ({"mask": Image.new("L", (16, 1))}, "size of the images"),
-        ({"known": np.zeros((2, 3, 16))}, r"known must have the shape \(B, 2, length\); got \(2, 3, 16\)"),
+        ({"known": np.zeros((2, 3, 16))}, r"known must have the shape \(B, 2, length\), got \(2, 3, 16\)"),
         ({"known": np.zeros((0, 2, 16))}, "got nothing unknown"), ({"known": "x"}, "known must be an array or tensor"),
         ({"known": np.full((2, 2, 16), np.inf)}, "known must be finite where it is known, got 0 to inf"),
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),

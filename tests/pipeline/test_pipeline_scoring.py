@@ -341,6 +341,23 @@ def test_bad_reconstructions(options, message):
         pipe.reconstruct(**{"x": torch.rand(2, 1, 8, 8), **options})
 
 
+def test_scores_that_are_not_finite():
+    pipe = exact()
+    pipe.unet.forward = lambda x, t: BaseOutput(sample=x * math.nan)
+    with pytest.raises(FloatingPointError, match="score of items 0, 1 is NaN or infinity. The weights of the model"):
+        pipe.score(np.zeros((2, 1, 1)))
+
+
+def test_arrays_of_any_byte_order_and_strides():
+    """Arrays that torch does not take as they are: big-endian ones of scientific files, and reversed views."""
+    x = np.random.default_rng(0).random((2, 1, 1), dtype=np.float32)
+    pipe, found = exact(), []
+    for each in (x, x.astype(">f4"), np.ascontiguousarray(x[::-1])[::-1]):
+        found.append(pipe.score(each, generator=seeds(0)[0]).scores)
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
 def test_the_bound_needs_our_scheduler():
     pipe = images(1).use_fast_sampler(4)
     pipe.unet.forward = None
