@@ -116,10 +116,12 @@ def _form_of_pairs(
 ) -> tuple[int, int]:
     """Return the number by which conditions are smaller than their images, and their channels, by the first pair.
 
+    Pairs that cannot be read are left out.
+
     Raises:
-        ValueError: another pair has others, or conditions have no whole divisor of the size.
+        ValueError: another pair has others, none can be read, or conditions have no whole divisor of the size.
     """
-    count, first = len(sources), None
+    count, first, unread = len(sources), None, None
     numbers = range(count) if all_pairs or count <= LOOKED_AT else np.linspace(0, count - 1, LOOKED_AT).astype(int)
     items_last = getattr(images, "channels_last", False)
     for number in map(int, numbers):
@@ -127,14 +129,15 @@ def _form_of_pairs(
         try:
             size, _ = _form(images.sources[number], name, isinstance(images, ScientificImages), items_last)
             own, channels = _form(sources[number], own_name, own_units, last)
-        except BadImageError:
-            if first is None:
-                raise
+        except BadImageError as error:
+            unread = unread or error
             continue  # the image is named when it is read
         factor = same_factor(size, own, first and first[0], where, name, own_name)
         first = first or (factor, channels)
         if channels != first[1]:
             raise ValueError(f"{where} must have {first[1]} channels, as the first one has; {own_name} has {channels}")
+    if first is None:
+        raise ValueError(f"{where} must have a pair that can be read: {unread}")
     return first
 
 

@@ -265,6 +265,12 @@ def test_pairs_of_folders_that_do_not_fit(tmp_path):
     ):
         Image.new(mode, size).save(tmp_path / "c" / "sub" / "b.png")
         refused(message, **options)
+    (tmp_path / "c" / "a.png").write_bytes(b"no image")
+    Image.new("L", (4, 4)).save(tmp_path / "c" / "sub" / "b.png")
+    assert open_data(TrainConfig(**options, train_batch_size=1, on_bad_image="skip")).items == 2
+    (tmp_path / "c" / "sub" / "b.png").write_bytes(b"no image")
+    refused("must have a pair that can be read: cannot read the image .*a.png", **options)
+    Image.new("L", (4, 4)).save(tmp_path / "c" / "a.png")
     Image.new("L", (4, 4)).save(tmp_path / "c" / "sub" / "b.bmp")
     refused("must have one condition for each image, got .*b.bmp.*b.png", **options)
     refused("another folder than that of the images", **{**options, "condition_dir": str(tmp_path / "x")})
