@@ -90,24 +90,39 @@ def check_options(given: argparse.Namespace, pipeline) -> None:
     if given.normal and not given.labels:
         raise ValueError(f"--normal needs --labels, got {given.normal}")
     _check_classes(given, pipeline)
+    _check_reference(given)
 
 
 def _check_classes(given: argparse.Namespace, pipeline) -> None:
     """Check the options of classes.
 
     Raises:
-        ValueError: the model has no classes, both options are given, or the reference has no classes.
+        ValueError: the model has no classes, or both options are given.
     """
     asked = [name for name in ("class_labels", "class_for_all") if getattr(given, name) is not None]
     if asked and not has_classes(pipeline):
         raise ValueError(f"--{asked[0]} needs a model with classes, and this one has none")
     if len(asked) == 2:
         raise ValueError("--class_labels and --class_for_all exclude each other; got both")
-    if given.reference and given.class_labels is not None and is_label_file(given.class_labels):
-        raise ValueError(
-            f"--class_labels must name a column, or 'folder', with --reference, because a file has the classes of "
-            f"--data alone; --class_for_all gives all items one class; got the file {given.class_labels}"
-        )
+
+
+def _check_reference(given: argparse.Namespace) -> None:
+    """Check that no option names a file or folder of classes or conditions, if --reference has other items than --data.
+
+    Raises:
+        ValueError: one does.
+    """
+    if given.reference in (None, given.data):
+        return
+    labels, column = given.class_labels or "", given.condition_column or ""
+    beside = {"class_labels": labels if is_label_file(labels) else None, "condition_dir": given.condition_dir,
+              "condition_column": column if column.lower().endswith(".npy") else None}  # fmt: skip
+    for name, place in beside.items():
+        if place:
+            raise ValueError(
+                f"--{name} {place} belongs to the items of --data, and --reference has others. Score those first, as "
+                "--data and --reference, with --save_reference; later calls need no --reference then"
+            )
 
 
 def class_for_all(pipeline, text: str) -> int | None:
@@ -250,7 +265,7 @@ def make_settings(given: argparse.Namespace, pipeline, scored: Scored) -> dict:
     """Return everything that the scores and files depend on; without folders of this machine."""
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     settings = {name: value for name, value in vars(given).items() if name not in FREE}
-    for name in ("pipeline", "data", "reference", "masks", "class_labels"):
+    for name in ("pipeline", "data", "reference", "masks", "class_labels", "condition_dir", "condition_column"):
         settings[name] = settings[name] and without_folders(settings[name])
     told = hashlib.sha256(json.dumps(scored.classes).encode()).hexdigest() if has_classes(pipeline) else None
     return {

@@ -233,6 +233,15 @@ def test_items_are_scored_with_their_conditions(place, tmp_path, capsys):
     assert not np.isclose(scores(tmp_path / "a.csv"), scores(tmp_path / "b.csv"), rtol=1e-5).any()
     assert run(place, "sequences", tmp_path / "c.csv", *options[:2]) == 2
     assert "--condition_dir must name the conditions" in capsys.readouterr().err
+    for name in ("data", "low"):
+        np.save(tmp_path / f"{name}.npy", np.load(tmp_path / "b.npz")[name])
+    apart = (options[0], f"--data={tmp_path / 'data.npy'}", f"--condition_column={tmp_path / 'low.npy'}")
+    same, other = (f"--reference={tmp_path / name}" for name in ("data.npy", "a.npz"))
+    assert run(place, "sequences", tmp_path / "d.csv", *apart, same) == 0
+    assert np.allclose(scores(tmp_path / "d.csv"), scores(tmp_path / "b.csv"), rtol=1e-5)
+    assert str(tmp_path) not in (tmp_path / "d.json").read_text()
+    assert run(place, "sequences", tmp_path / "e.csv", *apart, other) == 2
+    assert "low.npy belongs to the items of --data, and --reference has others" in capsys.readouterr().err
 
 
 def test_images_with_missing_values_are_completed(place, tmp_path, capsys):
