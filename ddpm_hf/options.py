@@ -243,7 +243,7 @@ class RunOptions:
     num_cpu_threads: int | None = option(
         None, "Number of threads of each process when training on CPU.",
         whole_number(1, 1024),
-        none="the cores of this machine, divided among its processes (accelerate alone: one thread)",
+        none="OMP_NUM_THREADS where it is set by the user, else the cores of this machine divided among its processes",
         changeable=True,
     )  # fmt: skip
     compile: str = option(

@@ -238,9 +238,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.device.type != "cpu" and config.num_cpu_threads:
         torch.set_num_threads(config.num_cpu_threads)
     if accelerator.device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(config.num_cpu_threads or max(1, cores // local))
+        torch.set_num_threads(config.num_cpu_threads or launcher.threads(accelerator.num_processes))
         return_freed_memory() if config.release_memory else keep_freed_memory()
     if config.optimizer == "muon" and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("optimizer must be adamw under DeepSpeed, which flattens the matrices, got 'muon'")

@@ -55,6 +55,20 @@ def parent_launcher() -> int | None:
     return None if command_after(_parent_command()) is None else first_parent
 
 
+def threads(processes: int) -> int:
+    """Return the number of threads for each of the processes of a run on CPU, where its options do not say it.
+
+    It is OMP_NUM_THREADS if the user has set it; otherwise the processes share the cores. Both launchers set that
+    variable to 1 where the user has not.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    launched = ACCELERATE in os.environ or TORCH in os.environ
+    if asked.isdecimal() and int(asked) > (1 if launched else 0):
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+
+
 def start_warning() -> str | None:
     """Return a warning about the way in which this process was started, or None."""
     if parent_launcher() == 1 and TORCH not in os.environ:

@@ -50,6 +50,23 @@ def test_a_launcher_that_ended_during_the_imports(monkeypatch):
     assert launcher.parent_launcher() is None
 
 
+@pytest.mark.parametrize(
+    ("environment", "processes", "threads"),
+    [
+        ({}, 1, 8), ({}, 2, 4), ({}, 16, 1), ({"OMP_NUM_THREADS": "1"}, 1, 1), ({"OMP_NUM_THREADS": "3"}, 2, 3),
+        # a launcher sets it to 1 by itself, and to nothing else
+        ({**ACCELERATE, "OMP_NUM_THREADS": "1"}, 1, 8), ({**TORCHRUN, "OMP_NUM_THREADS": "1"}, 2, 4),
+        ({**ACCELERATE, "OMP_NUM_THREADS": "3"}, 1, 3), ({"OMP_NUM_THREADS": "4,2"}, 1, 8),
+    ],
+)  # fmt: skip
+def test_threads_are_those_that_the_user_asks_for(environment, processes, threads, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    as_started(monkeypatch, environment, [])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    assert launcher.threads(processes) == threads
+
+
 def test_the_first_process_of_a_container_is_warned_of(monkeypatch):
     command = ["python", "/bin/accelerate", "launch", "train.py"]
     as_started(monkeypatch, ACCELERATE, command, parent=1)
