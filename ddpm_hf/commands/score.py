@@ -20,7 +20,7 @@ from ddpm_hf.arguments import SuggestingParser
 from ddpm_hf.choices import SAMPLING_PRECISIONS
 from ddpm_hf.evaluation.options import EvaluateConfig
 
-METHODS = ("reconstruction", "denoising")
+METHODS = ("reconstruction", "denoising", "noise")
 # Options that tell how data is read; they mean what they mean for evaluate.py.
 READING = ("dataset_config_name", "dataset_split", "image_column", "channels_last", "sequence_columns", "stride",
            "csv_decimal", "recording", "on_missing", "on_bad_image", "dataloader_num_workers",
@@ -39,12 +39,12 @@ def make_parser() -> SuggestingParser:
                       "item: as one array, or as a picture over the item, or both.")  # fmt: skip
     what.add_argument("--seed", type=int, default=0, help="Seed of the noise. Default: %(default)s.")
     what = parser.add_argument_group("method")
-    what.add_argument("--method", choices=METHODS, default=METHODS[0], help="Error of the reconstruction, or of the "
-                      "denoising over timesteps. Default: %(default)s.")  # fmt: skip
+    what.add_argument("--method", choices=METHODS, default=METHODS[0], help="Error of the reconstruction, "
+                      "the bound of -log p, or error of the predicted noise. Default: %(default)s.")  # fmt: skip
     what.add_argument("--strengths", type=float, nargs="+", help="Strengths of the noise, above 0 and at most 1, that "
                       "items are reconstructed from. Default: 0.1 0.2 0.3 0.4.")  # fmt: skip
-    what.add_argument("--num_timesteps", type=int, help="Number of timesteps of the method denoising, and so of calls "
-                      "of the model for each item. Default: 20.")  # fmt: skip
+    what.add_argument("--num_timesteps", type=int, help="Number of timesteps of the methods denoising and noise, and "
+                      "so of calls of the model for each item. Default: 20.")  # fmt: skip
     what.add_argument("--smoothing", type=float, default=0.0, help="Deviation of the Gaussian that smooths the maps, "
                       "in pixels or points; 0: they are not smoothed. Default: %(default)s.")  # fmt: skip
     what.add_argument("--complete", action="store_true", help="Complete items with missing values (NaN) before "

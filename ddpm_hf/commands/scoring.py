@@ -65,9 +65,10 @@ def check_options(given: argparse.Namespace, pipeline) -> None:
         raise ValueError(f"--output must end in {' or '.join(ENDINGS)}, got {given.output}")
     if given.num_reference < 1:
         raise ValueError(f"--num_reference must be at least 1, got {given.num_reference}")
-    for name, method in (("strengths", METHODS[0]), ("num_timesteps", METHODS[1])):
-        if getattr(given, name) is not None and given.method != method:
-            raise ValueError(f"--{name} applies to --method {method}, got {getattr(given, name)} for {given.method}")
+    for name, methods in (("strengths", METHODS[:1]), ("num_timesteps", METHODS[1:])):
+        if getattr(given, name) is not None and given.method not in methods:
+            allowed = " or ".join(methods)
+            raise ValueError(f"--{name} applies to --method {allowed}, got {getattr(given, name)} for {given.method}")
     check_rules(
         SCORING_RULES, method=given.method, smoothing=given.smoothing, batch_size=given.batch_size,
         strengths=given.strengths or [1], num_timesteps=2 if given.num_timesteps is None else given.num_timesteps,

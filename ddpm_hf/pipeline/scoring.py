@@ -24,12 +24,12 @@ from ddpm_hf.pipeline.varying import VaryingPipeline, numbers_of, read_items
 
 STEPS_OF_SCORE = 5  # DDIM steps of the reconstruction from each strength
 COMPLETION = {"num_inference_steps": 50, "jump_length": 1}  # of NaN in items to score
-SCORES = ("reconstruction", "denoising")
+SCORES = ("reconstruction", "denoising", "noise")
 
 SCORING_RULES = (
     (
         lambda c: c.method in SCORES,
-        "method must be one of reconstruction, denoising; got {c.method!r}",
+        "method must be one of reconstruction, denoising, noise; got {c.method!r}",
     ),
     (
         lambda c: isinstance(c.strengths, (list, tuple)) and c.strengths
@@ -218,14 +218,15 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
         With method="reconstruction", each item is noised to each of the strengths, and brought back by five DDIM steps.
         The map is the squared error in the model's units, averaged over the strengths. With method="denoising", the map
         has the terms of the variational bound of -log p(x) (Ho et al., arXiv:2006.11239, equation 5) in nats, so that
-        its sum is the bound, with an unbiased estimate of the sum over timesteps. Both take 20 calls of the model for
-        each item at the defaults.
+        its sum is the bound, with an unbiased estimate of the sum over timesteps. With method="noise", the map is the
+        squared error of the predicted noise, averaged over evenly spaced timesteps (the simple loss of Ho et al.,
+        equation 14), with x0 clipped as in sampling. All take 20 calls of the model for each item at the defaults.
 
         Args:
             x: the items, in the form in which the pipeline gives its samples.
-            method: "reconstruction" or "denoising"; "denoising" needs a `GaussianScheduler`.
+            method: "reconstruction", "denoising" or "noise"; "denoising" needs a `GaussianScheduler`.
             strengths: shares of the training timesteps that an item is noised by, above 0 and at most 1.
-            num_timesteps: number of timesteps of the bound, at least 2; T computes all terms.
+            num_timesteps: number of timesteps of "denoising" and "noise", at least 2; T computes all terms.
             smoothing: deviation, in pixels or points, of a Gaussian filter of the maps; the scores stay.
             generator: one, or one per item; the draws of an item do not depend on the others, nor on batch_size.
             batch_size: number of items at one strength or timestep in each batch, which is filled across both.
@@ -311,11 +312,11 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
         device, dtype = self._execution_device, self.unet.dtype
         maps = torch.zeros(x0.shape, dtype=torch.float64)
         strengths, timesteps = options.get("strengths"), None
-        if strengths is None:
+        total = len(self._trained.alphas_cumprod)
+        if options["method"] == "denoising":
             timesteps = BoundTimesteps(self._trained.alphas_cumprod, options["num_timesteps"])
             maps += self.scheduler.prior_term(x0.double())
-        places = len(strengths) if strengths else timesteps.number
-        total = len(self._trained.alphas_cumprod)
+        places = len(strengths or ()) or min(options["num_timesteps"], total)
         pairs = [(item, place) for item in range(len(x0)) for place in range(places)]
         for first in self.progress_bar(range(0, len(pairs), batch_size)):
             batch = pairs[first : first + batch_size]
@@ -324,8 +325,10 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
             for item, place in batch:
                 if strengths:
                     drawn.append((max(0, round(strengths[place] * total) - 1), 1 / places))
-                else:
+                elif timesteps:
                     drawn.append(timesteps.draw(place, draws[item]))
+                else:  # the middle of each of as many equal parts
+                    drawn.append(((2 * place + 1) * total // (2 * places), 1 / places))
                 noise.append(randn_tensor((1, *x0.shape[1:]), generator=draws[item], device=device, dtype=dtype))
             t = torch.tensor([t for t, _ in drawn])
             weights = torch.tensor([weight for _, weight in drawn], dtype=torch.float64)
@@ -334,8 +337,8 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
             )
             told = None if condition is None else condition[items].to(device)
             predict = Predictor(self, guidance, device, told)
-            error = self._error if strengths else self._bound
-            found = error(predict, x0[items].to(device), torch.cat(noise), t).cpu().double()
+            error = {"reconstruction": self._error, "denoising": self._bound, "noise": self._noise_error}
+            found = error[options["method"]](predict, x0[items].to(device), torch.cat(noise), t).cpu().double()
             maps.index_add_(0, items, found * weights.view(-1, *(1,) * (x0.ndim - 1)))
         return maps
 
@@ -352,6 +355,11 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
             estimate = predict(x, now, estimate)
             epsilon = (x - signal * estimate) / spread
         return (estimate - x0).square()
+
+    def _noise_error(self, predict: Predictor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the squared error of the noise that is predicted at t (B,)."""
+        signal, spread = predict.rates(t, x0)
+        return ((x0 - predict(signal * x0 + spread * noise, t)) * signal / spread).square()
 
     def _bound(self, predict: Predictor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the terms of the bound at t (B,) for each value, in nats."""

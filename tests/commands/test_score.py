@@ -157,7 +157,7 @@ def test_windows_have_places_and_masks_of_their_recording(place, tmp_path):
         ("sequences", "--masks=nothing.npy", "nothing.npy cannot be read"),
         ("sequences", "--labels=nothing.txt", "nothing.txt"),
         ("sequences", "--strengths=2", "strengths must be numbers above 0 and at most 1, got [2.0]"),
-        ("sequences", "--num_timesteps=3", "--num_timesteps applies to --method denoising, got 3 for reconstruction"),
+        ("sequences", "--num_timesteps=3", "--num_timesteps applies to --method denoising or noise, got 3"),
         ("images", "--complete", "--complete applies to sequences, and to images in units of their own"),
         ("images", "--class_labels=folder", "--class_labels needs a model with classes"),
         ("images", "--data=./empty", "--data ./empty: there is no such file or folder"),

@@ -194,6 +194,17 @@ def test_the_reconstruction_score_has_its_closed_form():
     assert abs(found.mean() - expected) < 5 * found.std() / n**0.5
 
 
+def test_the_noise_score_has_its_closed_form():
+    """The error of the noise is that of x0, linear in x0 and the noise, times the SNR; timesteps are parts' middles."""
+    pipe, n = exact(), 5000
+    found = pipe.score(np.full((n, 1, 1), 1.1), "noise", num_timesteps=3, generator=seeds(1)[0], batch_size=10_000)
+    abar = exact_abar(pipe.scheduler)[[5, 15, 25]]  # of 30
+    gain = STD**2 * abar.sqrt() / (STD**2 * abar + 1 - abar)
+    square = (1 - gain * abar.sqrt()) ** 2 * (1.1 - MEAN) ** 2 + gain**2 * (1 - abar)
+    expected = (abar / (1 - abar) * square).mean().item()
+    assert abs(found.scores.mean() - expected) < 5 * found.scores.std() / n**0.5 < 0.1 * expected
+
+
 def test_the_timesteps_of_the_bound():
     """Weights make the sum unbiased: the mean of weight times f is the sum of f, and t = 0 is always there."""
     abar = exact_abar(GaussianScheduler())
@@ -206,7 +217,7 @@ def test_the_timesteps_of_the_bound():
     assert BoundTimesteps(abar, 2000).number == 1000
 
 
-@pytest.mark.parametrize("method", ["reconstruction", "denoising"])
+@pytest.mark.parametrize("method", ["reconstruction", "denoising", "noise"])
 def test_calls_batches_and_generators(method):
     """20 calls an item in full batches, the same for any size of a batch, one item alone, and pieces of a batch."""
     pipe = images(1)
@@ -215,7 +226,7 @@ def test_calls_batches_and_generators(method):
     x = np.random.default_rng(0).random((5, 8, 8, 1), dtype=np.float32)
     whole = pipe.score(x, method, generator=seeds(*range(5)))
     assert sum(sizes) == 5 * 20 and whole.scores.shape == (5,) and whole.maps.shape == x.shape
-    assert len(sizes) == {"reconstruction": 5, "denoising": 2}[method]
+    assert len(sizes) == {"reconstruction": 5}.get(method, 2)
     for options in ({"batch_size": 3}, {"max_batch_size": 2}):
         pipe.max_batch_size = options.pop("max_batch_size", None)
         again = pipe.score(x, method, generator=seeds(*range(5)), **options)
@@ -306,7 +317,7 @@ def test_classes_and_stock_schedulers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "distance"}, "method must be one of reconstruction, denoising; got 'distance'"),
+        ({"method": "distance"}, "method must be one of reconstruction, denoising, noise; got 'distance'"),
         ({"strengths": (0.2, 1.2)}, "strengths must be numbers above 0 and at most 1"),
         ({"strengths": ()}, "strengths must be numbers"),
         ({"num_timesteps": 1}, "num_timesteps must be a whole number of at least 2, got 1"),

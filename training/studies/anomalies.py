@@ -27,7 +27,7 @@ from sklearn.decomposition import PCA
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
 from ddpm_hf.evaluation.anomalies import item_metrics, map_metrics
 
-METHODS = ("reconstruction", "denoising")
+METHODS = ("reconstruction", "denoising", "noise")
 SEED = 0
 
 
@@ -51,26 +51,6 @@ def train(unet, x: torch.Tensor, steps: int, batch_size: int = 64, learning_rate
         falling.step()
         average.update_parameters(unet)
     return average.module.eval(), scheduler
-
-
-@torch.no_grad()
-def noise_error(pipe, x: torch.Tensor, calls: int = 20) -> np.ndarray:
-    """Return the squared error of the noise that a model of v predicts, averaged over evenly spaced timesteps.
-
-    Args:
-        pipe: its model and schedule are used.
-        x: items (N, C, *spatial) in [-1, 1].
-        calls: number of timesteps, each the middle of an equal part of all.
-    """
-    generator, total = torch.Generator().manual_seed(SEED), pipe.scheduler.config.num_train_timesteps
-    error = torch.zeros_like(x)
-    for call in range(calls):
-        t = torch.full((len(x),), (2 * call + 1) * total // (2 * calls))
-        noise, abar = torch.randn(x.shape, generator=generator), pipe.scheduler.alphas_cumprod[t[0]].item()
-        x_t = pipe.scheduler.add_noise(x, noise, t)
-        predicted = abar**0.5 * pipe.unet(x_t, t).sample + (1 - abar) ** 0.5 * x_t
-        error += (predicted - noise).square() / calls
-    return error.numpy()
 
 
 def nearest(items: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -104,7 +84,6 @@ def digits_without(left_out: int, steps: int, folder: Path) -> dict[str, float]:
         method: pipe.score(x[..., None], method, generator=torch.Generator().manual_seed(SEED), batch_size=512).scores
         for method in METHODS
     }
-    scores["noise"] = noise_error(pipe, 2 * torch.tensor(x)[:, None] - 1).mean(axis=(1, 2, 3))
     flat, known = x.reshape(len(x), -1), known.reshape(len(known), -1)
     for name, normal in (("nearest", nearest(flat, known)), ("PCA", principal(flat, known))):
         scores[name] = np.square(flat - normal).mean(axis=1)
@@ -206,9 +185,6 @@ def maps_of(items: np.ndarray, known: np.ndarray, pipe: DDPMPipeline1D) -> dict[
     for method in METHODS:
         generator = torch.Generator().manual_seed(SEED)
         maps[method] = pipe.score(items[:, None], method, generator=generator, smoothing=SMOOTHING).maps[:, 0]
-    scale, shift = pipe.config.data_scale[0], pipe.config.data_shift[0]
-    error = noise_error(pipe, torch.tensor((items - shift) / scale, dtype=torch.float32)[:, None])[:, 0]
-    maps["noise"] = gaussian_filter1d(error, SMOOTHING, axis=1, mode="nearest")
     for name, normal in (("nearest", nearest(items, known)), ("PCA", principal(items, known))):
         maps[name] = gaussian_filter1d(np.square(items - normal), SMOOTHING, axis=1, mode="nearest")
     maps["moving deviation"] = moving_deviation(items)

@@ -44,10 +44,8 @@ def sequential(pipe, generator: torch.Generator) -> np.ndarray:
         for left in starts:
             place = (slice(top, top + WINDOW), slice(left, left + WINDOW))
             if known[place].any():
-                unknown = np.broadcast_to(~known[place], (ITEMS, WINDOW, WINDOW))
-                x[(slice(None), *place)] = pipe.inpaint(
-                    x[(slice(None), *place)], unknown, jump_length=1, **shared
-                ).images
+                given = x[(slice(None), *place)]
+                x[(slice(None), *place)] = pipe.inpaint(given, ~known[place], jump_length=1, **shared).images
             else:
                 x[(slice(None), *place)] = pipe(ITEMS, **shared).images
             known[place] = True
