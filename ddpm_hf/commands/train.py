@@ -99,13 +99,13 @@ def main(arguments: list) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if result is not None and PartialState().is_main_process:
-        name, field = ("DDPMPipeline", "images")
-        if '"DDPMPipeline1D"' in (result.pipeline_dir / "model_index.json").read_text():
-            name, field = ("DDPMPipeline1D", "sequences")
+        from ddpm_hf.hub.card import Parts, sampling_code
+
+        parts = Parts(result.pipeline_dir)
         print(
-            f"\nfrom ddpm_hf import {name}\n"
-            f'pipe = {name}.from_pretrained("{result.pipeline_dir}")\n'
-            f"{field} = pipe(batch_size=16).{field}"
+            f"\nfrom ddpm_hf import {parts.kind}\n"
+            f'pipe = {parts.kind}.from_pretrained("{result.pipeline_dir}")\n'
+            f"{sampling_code(parts, 'batch_size=16')}"
         )
     return 0
 

@@ -197,7 +197,6 @@ def render(parts: Parts, repo_id: str | None, licence: str | None) -> str:
     place = json.dumps(repo_id or "path/to/this/folder")
     name = repo_id.split("/")[-1] if repo_id else parts.training.get("name") or parts.kind
     title = " ".join(name.split())
-    field = "images" if parts.is_image else "sequences"
     training = parts.training
     memorized = [r for r in parts.evaluation if r["metric"] in ("memorization", "memorization_real")]
     content = {
@@ -206,13 +205,10 @@ def render(parts: Parts, repo_id: str | None, licence: str | None) -> str:
         "summary": _summary(parts),
         "samples": _samples(parts),
         "usage": {
-            "package": _snippet(
-                f"from ddpm_hf import {parts.kind}", f"{parts.kind}.from_pretrained({place})", field, parts
-            ),
+            "package": _snippet(f"from ddpm_hf import {parts.kind}", f"{parts.kind}.from_pretrained({place})", parts),
             "diffusers": _snippet(
                 "from diffusers import DiffusionPipeline",
                 f"DiffusionPipeline.from_pretrained({place}, trust_remote_code=True)",
-                field,
                 parts,
             ),
             "code": Verbatim(" and ".join(f"`{name}`" for name in parts.code_files()) or "its code"),
@@ -331,13 +327,27 @@ def _counted(record: dict) -> str:
     return f"{record['num_samples']:,} samples"
 
 
-def _snippet(first: str, load: str, field: str, parts: Parts) -> str:
+def sampling_code(parts: Parts, arguments: str) -> str:
+    """Return the code that draws samples from `pipe`: the condition if the model needs one, then the call.
+
+    Args:
+        parts: the saved pipeline.
+        arguments: the arguments of the call. Where a call needs more, a condition or the output as an array because
+            Pillow has no images of so many channels, they are added.
+    """
+    field, before = "images" if parts.is_image else "sequences", ""
+    if parts.condition():
+        before, arguments = f"condition = ...  # {parts.condition()}\n", f"condition=condition, {arguments}"
+    if parts.is_image and (parts.unet.get("in_channels") or 0) > 4:
+        arguments = f'{arguments}, output_type="np"'
+    return f"{before}{field} = pipe({arguments}).{field}"
+
+
+def _snippet(first: str, load: str, parts: Parts) -> str:
     """Return code that loads the pipeline and draws four samples, or one of each of the first four classes."""
     asked = f"class_labels={list(range(min(4, len(parts.classes()))))}" if parts.classes() else "batch_size=4"
-    asked = f"condition=condition, {asked}" if parts.condition() else asked
-    call = f"{field} = pipe({asked}, generator=torch.Generator().manual_seed(0)).{field}"
-    more = f"condition = ...  # {parts.condition()}\n" if parts.condition() else ""
-    return f"import torch\n{first}\n\npipe = {load}\n{more}{call}"
+    code = sampling_code(parts, f"{asked}, generator=torch.Generator().manual_seed(0)")
+    return f"import torch\n{first}\n\npipe = {load}\n{code}"
 
 
 def _shape(parts: Parts) -> str:

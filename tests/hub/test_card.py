@@ -228,6 +228,19 @@ def test_the_card_of_a_model_with_classes(tmp_path):
     assert any("class a|b, 8 samples, 3 steps, s, guidance scale 2" in name for name in names)
 
 
+@pytest.mark.parametrize(("channels", "paired"), [(1, False), (5, False), (3, True), (5, True)])
+def test_the_code_of_a_card_runs(channels, paired, tmp_path):
+    """Images of more channels than Pillow has are asked for as an array, and a condition is passed."""
+    unet = UNet2D(8, in_channels=channels, condition_channels=2 * paired, **MODEL)
+    pair = {"condition": "paired", "condition_size": [4, 4]} if paired else {}
+    DDPMPipeline(unet, GaussianScheduler(), 2, **pair).save_pretrained(tmp_path)
+    code = re.search(r"```python\n(import torch\nfrom ddpm_hf .+?)```", card_text(tmp_path), re.DOTALL)[1]
+    names = {}
+    exec(code.replace("path/to/this/folder", str(tmp_path)).replace("= ...", "= torch.rand(1, 2, 4, 4)"), names)
+    images = names["images"]
+    assert images.shape == (4, 8, 8, channels) if channels > 4 else [image.size for image in images] == [(8, 8)] * 4
+
+
 def test_a_card_that_someone_has_edited_is_kept(runs, tmp_path):
     shutil.copytree(runs / "pictures" / "best", tmp_path / "best")
     card = tmp_path / "best" / "README.md"
