@@ -6,11 +6,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
 from accelerate import Accelerator
-from diffusers import SchedulerMixin
 
 from ddpm_hf import GaussianScheduler
+from ddpm_hf.commands.sample_choices import use_scheduler_class
 from ddpm_hf.evaluation.completion import Completion, CompletionSettings, describe, make_records
 from ddpm_hf.evaluation.evaluator import Evaluator
 from ddpm_hf.evaluation.likelihood import check_bound
@@ -39,13 +38,7 @@ def load(config: EvaluateConfig):
     if config.sampler == "fast":
         pipeline.use_fast_sampler()
     elif config.sampler is not None:
-        scheduler = getattr(diffusers, config.sampler, None)
-        if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
-            raise ValueError(f"--sampler must be 'fast' or a scheduler class of diffusers, got {config.sampler!r}")
-        try:
-            pipeline.scheduler = scheduler.from_config(own.config)
-        except TypeError as error:  # its constructor needs more than a configuration
-            raise ValueError(f"--sampler {config.sampler} cannot be made for this pipeline: {error}") from error
+        use_scheduler_class(pipeline, config.sampler, "--sampler", "'fast'")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, own
 

@@ -50,15 +50,28 @@ def choose_scheduler(pipeline, name: str | None, steps: int | None) -> None:
     if name in ("ddpm", "ddim"):
         pipeline.scheduler = GaussianScheduler.from_config(pipeline.scheduler.config, sampler=name)
         return
+    use_scheduler_class(pipeline, name, "--scheduler", "ddpm, ddim, fast")
+
+
+def use_scheduler_class(pipeline, name: str, option: str, others: str) -> None:
+    """Give the pipeline a scheduler class of diffusers by its name.
+
+    Args:
+        option: the option that names it, for messages.
+        others: what else the option may be, for messages.
+
+    Raises:
+        ValueError: there is no such scheduler, or it does not fit the pipeline.
+    """
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        raise ValueError(f"--scheduler must be ddpm, ddim, fast or a scheduler class of diffusers, got {name!r}")
+        raise ValueError(f"{option} must be {others} or a scheduler class of diffusers, got {name!r}")
     try:
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
     except ValueError:
         raise
     except Exception as error:  # constructors raise many kinds: TypeError, NotImplementedError, ImportError, ...
-        raise ValueError(f"--scheduler {name} cannot be made for this pipeline: {error}") from error
+        raise ValueError(f"{option} {name} cannot be made for this pipeline: {error}") from error
 
 
 def is_label_file(asked: list[str] | None) -> bool:

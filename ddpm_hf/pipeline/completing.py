@@ -212,9 +212,7 @@ class CompletingPipeline(SamplingPipeline):
     def _read_known(self, known, mask) -> tuple[Tensor, Tensor]:
         """Return the data in its own units, with 0 where it is unknown, and bools that say where; `(B, C, ...)`."""
         self._check_completion()
-        data = self._tensor(known, "known").cpu()
-        if self._output_types[0] == "pil" and not hasattr(known, "dtype"):
-            data = data.float()  # PIL images, of 8 bits
+        data = self._given(known, "known")
         unknown = data.isnan()
         if mask is not None:
             unknown = unknown | _read_mask(mask, data.shape)

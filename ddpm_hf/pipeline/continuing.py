@@ -126,7 +126,7 @@ class ContinuingPipeline(CompletingPipeline):
             guidance_rescale, guidance_interval, guide,
         )  # fmt: skip
         overlap = self._overlap(length, overlap)
-        return (self._decode(x, output_type) for x in self._blocks(draw, None, batch_size, length, overlap))
+        return (self._decode(x, output_type) for x in self._blocks(draw, None, length, overlap))
 
     # This function is longer than 60 lines because it documents every option of a continuation.
     def extend(
@@ -173,7 +173,7 @@ class ContinuingPipeline(CompletingPipeline):
             ValueError: a shape is wrong, a value is outside its range, a recording is not finite, or the model was not
                 trained to complete and the scheduler is not a `GaussianScheduler`.
         """
-        data = self._tensor(known, "known").cpu()
+        data = self._given(known, "known")
         if not is_whole(length) or length <= data.shape[-1]:
             raise ValueError(
                 f"length must be a whole number of more than the length of known, {data.shape[-1]}; got {length!r}"
@@ -199,7 +199,7 @@ class ContinuingPipeline(CompletingPipeline):
             windows = choose_windows("length", (size,), self._size(), "joint", overlap, ("joint",))
             parts = [draw(tail, size, windows)[..., tail.shape[-1] :][..., :new]]
         else:
-            parts = self._blocks(draw, tail, len(tail), new, overlap)
+            parts = self._blocks(draw, tail, new, overlap)
         if output_type == "latent":
             whole = self._encode(data, "known").repeat_interleave(num_samples, dim=0)
             return self._output(torch.cat([whole, *parts], dim=-1), None, return_dict)
@@ -247,7 +247,7 @@ class ContinuingPipeline(CompletingPipeline):
 
         return draw
 
-    def _blocks(self, draw, tail: Tensor | None, batch_size: int, length: int | None, overlap: int):
+    def _blocks(self, draw, tail: Tensor | None, length: int | None, overlap: int):
         """Yield what each window adds, in the model's units, until `length` values are there.
 
         Args:

@@ -32,7 +32,7 @@ from ddpm_hf.pipeline.windows import Windows, choose_windows, over_windows
 
 # This class is longer than 250 lines because the loop documents everything that can enter a step of it.
 class SamplingPipeline(SavedWithCode):
-    """The sampling loop. `_size`, `_encode`, `_decode` and `_output` of the subclasses say what the data is.
+    """The sampling loop. `_size`, `_tensor`, `_encode`, `_decode` and `_output` of the subclasses say what the data is.
 
     Attributes:
         max_batch_size: the most samples that one call of the model is given; larger batches are split inside of each
@@ -147,6 +147,11 @@ class SamplingPipeline(SavedWithCode):
 
     def _channels(self) -> int:
         return self.unet.config.in_channels
+
+    def _given(self, items, name: str) -> Tensor:
+        """Return given items in their own units on the CPU, `(B, C, *spatial)`; PIL images, of 8 bits, as float32."""
+        data = self._tensor(items, name).cpu()
+        return data.float() if self._output_types[0] == "pil" and not hasattr(items, "dtype") else data
 
     def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> None:
         """Choose the timesteps of the chain: those given, or as many as a call or the pipeline says.

@@ -279,16 +279,14 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
 
     def _read_to_score(self, x, complete: bool) -> tuple[Tensor, Tensor]:
         """Return items in their own units and bools that say where they are known, each (B, C, *spatial)."""
-        data = self._tensor(x, "x").cpu()
-        if self._output_types[0] == "pil" and not hasattr(x, "dtype"):
-            data = data.float()  # PIL images, of 8 bits
+        data = self._given(x, "x")
         missing = data.isnan()
         if missing.any() and not complete:
             raise ValueError(f"x has NaN in {numbers_of(missing)}: complete=True completes it before the scoring")
         if missing.flatten(1).all(dim=1).any():
             raise ValueError("x must have something known in each item, got an item of NaN alone")
-        if missing.any() and self.config.get("condition") != "known" and not is_own_scheduler(self.scheduler):
-            raise ValueError(f"complete=True needs GaussianScheduler, got {type(self.scheduler).__name__}")
+        if missing.any():
+            self._check_completion()
         return data, ~missing
 
     def _completed(self, data: Tensor, known: Tensor, draws: list, labels, condition) -> Tensor:

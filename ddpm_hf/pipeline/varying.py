@@ -50,9 +50,7 @@ def read_items(pipeline, items, name: str) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a form or shape is wrong, or a value is not finite.
     """
-    data = pipeline._tensor(items, name).cpu()
-    if pipeline._output_types[0] == "pil" and not hasattr(items, "dtype"):
-        data = data.float()  # PIL images, of 8 bits
+    data = pipeline._given(items, name)
     if len(data) and not data.isfinite().all():
         raise ValueError(f"{name} must be finite; NaN or infinity is in {numbers_of(~data.isfinite())}")
     x = pipeline._encode(items, name)
