@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from ddpm_hf.data.labels import Labels, as_labels
 from ddpm_hf.data.listing import Listing, list_folder
 from ddpm_hf.data.scaling import EIGHT_BIT
+from ddpm_hf.pipeline.pairs import eight_bit
 
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # An image that is longer than this many crops is cut to its middle part of that length: a line of 100,000 x 1 pixels
@@ -51,19 +52,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     Raises:
         ValueError: values of an image of more than 8 bits lie outside its range.
     """
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image)
-        limit = 65535.0 if image.mode.startswith("I") else 1.0
-        if not (values.min() >= 0 and values.max() <= limit):  # also NaN
-            raise ValueError(
-                f"values of an image of mode {image.mode} must lie in [0, {limit:g}]; "
-                f"got {values.min():g} to {values.max():g}"
-            )
-        levels = np.empty(values.shape, np.uint8)
-        for start in range(0, len(values), 64):  # in parts: float64 takes eight times the memory of the levels
-            rows = slice(start, start + 64)
-            levels[rows] = (values[rows].astype(np.float64) * (255 / limit)).round()
-        image = Image.fromarray(levels)
+    image = eight_bit(image)
     if image.has_transparency_data and mode != "RGBA":
         return _on_white(image, mode)
     return image if image.mode == mode else image.convert(mode)

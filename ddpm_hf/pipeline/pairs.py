@@ -62,6 +62,30 @@ def as_torch_takes_it(value: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(value, value.dtype.newbyteorder("="))
 
 
+def eight_bit(image: Image.Image) -> Image.Image:
+    """Return a PIL image of 16 bits, or of floats from 0 to 1, as one of 8-bit levels, and others as they are.
+
+    Pillow's own conversion would clip the values of 16 bits to 255.
+
+    Raises:
+        ValueError: values of an image of more than 8 bits lie outside its range.
+    """
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    values = np.asarray(image)
+    limit = 65535.0 if image.mode.startswith("I") else 1.0
+    if not (values.min() >= 0 and values.max() <= limit):  # also NaN
+        raise ValueError(
+            f"values of an image of mode {image.mode} must lie in [0, {limit:g}]; got {values.min():g} to "
+            f"{values.max():g}"
+        )
+    levels = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), 64):  # in parts: float64 takes eight times the memory of the levels
+        rows = slice(start, start + 64)
+        levels[rows] = (values[rows].astype(np.float64) * (255 / limit)).round()
+    return Image.fromarray(levels)
+
+
 def image_tensor(images, name: str, channels: int) -> tuple[Tensor, bool]:
     """Return PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) as a tensor, and True for PIL images.
 
@@ -78,6 +102,7 @@ def image_tensor(images, name: str, channels: int) -> tuple[Tensor, bool]:
         if len(sizes) > 1:
             raise ValueError(f"{name} must have images of one size, got {sizes}")
         mode = IMAGE_MODES.get(channels)
+        images = [eight_bit(image) for image in images]
         arrays = [np.asarray(image.convert(mode) if mode else image) / 255.0 for image in images]
         images = np.stack([array if array.ndim == 3 else array[..., None] for array in arrays])
     if isinstance(images, np.ndarray):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import exact_abar
+from PIL import Image
 from test_pipeline import images, seeds, sequences
 from test_pipeline_guidance import MEANS, NAMES, mixture
 from test_stock_diffusers import MEAN, STD, GaussianModel
@@ -131,6 +132,15 @@ def test_bad_calls(options, message):
     pipe.unet.forward = None  # no call of the model
     with pytest.raises(ValueError, match=message):
         pipe(**{"image": torch.rand(2, 3, 8, 8), "strength": 0.5, **options})
+
+
+def test_pictures_of_more_than_8_bits_are_scaled_and_not_clipped():
+    deep, pipe = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1028, images(1)  # 4 levels of 8 bits apart
+    for values in (deep, (deep / 65535).astype(np.float32)):
+        (same,) = pipe(image=Image.fromarray(values), strength=0).images
+        np.testing.assert_array_equal(np.asarray(same), deep / 257)
+    with pytest.raises(ValueError, match=r"mode F must lie in \[0, 1\]; got 2 to 2"):
+        pipe(image=Image.fromarray(np.full((8, 8), 2, np.float32)))
 
 
 def test_schedulers_that_cannot_start_from_items():
