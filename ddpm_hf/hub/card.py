@@ -227,6 +227,7 @@ def render(parts: Parts, repo_id: str | None, licence: str | None) -> str:
         "metrics_note": _metrics_note(parts),
         "guided": any("guidance_scale" in record for record in parts.evaluation),
         "classes": len(parts.classes()),
+        "paired": parts.condition() is not None,
         "knows": _knows(parts),
         "memorization": (
             "The share of samples that are nearer to a training item than that item's own neighbour is (memorization): "
@@ -247,6 +248,8 @@ def _metadata(parts: Parts, title: str, licence: str | None) -> ModelCardData:
     """Return the metadata of the card, with the results of evaluations."""
     data = parts.training.get("data", {})
     task = IMAGE_TASK if parts.is_image else SEQUENCE_TASK
+    if parts.is_image and parts.condition():
+        task = "image-to-image"
     results = [
         EvalResult(
             task_type=task, task_name=task.replace("-", " "),
@@ -257,7 +260,7 @@ def _metadata(parts: Parts, title: str, licence: str | None) -> ModelCardData:
         for record in parts.evaluation
         if math.isfinite(record["value"]) and not re.search("_t[0-9]|_real$|_standard_error$", record["metric"])
     ]  # fmt: skip
-    more = {"pipeline_tag": IMAGE_TASK} if parts.is_image else {}
+    more = {"pipeline_tag": task} if parts.is_image else {}
     return ModelCardData(
         library_name="diffusers", license=licence, model_name=title, eval_results=results or None,
         base_model=_base_model(parts), datasets=[data["hub_id"]] if data.get("hub_id") else None,

@@ -247,4 +247,5 @@ def test_a_run_on_two_folders_is_evaluated_and_sampled(kind, tmp_path, monkeypat
     command = ["--pipeline", str(result.pipeline_dir), "--condition=c", "--num_inference_steps=2", "--num_samples=1"]
     assert sample_script.main([*command, "--output_dir=samples"]) == 0, capsys.readouterr()
     assert len((tmp_path / "samples" / "conditions.csv").read_text().split()) == 13
-    assert 'the data\'s "c"' in (result.pipeline_dir / "README.md").read_text()
+    card = (result.pipeline_dir / "README.md").read_text()
+    assert 'the data\'s "c"' in card and "pipeline_tag: image-to-image" in card and "unconditional" not in card
