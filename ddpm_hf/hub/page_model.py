@@ -121,12 +121,13 @@ class Page:
         self.condition_shape = (conditions, *pipe.config["condition_size"]) if self.is_paired else None
         # a picture that is uploaded has no other channels
         fits = not self.is_image or pipe.unet.config.in_channels in (1, 2, 3, 4)
-        self.completes = hasattr(pipe, "inpaint") and (self.is_told or not conditions) and fits
+        alone = self.is_told or not conditions  # the model needs nothing beside the item
+        self.completes = hasattr(pipe, "inpaint") and alone and fits
         # code that a folder carries may be older than this page
-        self.varies = "strength" in inspect.signature(type(pipe).__call__).parameters and fits and not conditions
+        self.varies = "strength" in inspect.signature(type(pipe).__call__).parameters and fits and alone
         self.scores = self.varies and hasattr(pipe, "score")
         takes_length = "length" in inspect.signature(type(pipe).__call__).parameters
-        self.is_long = not self.is_image and takes_length and not conditions
+        self.is_long = not self.is_image and takes_length and alone
         self.shape = (pipe.unet.config.in_channels, *pipe._size())
         self.most_samples = max(1, min(MOST_SAMPLES, MOST_VALUES // math.prod(self.shape)))
         self.most_points = max(2, min(MOST_POINTS, self.most_samples))

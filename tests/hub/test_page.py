@@ -656,6 +656,21 @@ def test_the_tab_is_there_where_the_pipeline_can_complete():
         assert ("known" in found) is there and ("condition" in found) is not there and blocks.takes_files
 
 
+def test_a_model_that_was_trained_to_complete_has_every_tab(tmp_path):
+    """Without a known part it samples as usual, so its page also varies, scores and draws longer series."""
+    torch.manual_seed(0)
+    pipe = DDPMPipeline1D(
+        UNet1D(16, in_channels=1, condition_channels=2, **MODEL), GaussianScheduler(), 3, condition="known"
+    )
+    found = {getattr(part, "elem_id", None) for part in build_page(pipe, "x").blocks.values()}
+    assert {"known", "vary", "score", "longer"} <= found
+    page, table = Page(pipe), str(tmp_path / "x.csv")
+    np.savetxt(table, np.random.default_rng(0).normal(size=(20, 1)), delimiter=",")
+    assert page.longer(40, 2, OWN, 0, 0).size[0] > 200
+    assert Varying(page).vary(table, "", 0.5, 2, 4, OWN, 0, 0).size[0] > 200
+    assert Varying(page).score(table, "", 0)[1].startswith("Score: ")
+
+
 def test_between_two_noises():
     """The ends are the ends; every point has the norm of its place on the circle; halves are as far from either end."""
     a, b = (torch.randn(2, 40, generator=generator_of(s, 0), dtype=torch.float64) for s in (1, 2))
