@@ -112,9 +112,11 @@ def squared_distances(x: np.ndarray, y: np.ndarray, surfaces: tuple = ()) -> np.
         surfaces: squared radii that broadcast to (n, m). A distance that rounding cannot tell from one of them is
             computed from differences, so that equal pairs of rows have equal distances.
     """
-    x, y = (np.asarray(v, dtype=np.float64) for v in (x, y))
-    scale = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)
-    distances = scale - 2 * x @ y.T
+    # from their centre, because a large number that all rows share would drown the differences in rounding
+    centre = y.mean(axis=0, dtype=np.float64)
+    a, b = (np.subtract(rows, centre, dtype=np.float64) for rows in (x, y))
+    scale = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)
+    distances = scale - 2 * a @ b.T
     margin = 4 * (x.shape[1] + 2) * np.finfo(np.float64).eps * scale  # bounds the rounding of sums of D products
     for radius in surfaces:
         first, second = np.nonzero(np.abs(distances - radius) <= margin)

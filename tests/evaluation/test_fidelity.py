@@ -57,6 +57,14 @@ def test_they_are_the_definitions(dtype, block, monkeypatch):
     assert fitted(real, fake, neighbours=7) == pytest.approx(directly(real, fake, 7, 7), rel=1e-12)
 
 
+def test_a_large_number_that_all_rows_share_changes_nothing():
+    """It would drown the differences in the rounding of products (relative to 2^60, 2^-53 is 128)."""
+    rng = np.random.default_rng(0)
+    real, fake = 2.0**30 + rng.normal(size=(90, 6)), 2.0**30 + 0.5 + 0.8 * rng.normal(size=(70, 6))
+    fake[:20] = real[:20]
+    assert fitted(real, fake) == pytest.approx(directly(real, fake), rel=1e-12)
+
+
 def modes(counts, seed):
     """Rows of the Gaussian modes of the given sizes, which are far from each other."""
     rng = np.random.default_rng(seed)
