@@ -199,6 +199,7 @@ def _bound(scheduler, output: Tensor, x0: Tensor, x_t: Tensor, timesteps: Tensor
     """Return an estimate of the variational bound for each value, in bits: T times the term at the sample's timestep.
 
     Its gradient goes to the variance alone: the prediction of the mean is detached (Nichol & Dhariwal, section 3.1).
+    The estimate of x0 is not clipped, as in the authors' code; the metric `bits_per_dim` clips it as sampling does.
     """
     output = output.to(torch.promote_types(x0.dtype, torch.float32))
     channels = x0.shape[1]
