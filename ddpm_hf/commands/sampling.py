@@ -52,12 +52,26 @@ def digest(pipeline) -> str:
     return found.hexdigest()
 
 
+def pipeline_settings(pipeline) -> dict:
+    """Return everything that the samples or scores of a pipeline depend on in it, for files of settings."""
+    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    return {
+        "weights": digest(pipeline), "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_config": {name: str(value) for name, value in sorted(scheduler.items())}, "version": __version__,
+    }  # fmt: skip
+
+
+def in_precision(accelerator: Accelerator, name: str) -> contextlib.AbstractContextManager:
+    """Return the context in which the model's calls have a precision, one of `SAMPLING_PRECISIONS`."""
+    dtype = DTYPES[name]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(accelerator.device.type, dtype)
+
+
 def make_settings(
     given: argparse.Namespace, pipeline, guide, form: str, labels, known: Known | None, start: Start | None,
     conditions: Conditions | None,
 ) -> dict:  # fmt: skip
     """Return everything that the samples depend on, for settings.json; without folders of this machine."""
-    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     settings = {name: value for name, value in vars(given).items() if name != "output_dir"}
     steps = given.num_inference_steps or pipeline.config.num_inference_steps
     if is_label_file(given.class_labels):
@@ -72,10 +86,8 @@ def make_settings(
         settings.update(conditions.settings())
     return {
         **settings, "pipeline": without_folders(given.pipeline), "format": form, "num_inference_steps": steps,
-        "guide": given.guide and without_folders(given.guide), "weights": digest(pipeline),
-        "guide_weights": guide and digest(guide), "scheduler": type(pipeline.scheduler).__name__,
-        "scheduler_config": {name: str(value) for name, value in sorted(scheduler.items())},
-        "version": __version__,
+        "guide": given.guide and without_folders(given.guide), "guide_weights": guide and digest(guide),
+        **pipeline_settings(pipeline),
     }  # fmt: skip
 
 
@@ -190,14 +202,13 @@ def draw_missing(given: argparse.Namespace, work: Work, missing: list[int], acce
     """Generate and write this process' share of the missing blocks."""
     pipeline, files = work.pipeline, work.files
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    dtype = DTYPES[given.mixed_precision]
-    precision = contextlib.nullcontext() if dtype is None else torch.autocast(accelerator.device.type, dtype)
     options = {"guidance_scale": given.guidance_scale, "guidance_rescale": given.guidance_rescale,
                "guidance_interval": tuple(given.guidance_interval), "guide": work.guide, "eta": given.eta,
                "num_inference_steps": given.num_inference_steps, "output_type": "np", "return_dict": False}  # fmt: skip
     jumps = {"jump_length": given.jump_length, "jump_n_sample": given.jump_n_sample}
     total = sum(len(files.numbers(block)) for block in missing)
-    with tqdm(total=total, desc="sampling", unit="sample", disable=not accelerator.is_main_process) as bar, precision:
+    bar = tqdm(total=total, desc="sampling", unit="sample", disable=not accelerator.is_main_process)
+    with bar, in_precision(accelerator, given.mixed_precision):
         for turn, block in enumerate(mine):
             numbers = files.numbers(block)
             if files.labels is not None:

@@ -1,7 +1,6 @@
 """The work of score.py: the scores of all items, on all processes, and the files that they are written to."""
 
 import argparse
-import contextlib
 import hashlib
 import json
 import shutil
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMPipeline1D
 from ddpm_hf.commands.sample_choices import choose_scheduler
 from ddpm_hf.commands.sample_files import check_settings, open_folder, write_aside
-from ddpm_hf.commands.sampling import DTYPES, digest, together
+from ddpm_hf.commands.sampling import in_precision, pipeline_settings, together
 from ddpm_hf.commands.score import METHODS, READING
 from ddpm_hf.commands.score_files import ENDINGS, ScoreParts, read_scores, write_table
 from ddpm_hf.data.loading import Part, underlying
@@ -47,7 +45,6 @@ from ddpm_hf.pipeline.scoring import SCORING_RULES
 from ddpm_hf.plots import save_heat_map
 from ddpm_hf.run.checkpoint import write_text
 from ddpm_hf.run.record import without_folders
-from ddpm_hf.version import __version__
 
 BLOCK = 64  # the number of items in a part
 STRONGEST = 0.98  # the share of the items whose maps stay within the colours of the pictures
@@ -264,15 +261,13 @@ def score_block(given, pipeline, scored: Scored, numbers: range) -> tuple[np.nda
 
 def make_settings(given: argparse.Namespace, pipeline, scored: Scored) -> dict:
     """Return everything that the scores and files depend on; without folders of this machine."""
-    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     settings = {name: value for name, value in vars(given).items() if name not in FREE}
     for name in ("pipeline", "data", "reference", "masks", "class_labels", "condition_dir", "condition_column"):
         settings[name] = settings[name] and without_folders(settings[name])
     told = hashlib.sha256(json.dumps(scored.classes).encode()).hexdigest() if has_classes(pipeline) else None
     return {
         **settings, "classes": told, "items": len(scored.dataset), "shape": list(scored.shape),
-        "weights": digest(pipeline), "scheduler": type(pipeline.scheduler).__name__,
-        "scheduler_config": {name: str(value) for name, value in sorted(scheduler.items())}, "version": __version__,
+        **pipeline_settings(pipeline),
     }  # fmt: skip
 
 
@@ -355,10 +350,8 @@ class Run:
         missing = parts.missing()
         accelerator.wait_for_everyone()  # before any process writes
         mine = missing[accelerator.process_index :: accelerator.num_processes]
-        dtype = DTYPES[given.mixed_precision]
-        precision = contextlib.nullcontext() if dtype is None else torch.autocast(accelerator.device.type, dtype)
         shown = tqdm(mine, desc=f"scoring {name}", unit="block", disable=not accelerator.is_main_process)
-        with precision:
+        with in_precision(accelerator, given.mixed_precision):
             for block in shown:
                 parts.write(block, *score_block(given, self.pipeline, scored, parts.numbers(block)))
         accelerator.wait_for_everyone()
