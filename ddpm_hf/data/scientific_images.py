@@ -4,6 +4,7 @@ All values are looked at once before training, in parts, for the range and the s
 needed, scaled in float64, and resized and cropped in float32.
 """
 
+import contextlib
 import functools
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
@@ -337,12 +338,12 @@ def choose_scaling(
 
 def narrow_warning(least: float, most: float, lowest: float, highest: float, name: str) -> str | None:
     """Return a warning if data from `least` to `most` fills little of the range that becomes [-1, 1], or None."""
-    if most - least >= LEAST_SHARE * (highest - lowest):
+    share = (most - least) / (highest - lowest)
+    if share >= LEAST_SHARE:
         return None
     low, high = least, most
     if least >= 0 and float(most).is_integer():  # the full range of 9, 10, 12 or 14 bits
         low, high = 0, 2 ** max(1, int(most).bit_length()) - 1
-    share = (most - least) / (highest - lowest)
     way_out = f". To scale the range that the data has: --image_range {low:.10g} {high:.10g}" if low < high else ""
     return (
         f"warning: the values of {name} go from {least:g} to {most:g}, which is {share:.1%} of the range {lowest:g} to "
@@ -430,10 +431,9 @@ class ScientificImages(Dataset):
             raise ValueError(f"image_norm must be one of {', '.join(IMAGE_NORMS)}, got {norm!r}")
         check_range(value_range, norm)
         self.sources, self.channels_last, self.name, self.skip_bad = sources, channels_last, name, skip_bad
-        self.center_crop, self.random_flip = center_crop, random_flip
+        self.center_crop, self.random_flip, self.missing = center_crop, random_flip, missing
         self.is_array = hasattr(sources, "dtype")
         self.value_range, self.notes, self.scans = value_range, [], {} if scans is None else scans
-        self.missing = missing
         if self.is_array:
             shape = tuple(sources.shape)
             if len(shape) not in (3, 4) or 0 in shape:
@@ -487,9 +487,12 @@ class ScientificImages(Dataset):
         return scan_key(files, form, self.channels_last, self.skip_bad, self.value_range)
 
     def _given(self, scaling: Scaling) -> Scaling:
-        first = self._read(0)
-        self._known_channels, self.dtype = len(first), first.dtype
-        return scaling
+        for index in range(len(self)):
+            with contextlib.suppress(*[BadImageError] if self.skip_bad else []):
+                first = self._read(index)
+                self._known_channels, self.dtype = len(first), first.dtype
+                return scaling
+        raise ValueError(f"none of the images of {self.name} can be read")
 
     def _parts(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the name and the values of each file, or of some rows of the array, with channels as the first axis.
@@ -580,8 +583,7 @@ def check_range(value_range: Sequence[float] | None, norm: str | None = None) ->
     """
     if value_range is None:
         return
-    good = len(value_range) == 2 and np.isfinite(value_range).all() and value_range[0] < value_range[1]
-    if not good:
+    if not (len(value_range) == 2 and np.isfinite(value_range).all() and value_range[0] < value_range[1]):
         raise ValueError(f"image_range must be two finite numbers, the lower first, got {list(value_range)}")
     if norm is not None:
         raise ValueError(f"image_norm and image_range exclude each other, got {norm!r} and {list(value_range)}")

@@ -16,7 +16,7 @@ from ddpm_hf.commands import evaluate
 from ddpm_hf.data import open_data, scientific_images, sequences
 from ddpm_hf.data.given import GivenUnits
 from ddpm_hf.data.loading import hold_out, load_item
-from ddpm_hf.data.scaling import EIGHT_BIT
+from ddpm_hf.data.scaling import EIGHT_BIT, Scaling
 from ddpm_hf.data.scientific_images import (
     ScientificImages,
     array_shape,
@@ -348,6 +348,15 @@ def test_bad_files_are_named_or_skipped(tmp_path):
     (tmp_path / "5.npy").write_bytes(b"no array")
     with pytest.raises(ValueError, match=r"cannot read the image .*5\.npy"):
         opened(**folder)
+    # with a scaling the data is not looked at, but for its channels
+    bad_first = {"sources": [str(tmp_path / f"{i}.npy") for i in (5, 0)], "resolution": (6, 6)}
+    bad_first["scaling"] = Scaling((0.0,) * 3, (2.0,) * 3)
+    assert ScientificImages(**bad_first, skip_bad=True).channels == 3
+    with pytest.raises(ValueError, match=r"cannot read the image .*5\.npy"):
+        ScientificImages(**bad_first)
+    bad_first["sources"].pop()
+    with pytest.raises(ValueError, match="none of the images of the array can be read"):
+        ScientificImages(**bad_first, skip_bad=True)
 
 
 # ---------------------------------------------------------------------------------------------
