@@ -220,6 +220,10 @@ class Evaluator:
             ValueError: if the pipeline cannot be measured; see `check`.
         """
         self.sampling.check(pipeline, guidance_scale)
+        own = loss_scheduler or pipeline.scheduler
+        encode = encoder(pipeline, underlying(self.dataset), self.is_image)
+        if self._any(*LIKELIHOOD):
+            self.likelihood.check(own, encode)
         values: dict[str, float] = {}
         if self.classifier is not None or self._any(*(set(METRICS) - set(HELD_OUT) - set(LIKELIHOOD))):
             self._announce(pipeline, num_inference_steps, guidance_scale)
@@ -233,8 +237,6 @@ class Evaluator:
             if errors is not None:
                 values.update(errors.values(self.shares, self.is_image and not has_own_units(scaling)))
         if self._any(*HELD_OUT, *LIKELIHOOD):
-            own = loss_scheduler or pipeline.scheduler
-            encode = encoder(pipeline, underlying(self.dataset), self.is_image)
             numbers = model_classes(pipeline, self.sampling.classes.names) if has_classes(pipeline) else None
             if self._any(*HELD_OUT):
                 values.update(self.held_out(pipeline, own, self.metrics, encode, between, numbers))

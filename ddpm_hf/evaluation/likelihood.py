@@ -87,12 +87,29 @@ class Likelihood:
         self.items = Part(measured, self.chosen)
         self.terms: list[BoundTerm] = []
 
+    def check(self, scheduler, encode: Callable[[Tensor], Tensor]) -> None:
+        """Check the scheduler and read images once, so that what is wrong is found before samples are drawn.
+
+        Args:
+            scheduler: the `GaussianScheduler` whose chain will be measured.
+            encode: a function from items of the dataset to the model's units.
+
+        Raises:
+            ValueError: the scheduler is not a `GaussianScheduler`, images of whole numbers have other values, or an
+                item cannot be read.
+        """
+        check_bound(scheduler)
+        if self.levels is not None:
+            s = self.settings
+            for batch in Items(self.items, s.on_bad_image, s.batch_size, s.workers).read(range(len(self.items))):
+                self._check_levels(encode(batch.x0))
+
     @torch.no_grad()
     def __call__(
         self, pipeline, scheduler, encode: Callable[[Tensor], Tensor], between: Callable[[], None] = lambda: None,
         model_classes: list[int] | None = None,
     ) -> dict[str, float]:  # fmt: skip
-        """Measure a pipeline.
+        """Measure a pipeline, after `check`.
 
         Args:
             pipeline: the pipeline whose model is measured.
@@ -104,11 +121,7 @@ class Likelihood:
         Returns:
             `bits_per_dim`, its parts `bits_per_dim_decoder` (t = 0) and `bits_per_dim_prior`, and
             `bits_per_dim_standard_error`, the standard error over the items.
-
-        Raises:
-            ValueError: the scheduler is not a `GaussianScheduler`, or images of whole numbers have other values.
         """
-        check_bound(scheduler)
         edges = stratum_edges(scheduler.config.num_train_timesteps, self.settings.likelihood_timesteps)
         strata = list(zip(edges[:-1], edges[1:]))
         s = self.settings
@@ -124,7 +137,7 @@ class Likelihood:
                     model = self._model(pipeline.unet, chosen, model_classes, x0.device)
                     if is_paired(pipeline):
                         model = self.pairs.model(pipeline, model, chosen)
-                    columns = [self._per_dim(scheduler.prior_term(self._checked(x0).double()), pipeline)]
+                    columns = [self._per_dim(scheduler.prior_term(x0.double()), pipeline)]
                 for stratum, (low, high) in enumerate(strata):
                     between()
                     if batch is not None:
@@ -169,14 +182,8 @@ class Likelihood:
             raise ValueError("bits_per_dim needs a channel that changes; all channels of the data are constant")
         return scale
 
-    def _checked(self, x0: Tensor) -> Tensor:
-        """Return x0, whose values must be levels if it has a discretized decoder.
-
-        Raises:
-            ValueError: they are not.
-        """
-        if self.levels is None:
-            return x0
+    def _check_levels(self, x0: Tensor) -> None:
+        """Raise a ValueError if values of x0 (B, C, H, W), in the model's units, are no levels of the decoder."""
         most = self._levels(x0) - 1
         levels = (x0.double() + 1) * most / 2
         wrong = ((levels - levels.round()).abs() > 1e-2) | (levels < -0.5) | (levels > most + 0.5)
@@ -187,7 +194,6 @@ class Likelihood:
                 f"{x0[wrong][0].item():.6g}, which lies between two levels of the model's range -1 to 1, as resized "
                 "images do, or outside"
             )
-        return x0
 
     def _levels(self, x0: Tensor) -> Tensor:
         """Return the numbers of levels, which broadcast against x0 (B, C, H, W), float64."""

@@ -126,8 +126,9 @@ def describe_decoder(e):
 
 
 def test_images_that_are_resized_have_no_levels():
+    """They are refused before samples are drawn, which takes long: this pipeline can draw none."""
     data = ScientificImages(np.random.default_rng(0).integers(0, 60000, (8, 1, 6, 6)).astype(np.uint16), (4, 4))
-    e = evaluator(data, (1, 4, 4), data, metrics=NAME, likelihood_timesteps=5)
+    e = evaluator(data, (1, 4, 4), data, metrics=["memorization", *NAME], likelihood_timesteps=5)
     with pytest.raises(ValueError, match="needs whole numbers in the range.*as resized images do, or outside"):
         e(Gaussian(GaussianScheduler(10)), 5, GaussianScheduler(10))
 
