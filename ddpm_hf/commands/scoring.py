@@ -233,23 +233,28 @@ def score_block(given, pipeline, scored: Scored, numbers: range) -> tuple[np.nda
     found = None
     reading = Items(scored.dataset, given.on_bad_image, len(numbers), given.dataloader_num_workers)
     for batch in reading.read(numbers):
-        items = sample_units(batch.x0, underlying(scored.dataset))
+        own, items = batch.numbers, sample_units(batch.x0, underlying(scored.dataset))
+        if is_paired(pipeline) and given.on_bad_image == "skip":
+            kept = [place for place, number in enumerate(own) if scored.pairs.is_readable(number)]
+            if not kept:
+                continue
+            own, items = [own[place] for place in kept], items[kept]
         wrong, empty = ~items.flatten(1).isfinite().all(dim=1), items.flatten(1).isnan().all(dim=1)
         if wrong.any() and not given.complete:
-            place = scored.place(batch.numbers[int(wrong.nonzero()[0])])
+            place = scored.place(own[int(wrong.nonzero()[0])])
             raise ValueError(f"items must be finite; NaN or infinity is in {place}; --complete fills NaN in first")
         if empty.any():
-            place = scored.place(batch.numbers[int(empty.nonzero()[0])])
+            place = scored.place(own[int(empty.nonzero()[0])])
             raise ValueError(f"items must have a known value to be completed; {place} has missing values alone")
         options = {name: getattr(given, name) for name in ("strengths", "num_timesteps")}
         found = pipeline.score(
             items, method=given.method, smoothing=given.smoothing, batch_size=given.batch_size,
-            complete=given.complete, generator=sample_generators(given.seed, batch.numbers),
-            class_labels=[scored.classes[number] for number in batch.numbers] if has_classes(pipeline) else None,
-            condition=scored.pairs.conditions(batch.numbers) if is_paired(pipeline) else None,
+            complete=given.complete, generator=sample_generators(given.seed, own),
+            class_labels=[scored.classes[number] for number in own] if has_classes(pipeline) else None,
+            condition=scored.pairs.conditions(own) if is_paired(pipeline) else None,
             **{name: value for name, value in options.items() if value is not None},
         )  # fmt: skip
-        places = [number - numbers.start for number in batch.numbers]
+        places = [number - numbers.start for number in own]
         scores[places] = found.scores
         maps[places] = found.maps if found.maps.ndim == 3 else np.moveaxis(found.maps, -1, 1)
     return scores, maps, found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.data.conditions import matching
+from ddpm_hf.data.images import BadImageError
 from ddpm_hf.data.loading import load_item, load_pair, underlying
 from ddpm_hf.data.scaling import Scaling, has_own_units
 from ddpm_hf.evaluation.shares import Shares
@@ -62,6 +63,14 @@ class Pairs:
         """Return the conditions of images with these numbers as levels from 0 to 1, for a picture."""
         x = self._loaded(numbers)
         return x.float() / 255 if x.dtype == torch.uint8 else (x / self.scaling.limit / 2 + 0.5).clamp(0, 1)
+
+    def is_readable(self, number: int) -> bool:
+        """Return False if the item with this number or its condition is an image that cannot be read."""
+        try:
+            self._loaded([number])
+        except BadImageError:
+            return False
+        return True
 
     def _loaded(self, numbers: Sequence[int]) -> Tensor:
         return torch.stack([load_pair(self.dataset, self.condition, int(number))[1] for number in numbers])

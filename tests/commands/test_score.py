@@ -244,6 +244,18 @@ def test_items_are_scored_with_their_conditions(place, tmp_path, capsys):
     assert "low.npy belongs to the items of --data, and --reference has others" in capsys.readouterr().err
 
 
+def test_an_item_whose_condition_cannot_be_read_has_no_score(place, tmp_path, capsys):
+    unet = UNet2D(8, in_channels=1, dim=8, dim_mults=(1, 2), condition_channels=1)
+    DDPMPipeline(unet, GaussianScheduler(10), condition="paired").save_pretrained(tmp_path / "paired")
+    shutil.copytree(place / "data", tmp_path / "c")
+    (tmp_path / "c" / "bad" / "1.png").write_bytes(b"no picture")
+    options = (f"--pipeline={tmp_path / 'paired'}", f"--condition_dir={tmp_path / 'c'}", "--strengths=0.5")
+    assert run(place, "images", tmp_path / "a.csv", *options) == 2
+    assert "cannot read the image" in capsys.readouterr().err
+    assert run(place, "images", tmp_path / "b.csv", *options, "--on_bad_image=skip") == 0
+    assert scores(tmp_path / "b.csv").isna().tolist() == [False, True, False, False, False, False]
+
+
 def test_images_with_missing_values_are_completed(place, tmp_path, capsys):
     """Those in units of their own: the values that are missing do not count; an image of NaN alone is named."""
     x = np.random.default_rng(0).normal(50, 20, (3, 8, 8)).astype(np.float32)
