@@ -174,7 +174,9 @@ class Reference:
     """
 
     def __init__(self, rows: Tensor, mirror: Mirror | None = None):
-        self.rows, self.mirror, self.squares = rows, mirror, squared_norms(rows)
+        self.rows, self.mirror = rows, mirror
+        self.centre = rows.mean(dim=0)
+        self.squares = squared_norms(rows - self.centre)
 
     def nearest(self, queries: Tensor, count: int = 1, exclude: Tensor | None = None) -> Neighbours:
         """Find the rows that are nearest to each query, on the device of the rows.
@@ -208,8 +210,9 @@ class Reference:
 
     def _candidates(self, queries: Tensor, count: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the indices of a few rows near each query, and the exact distances to them."""
-        # |r|^2 - 2 q.r ranks the rows; the first few are then measured without the cancellation in it
-        scores = torch.addmm(self.squares, queries, self.rows.T, alpha=-2)
+        # |r - c|^2 - 2 (q - c).r ranks the rows, for any c. With their mean as c, what all rows share loses no digits.
+        # The first few are then measured without the cancellation in it
+        scores = torch.addmm(self.squares, queries - self.centre, self.rows.T, alpha=-2)
         if exclude is not None:
             scores.scatter_(1, exclude, torch.inf)
         ranked = scores.topk(min(count + 3, len(self.rows)), dim=1, largest=False)
@@ -220,4 +223,4 @@ class Reference:
 
 def squared_norms(rows: Tensor) -> Tensor:
     """Return the squared norms (N,) of rows (N, D)."""
-    return rows.square().sum(dim=1)
+    return torch.linalg.vector_norm(rows, dim=1).square()

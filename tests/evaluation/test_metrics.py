@@ -135,11 +135,12 @@ def test_spectral_frechet_tells_processes_apart():
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-@pytest.mark.parametrize("scores", [2**25, 150])
-def test_nearest_is_brute_force(mirrored, scores, monkeypatch):
-    """Also in many blocks, for several neighbours, with rows that do not count, and where a mirror image is nearer."""
+@pytest.mark.parametrize("scores,shared", [(2**25, 0), (150, 0), (2**25, 2**14)])
+def test_nearest_is_brute_force(mirrored, scores, shared, monkeypatch):
+    """Also in many blocks, for several neighbours, with rows that do not count, and where a mirror image is nearer; and
+    where all rows share a number, beside which rounding would drown their differences."""
     monkeypatch.setattr(metrics, "SCORES", scores)
-    q, r = torch.randn(40, 6), torch.randn(70, 6)
+    q, r = shared + torch.randn(40, 6), shared + torch.randn(70, 6)
     full = (q[:, None].double() - r.double()).norm(dim=2)
     if mirrored:
         full = torch.minimum(full, (q.flip(1)[:, None].double() - r.double()).norm(dim=2))
