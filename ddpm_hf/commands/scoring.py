@@ -396,7 +396,8 @@ class Run:
         low, high = np.nanmedian(parts.joined("lowest")), np.nanquantile(parts.joined("highest"), STRONGEST)
         limits = float(low), float(high if high > low else low + 1)
         data = underlying(self.items.dataset)
-        for block in parts.blocks[self.accelerator.process_index :: self.accelerator.num_processes]:
+        mine = parts.blocks[self.accelerator.process_index :: self.accelerator.num_processes]
+        for block in tqdm(mine, desc="drawing maps", unit="block", disable=not self.accelerator.is_main_process):
             numbers = parts.numbers(block)
             reading = Items(self.items.dataset, "skip", len(numbers), self.given.dataloader_num_workers)
             maps = parts.maps_of(block)
