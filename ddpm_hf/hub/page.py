@@ -202,7 +202,8 @@ def build_page(pipe, title: str) -> gr.Blocks:
     """Return the page of a pipeline of ddpm_hf, which `serve` serves, under a title."""
     page = Page(pipe)
     total = page.own.config.num_train_timesteps
-    with gr.Blocks(title=title, delete_cache=(CLEAN_EVERY, CLEAN_AFTER)) as blocks:
+    # without analytics: a page with someone's own data must not report to Gradio
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEAN_EVERY, CLEAN_AFTER)) as blocks:
         gr.Markdown(f"# {title}\n{sum(p.numel() for p in pipe.unet.parameters()):,} parameters, {total:,} timesteps.")
         with gr.Row():
             most = page.most_samples

@@ -463,7 +463,9 @@ def test_classes_and_guidance():
 def test_the_menu_of_classes():
     """It is shown for a model with classes; a class may have the name of another entry."""
     for pipe, visible in ((conditional(), True), (make("images"), False)):
-        parts = build_page(pipe, "x").blocks.values()
+        page = build_page(pipe, "x")
+        assert not page.analytics_enabled
+        parts = page.blocks.values()
         (menu,) = [part for part in parts if getattr(part, "elem_id", None) == "class"]
         assert menu.visible is visible
         if visible:
