@@ -113,19 +113,19 @@ def autocorrelation(x: np.ndarray, lags: int | None = None) -> np.ndarray:
     variance of the channel over the whole set, for k from 1 to `lags`, which defaults to length // 2. The sums of
     products are found from the mean power spectrum (Wiener-Khinchin). A channel with a NaN is NaN at all lags.
     """
-    x = np.asarray(x, dtype=np.float64)
+    x = np.asarray(x)
     length = x.shape[-1]
     lags = lags or max(1, length // 2)
-    centred = x - x.mean(axis=(0, 2), keepdims=True)
-    variance = (centred**2).mean(axis=(0, 2))
+    mean = x.mean(axis=(0, 2), keepdims=True, dtype=np.float64)
     size = scipy.fft.next_fast_len(length + lags, real=True)  # zeros behind the sequence keep it from wrapping around
     power = np.zeros((x.shape[1], size // 2 + 1))
-    for part in np.array_split(centred, -(-centred[:, :, 0].size * size // FFT_VALUES)):
-        transformed = scipy.fft.rfft(part, size, axis=-1)
+    for part in np.array_split(x, -(-x[:, :, 0].size * size // FFT_VALUES)):  # copies of all of it would cost more
+        transformed = scipy.fft.rfft(part - mean, size, axis=-1)
         power += (transformed.real**2 + transformed.imag**2).sum(axis=0)
-    sums = scipy.fft.irfft(power, size, axis=-1)[:, 1 : lags + 1]
+    sums = scipy.fft.irfft(power, size, axis=-1)[:, : lags + 1]
+    variance = sums[:, :1] / (len(x) * length)
     counts = len(x) * (length - np.arange(1, lags + 1))
-    return sums / np.where(counts > 0, counts, np.nan) / np.where(variance > 0, variance, 1)[:, None]
+    return sums[:, 1:] / np.where(counts > 0, counts, np.nan) / np.where(variance > 0, variance, 1)
 
 
 def autocorrelation_error(x: np.ndarray, y: np.ndarray) -> float:

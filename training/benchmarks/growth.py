@@ -204,9 +204,9 @@ def save(size: int, place: Path) -> Run:
 
 
 def _trainer(place: Path, steps: int, batch: int, **options) -> Trainer:
-    """Return a trainer on 16 images of 8 x 8, which are soon cached."""
+    """Return a trainer on 64 images of 8 x 8, which are soon cached."""
     images = ImageDataset(
-        list(np.random.default_rng(0).integers(0, 256, (16, 8, 8), np.uint8)), (8, 8), 1, cache_gb=0.1
+        list(np.random.default_rng(0).integers(0, 256, (64, 8, 8), np.uint8)), (8, 8), 1, cache_gb=0.1
     )
     config = TrainConfig(
         output_dir=str(place / f"{time.monotonic_ns()}"), num_samples=1, train_batch_size=batch, max_train_steps=steps,
