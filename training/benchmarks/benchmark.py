@@ -40,12 +40,12 @@ KEPT = "ratio, memory kept by both"
 # is compared, because the other one depends on what a page fault costs the peer (1.17 and 1.86 were seen for one step,
 # whose ratios with kept memory were 1.08 and 1.14). Memory: lower is better.
 RECORDED = {
-    "call 4x3x64x64 float32": 1.49, "call 4x3x64x64 bfloat16": 2.53,
-    "step 8x3x32x32 float32": 1.08, "step 8x3x32x32 bfloat16": 1.74,
-    "step 4x3x64x64 float32": 1.19, "step 4x3x64x64 bfloat16": 1.92,
-    "step 32x32x128 float32": 1.09, "step 32x32x128 bfloat16": 1.68,
-    "step 4x32x4096 float32": 1.21, "step 4x32x4096 bfloat16": 2.02,
-    "memory 4x32x4096 float32": 0.53, "memory 4x32x4096 bfloat16": 0.41,
+    "call 4x3x64x64 float32": 1.31, "call 4x3x64x64 bfloat16": 2.44,
+    "step 8x3x32x32 float32": 1.12, "step 8x3x32x32 bfloat16": 1.59,
+    "step 4x3x64x64 float32": 1.16, "step 4x3x64x64 bfloat16": 1.88,
+    "step 32x32x128 float32": 1.12, "step 32x32x128 bfloat16": 1.59,
+    "step 4x32x4096 float32": 1.14, "step 4x32x4096 bfloat16": 2.06,
+    "memory 4x32x4096 float32": 0.54, "memory 4x32x4096 bfloat16": 0.40,
     "memory 4x3x128x128 checkpointing float32": 0.32, "memory 4x3x128x128 checkpointing bfloat16": 0.29,
 }  # fmt: skip
 IMPORT_LIMIT = 0.3  # seconds over diffusers' own
