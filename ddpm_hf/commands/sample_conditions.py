@@ -1,6 +1,7 @@
 """The conditions of sample.py, for models with paired conditions: read and checked before anything is written."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -132,9 +133,9 @@ def _read_files(pipeline, path: str, channels: int, size: tuple[int, ...]) -> tu
             raise ValueError(f"--condition must be a file or a folder of .npy files (channels, length); {path} has no "
                              ".npy files")  # fmt: skip
     names = [str(Path(file).relative_to(root if root.is_dir() else root.parent).with_suffix("")) for file in files]
-    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
-    if twice:
-        raise ValueError(f"--condition: names without endings must differ, and {path} has two files {twice[0]}")
+    often, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"--condition: names without endings must differ, and {path} has two files {often}")
     found = []
     for file in files:
         try:

@@ -174,6 +174,13 @@ class Scored:
         return Scored(dataset, self.shape, self.names, rows, classes, pairs)
 
 
+def open_data(given: argparse.Namespace, data: str, pipeline, say, column: str | None):
+    """Open data as the options say; the arguments are those of `open_items`."""
+    options = {name: getattr(given, name) for name in READING}
+    config = EvaluateConfig(pipeline=given.pipeline, data=data, holdout=0, class_labels=column, **options)
+    return open_real_data(config, read_record(given.pipeline), pipeline, say, gaps=given.complete)
+
+
 def open_items(given: argparse.Namespace, data: str, pipeline, say, column: str | None = None) -> Scored:
     """Open items in the units of the pipeline, with their classes.
 
@@ -187,9 +194,7 @@ def open_items(given: argparse.Namespace, data: str, pipeline, say, column: str 
     Raises:
         ValueError: they cannot be opened, or do not fit the pipeline.
     """
-    options = {name: getattr(given, name) for name in READING}
-    config = EvaluateConfig(pipeline=given.pipeline, data=data, holdout=0, class_labels=column, **options)
-    real = open_real_data(config, read_record(given.pipeline), pipeline, say, gaps=given.complete)
+    real = open_data(given, data, pipeline, say, column)
     classes = [None] * len(real.dataset)
     if has_classes(pipeline):
         if given.class_for_all is not None:
@@ -214,9 +219,7 @@ def open_labelled(given: argparse.Namespace, pipeline, say) -> tuple[Scored, Any
     items = open_items(given, given.data, pipeline, say, given.class_labels)
     if column in (None, given.class_labels):
         return items, items.dataset
-    options = {name: getattr(given, name) for name in READING}
-    config = EvaluateConfig(pipeline=given.pipeline, data=given.data, holdout=0, class_labels=column, **options)
-    return items, open_real_data(config, read_record(given.pipeline), pipeline, lambda _: None, given.complete).dataset
+    return items, open_data(given, given.data, pipeline, lambda _: None, column).dataset
 
 
 def score_block(given, pipeline, scored: Scored, numbers: range) -> tuple[np.ndarray, np.ndarray, ScoreOutput | None]:

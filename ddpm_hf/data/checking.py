@@ -115,6 +115,11 @@ def _read_all(reading: _Reading, workers: int, context: str | None) -> Iterator[
             raise ValueError(f"the data cannot be read to its end: {error}") from error
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, where the system tells it, or else those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _workers(source, config) -> tuple[int, str | None]:
     """Return the number of workers, and the multiprocessing context that starts them.
 
@@ -124,7 +129,7 @@ def _workers(source, config) -> tuple[int, str | None]:
     automatic = sys.platform == "linux" and isinstance(source, ImageDataset) and len(source) > SMALL
     if config.dataloader_num_workers or not automatic:
         return config.dataloader_num_workers, None
-    workers = min(8, len(os.sched_getaffinity(0)))
+    workers = min(8, usable_cores())
     try:
         check_shared_memory(worker_memory(workers, 1, (), 1), workers)
     except ValueError:

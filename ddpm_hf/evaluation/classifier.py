@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_hf.evaluation.networks import load_network
+from ddpm_hf.evaluation.networks import first_output, load_network
 
 
 class Classifier:
@@ -26,12 +26,7 @@ class Classifier:
     def __init__(self, file: str, shape: tuple, classes: int, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
         self.network = load_network(file, self.device, "classifier")
-        form = f"float32 (B, {', '.join(map(str, shape))})"
-        try:
-            output = self._run(torch.zeros(2, *shape))
-        except Exception as error:  # a network of the user may raise anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise ValueError(f"classifier {file} must take {form}: {reason}") from error
+        output = first_output(self._run, (2, *shape), f"classifier {file}")
         if not isinstance(output, Tensor) or tuple(output.shape) != (2, classes):
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(

@@ -223,7 +223,7 @@ class Evaluator:
         own = loss_scheduler or pipeline.scheduler
         encode = encoder(pipeline, underlying(self.dataset), self.is_image)
         if self._any(*LIKELIHOOD):
-            self.likelihood.check(own, encode)
+            self.likelihood.check(own)
         values: dict[str, float] = {}
         if self.classifier is not None or self._any(*(set(METRICS) - set(HELD_OUT) - set(LIKELIHOOD))):
             self._announce(pipeline, num_inference_steps, guidance_scale)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddpm_hf.evaluation.networks import load_network
+from ddpm_hf.evaluation.networks import first_output, load_network
 
 INCEPTION = "inception-2015-12-05.pt"
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/" + INCEPTION
@@ -57,14 +57,8 @@ class FeatureNetwork:
 
     def _check(self, resolution: int) -> int:
         """Run the network on two blank pictures, and return the number of features."""
-        blank = torch.zeros(2, 3, resolution, resolution)
-        try:
-            features = self._run(blank)
-        except Exception as error:  # whatever a network of the user raises
-            raise ValueError(
-                f"feature_network {self.name} must take float32 (B, 3, {resolution}, {resolution}), as "
-                f"feature_resolution says: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
-            ) from error
+        blank = (2, 3, resolution, resolution)
+        features = first_output(self._run, blank, f"feature_network {self.name}", ", as feature_resolution says")
         if features.ndim != 2 or len(features) != 2:
             raise ValueError(f"feature_network {self.name} must give (B, D), got {tuple(features.shape)} for B = 2")
         return features.shape[1]

@@ -86,23 +86,24 @@ class Likelihood:
         self.chosen = np.sort(order[: self.count])
         self.items = Part(measured, self.chosen)
         self.terms: list[BoundTerm] = []
+        self.checked = False  # the levels of the items
 
-    def check(self, scheduler, encode: Callable[[Tensor], Tensor]) -> None:
+    def check(self, scheduler) -> None:
         """Check the scheduler and read images once, so that what is wrong is found before samples are drawn.
 
         Args:
             scheduler: the `GaussianScheduler` whose chain will be measured.
-            encode: a function from items of the dataset to the model's units.
 
         Raises:
             ValueError: the scheduler is not a `GaussianScheduler`, images of whole numbers have other values, or an
                 item cannot be read.
         """
         check_bound(scheduler)
-        if self.levels is not None:
+        if self.levels is not None and not self.checked:
             s = self.settings
             for batch in Items(self.items, s.on_bad_image, s.batch_size, s.workers).read(range(len(self.items))):
-                self._check_levels(encode(batch.x0))
+                self._check_levels(batch.x0)  # a dataset gives images in the model's units
+            self.checked = True
 
     @torch.no_grad()
     def __call__(

@@ -1,6 +1,7 @@
 """Networks of the user in files of TorchScript or of torch.export, for features and for classes."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,6 +39,26 @@ def load_network(path: str | Path, device: str | torch.device, option: str, othe
         raise ValueError(f"{option} {path} is not a {kind}: {error}") from error
 
 
+def first_output(run: Callable[[Tensor], Tensor], shape: tuple, what: str, why: str = ""):
+    """Return what a network gives for zeros, to be looked at before anything long is computed.
+
+    Args:
+        run: runs the network.
+        shape: the shape of the zeros, with the number of items first.
+        what: the option and the file, for messages.
+        why: words after the rule in the message.
+
+    Raises:
+        ValueError: if the network does not take such zeros.
+    """
+    try:
+        return run(torch.zeros(shape))
+    except Exception as error:  # a network of the user may raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        form = f"float32 (B, {', '.join(map(str, shape[1:]))})"
+        raise ValueError(f"{what} must take {form}{why}: {reason}") from error
+
+
 class SequenceFeatures:
     """A network of the user that turns sequences into feature vectors.
 
@@ -57,12 +78,7 @@ class SequenceFeatures:
         self.name, self.shares, self.device = name, shares, shares.accelerator.device
         self.network = load_network(name, self.device, "feature_network")
         self.digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
-        form = f"float32 (B, {', '.join(map(str, shape))})"
-        try:
-            features = self._run(torch.zeros(3, *shape))
-        except Exception as error:  # a network of the user may raise anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise ValueError(f"feature_network {name} must take {form}, for any B: {reason}") from error
+        features = first_output(self._run, (3, *shape), f"feature_network {name}", ", for any B")
         if features.ndim != 2 or len(features) != 3:
             raise ValueError(f"feature_network {name} must give (B, D), got {tuple(features.shape)} for B = 3")
 

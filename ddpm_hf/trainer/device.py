@@ -12,7 +12,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from ddpm_hf.config import SOURCES, TrainConfig, accelerate_precision, in_present_form
-from ddpm_hf.data.checking import check_shared_memory, worker_memory
+from ddpm_hf.data.checking import check_shared_memory, usable_cores, worker_memory
 from ddpm_hf.data.images import ImageDataset
 from ddpm_hf.data.opening import kind_of_source
 from ddpm_hf.losses import diffusion_loss
@@ -61,8 +61,7 @@ def _default_workers(config: TrainConfig, dataset: Any) -> int:
     decoded = isinstance(dataset, ImageDataset) or (dataset is None and _is_decoded(config))
     if not on_card() or not decoded:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = min(MOST_WORKERS, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     size = dataset.resolution if decoded and dataset is not None else (config.resolution or [64])[:2]
     height, width = (*size, *size)[:2]
     try:  # twice: the batches of an evaluation wait there too

@@ -7,6 +7,8 @@ import psutil
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from ddpm_hf.data.checking import usable_cores
+
 # Set by accelerate's launcher and by torch's, which accelerate uses for several processes.
 ACCELERATE, TORCH = "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"
 PROGRAMS = {"accelerate", "accelerate-launch", "torchrun"}
@@ -65,8 +67,7 @@ def threads(processes: int) -> int:
     launched = ACCELERATE in os.environ or TORCH in os.environ
     if asked.isdecimal() and int(asked) > (1 if launched else 0):
         return int(asked)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
 
 
 def start_warning() -> str | None:

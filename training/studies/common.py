@@ -33,14 +33,18 @@ def pictures(name: str) -> np.ndarray:
 
     if name == "digits":
         return (load_digits().images[..., None] * (255 / 16)).round().astype(np.uint8)
-    rng = np.random.default_rng(0)
-    photographs = load_sample_images().images
-    crops = []
-    for number in range(CROPS):
+    return crops(load_sample_images().images, 32, CROPS)
+
+
+def crops(photographs: list[np.ndarray], side: int, count: int, seed: int = 0) -> np.ndarray:
+    """Crops at random places of photographs in turn, 8-bit (count, side, side, 3)."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for number in range(count):
         photograph = photographs[number % len(photographs)]
-        top, left = (int(rng.integers(size - 31)) for size in photograph.shape[:2])
-        crops.append(photograph[top : top + 32, left : left + 32])
-    return np.stack(crops)
+        top, left = (int(rng.integers(size - side + 1)) for size in photograph.shape[:2])
+        found.append(photograph[top : top + side, left : left + side])
+    return np.stack(found)
 
 
 def write_pictures(name: str, folder: Path) -> Path:

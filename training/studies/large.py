@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import crops
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -23,16 +24,9 @@ WINDOW, OVERLAP, SIZE, ITEMS, STEPS = 16, 8, 40, 16, 50
 METHODS = ("beside each other", "single", "joint", "sequential")
 
 
-def crops(side: int, count: int, seed: int) -> np.ndarray:
-    """Return crops of the photographs at half their size, (N, side, side, 3), 8-bit."""
-    rng = np.random.default_rng(seed)
-    photographs = [np.asarray(Image.fromarray(x).reduce(2)) for x in load_sample_images().images]
-    found = []
-    for number in range(count):
-        photograph = photographs[number % 2]
-        top, left = (int(rng.integers(size - side + 1)) for size in photograph.shape[:2])
-        found.append(photograph[top : top + side, left : left + side])
-    return np.stack(found)
+def halved() -> list[np.ndarray]:
+    """Return scikit-learn's photographs at half their size, 8-bit (H, W, 3)."""
+    return [np.asarray(Image.fromarray(x).reduce(2)) for x in load_sample_images().images]
 
 
 def sequential(pipe, generator: torch.Generator) -> np.ndarray:
@@ -98,10 +92,10 @@ def main() -> None:
             output_dir=str(folder / "run"), max_train_steps=options.steps, train_batch_size=32, learning_rate=1e-3,
             dim=16, dim_mults=[1, 2, 4], attn_heads=2, attn_dim_head=16, report_to="none",
         )  # fmt: skip
-        options.pipeline = train(config, dataset=list(crops(WINDOW, 6000, 0))).pipeline_dir
+        options.pipeline = train(config, dataset=list(crops(halved(), WINDOW, 6000))).pipeline_dir
     pipe = DDPMPipeline.from_pretrained(options.pipeline)
     pipe.set_progress_bar_config(disable=True)
-    real = crops(SIZE, 500, 1).astype(np.float64)
+    real = crops(halved(), SIZE, 500, seed=1).astype(np.float64)
     lines = ["| images | deviation | jumps at seams | other jumps | spectrum, dB |", "|" + "---|" * 5]
     lines.append("| crops of the photographs | " + " | ".join(measure(real, real, [])) + " |")
     for method in options.methods:
