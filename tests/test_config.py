@@ -9,6 +9,7 @@ import torch
 import yaml
 from conftest import ROOT, load_program
 
+from ddpm_hf import options as headings
 from ddpm_hf.config import HEADINGS, TrainConfig, kinds, read_yaml
 from ddpm_hf.rules import declared
 from ddpm_hf.trainer.build import make_scheduler
@@ -62,6 +63,13 @@ def test_schedules_are_checked_before_the_data_are_read(options, rule):
 def test_the_weighting_follows_min_snr_where_it_is_not_given():
     found = [TrainConfig(**options).loss_weighting for options in ({}, {"min_snr_gamma": 5}, {"loss_weighting": "snr"})]
     assert found == ["uniform", "snr", "snr"]
+
+
+def test_every_heading_is_joined_and_no_option_stands_under_two():
+    declared_in = [value for value in vars(headings).values() if hasattr(value, "_argument_group_name")]
+    assert set(declared_in) == set(HEADINGS)
+    names = [f.name for heading in HEADINGS for f in dataclasses.fields(heading)]
+    assert sorted(names) == sorted(f.name for f in dataclasses.fields(TrainConfig))  # the later of two would win
 
 
 def test_every_option_has_help():
