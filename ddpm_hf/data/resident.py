@@ -104,11 +104,11 @@ class Windows:
         self.values = torch.empty(count, channels, samples, device=device)
         rows, columns = max(1, PART // (channels * samples)), max(1, PART // channels)
         for first in range(0, count, rows):
+            own = slice(first, min(first + rows, count))
             for start in range(0, samples, columns):
-                stop = min(start + columns, samples)
-                part = np.asarray(data.array[first : first + rows][:, :, start:stop], dtype=np.float64)
-                part = data.scaling.to_model(part).astype(np.float32)
-                self.values[first : first + rows, :, start:stop] = torch.from_numpy(part).to(device)
+                part = slice(start, min(start + columns, samples))
+                x = data.scaling.to_model(data.read(own, part)).astype(np.float32)
+                self.values[own, :, part] = torch.from_numpy(x).to(device)
         channel, sample = (torch.arange(size, device=device) for size in (channels, data.length))
         self.window = channel[:, None] * samples + sample
 

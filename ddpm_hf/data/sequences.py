@@ -176,13 +176,16 @@ class SequenceDataset(Dataset):
             f"{first[channel, sample]} in channel {channel}, sample {sample}{way_out}"
         )
 
-    def _filled(self, part: np.ndarray, rows: np.ndarray, start: int) -> np.ndarray:
-        """Fill interpolated values into numbers (n, C, samples) of the sequences `rows`, from sample `start` on."""
-        if self.fills:
-            for number, row in enumerate(rows.tolist()):
-                for channel, (places, values) in enumerate(self.fills.get(row, ())):
-                    a, b = np.searchsorted(places, (start, start + part.shape[2]))
-                    part[number, channel, places[a:b] - start] = values[a:b]
+    def read(self, rows: slice, samples: slice) -> np.ndarray:
+        """Return numbers of neighbouring sequences as they are in the data, float64 (n, C, samples).
+
+        Missing values are filled in if they are interpolated.
+        """
+        part = np.array(self.array[rows][:, :, samples], dtype=np.float64, copy=True if self.fills else None)
+        for number, row in enumerate(range(rows.start, rows.stop) if self.fills else ()):
+            for channel, (places, values) in enumerate(self.fills.get(row, ())):
+                a, b = np.searchsorted(places, (samples.start, samples.stop))
+                part[number, channel, places[a:b] - samples.start] = values[a:b]
         return part
 
     def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -201,9 +204,8 @@ class SequenceDataset(Dataset):
             among = slice(None) if len(own) == own[-1] + 1 - own[0] else own - own[0]
             for start, stop in reached:
                 for sample in range(start, stop, samples):
-                    part = self.array[own[0] : own[-1] + 1][:, :, sample : min(sample + samples, stop)]
-                    numbers = np.array(part[among], dtype=np.float64, copy=True if self.fills else None)
-                    yield own, self._filled(numbers, own, sample)
+                    part = self.read(slice(own[0], own[-1] + 1), slice(sample, min(sample + samples, stop)))
+                    yield own, part[among]
 
     def __len__(self) -> int:
         return len(self.rows) * sum(b - a for a, b in self.ranges)
@@ -214,9 +216,7 @@ class SequenceDataset(Dataset):
             raise IndexError(f"index {index} of {len(self)} sequences")
         row, window = self.place(int(index) % len(self))
         start = window * self.stride
-        part = np.asarray(self.array[row : row + 1][0, :, start : start + self.length], dtype=np.float64)
-        if row in self.fills:
-            part = self._filled(part[None].copy(), np.array([row]), start)[0]
+        part = self.read(slice(row, row + 1), slice(start, start + self.length))[0]
         return torch.from_numpy(self.scaling.to_model(part).astype(np.float32))
 
     def place(self, index: int) -> tuple[int, int]:

@@ -46,6 +46,13 @@ def firsts(**options):
     return SequenceDataset(array, norm="meanstd", length=8, stride=30, **options)
 
 
+def with_gaps(**options):
+    """Sequences with missing values, which are interpolated."""
+    array = np.random.default_rng(3).normal(size=(6, 2, 41))
+    array[1, 0, 3:17] = array[4, 1, -2:] = np.nan
+    return SequenceDataset(array, length=8, stride=4, interpolate=True, **options)
+
+
 def batches(feed, count, step=0, process=0, processes=1, resident=None):
     loader = iter(feed.loader(step, process, processes, {}, False, resident))
     return [next(loader) for _ in range(count)]
@@ -93,9 +100,11 @@ def test_images(make, flip, holdout):
 
 
 @pytest.mark.parametrize("holdout", [0, 7])
-@pytest.mark.parametrize("make", [recordings, recording, firsts])
-def test_sequences(make, holdout):
-    compare(open_data(config(holdout=holdout), make()))
+@pytest.mark.parametrize("make", [recordings, recording, firsts, with_gaps])
+def test_sequences(make, holdout, monkeypatch):
+    monkeypatch.setattr("ddpm_hf.data.resident.PART", 50)  # parts of sequences
+    for batch in compare(open_data(config(holdout=holdout), make())):
+        assert batch.items.isfinite().all()
 
 
 def test_sequences_with_classes():
@@ -107,8 +116,10 @@ def test_conditions(kind, tmp_path):
     """Pairs opened from files: windows of both, and both images mirrored together."""
     if kind == "array":
         rng = np.random.default_rng(0)
-        np.savez(tmp_path / "pairs.npz", data=rng.normal(size=(6, 2, 40)), y=rng.normal(size=(6, 1, 20)))
-        options = {"sequence_length": 8, "stride": 4, "condition_column": "y"}
+        data, y = rng.normal(size=(6, 2, 40)), rng.normal(size=(6, 1, 20))
+        data[2, 1, 30:33] = y[5, 0, :4] = np.nan
+        np.savez(tmp_path / "pairs.npz", data=data, y=y)
+        options = {"sequence_length": 8, "stride": 4, "condition_column": "y", "on_missing": "interpolate"}
         feed = open_data(config(train_data_file=str(tmp_path / "pairs.npz"), holdout=9, **options))
     else:
         import datasets
