@@ -388,6 +388,8 @@ def _model_rows(parts: Parts) -> list[tuple]:
     hidden = {"sample_size", "in_channels", "out_channels"}
     rows = [("class", parts.unet["_class_name"]), ("parameters", f"{parts.parameters:,}"),
             ("channels x size", _shape(parts))]  # fmt: skip
+    if levels := parts.index.get("data_levels"):
+        rows.append(("levels of each channel", " or ".join(f"{number:,}" for number in sorted(set(levels)))))
     if classes := parts.classes():
         rows.append(("classes", _class_list(classes)))
         hidden.add("num_class_embeds")

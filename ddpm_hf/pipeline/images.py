@@ -12,7 +12,7 @@ from ddpm_hf.pipeline.outputs import IMAGE_MODES, ImageOutput
 from ddpm_hf.pipeline.pairs import condition_settings, image_tensor
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_parts
 from ddpm_hf.pipeline.scoring import ScoringPipeline
-from ddpm_hf.pipeline.units import checked_units, from_units, to_units
+from ddpm_hf.pipeline.units import checked_levels, checked_units, from_units, to_units
 
 
 class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
@@ -33,6 +33,9 @@ class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
             None: the model's size.
         condition_shift, condition_scale: one number per channel of a paired condition, as data_shift and data_scale.
         score_quantiles: what `calibrate_score` has kept.
+        data_levels: one number per channel, for images in units of their own that are whole numbers: how many whole
+            numbers the range of data_scale has. method="denoising" of `score` computes the probability of a level
+            then. None: they have a density. Pictures have 256 levels, and none here.
 
     Raises:
         ValueError: the model is one of sequences, the scheduler cannot sample from it, or a value is outside its range.
@@ -57,12 +60,14 @@ class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
         condition_shift: Sequence[float] | None = None,
         condition_scale: Sequence[float] | None = None,
         score_quantiles: dict | None = None,
+        data_levels: Sequence[int] | None = None,
     ):
         super().__init__()
         check_parts(self, unet, num_inference_steps, 2, "DDPMPipeline1D")
         conditioned = condition_settings(unet, condition, condition_size, condition_shift, condition_scale)
         names = class_names(id2label, number_of_classes(unet))
         units = checked_units(unet.config.in_channels, data_shift, data_scale)
+        levels = checked_levels(unet.config.in_channels, data_levels, data_scale)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(
             num_inference_steps=num_inference_steps,
@@ -73,6 +78,7 @@ class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
             **conditioned,
             **({} if score_quantiles is None else {"score_quantiles": score_quantiles}),
             **({} if data_shift is None and data_scale is None else units),
+            **({} if levels is None else {"data_levels": levels}),
         )
 
     # This function is longer than 60 lines because it documents every option of a call.

@@ -218,7 +218,8 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
         With method="reconstruction", each item is noised to each of the strengths, and brought back by five DDIM steps.
         The map is the squared error in the model's units, averaged over the strengths. With method="denoising", the map
         has the terms of the variational bound of -log p(x) (Ho et al., arXiv:2006.11239, equation 5) in nats, so that
-        its sum is the bound, with an unbiased estimate of the sum over timesteps. With method="noise", the map is the
+        its sum is the bound, with an unbiased estimate of the sum over timesteps. p is the probability of the levels of
+        pictures and of images with data_levels, and a density otherwise. With method="noise", the map is the
         squared error of the predicted noise, averaged over evenly spaced timesteps (the simple loss of Ho et al.,
         equation 14), with x0 clipped as in sampling. All take 20 calls of the model for each item at the defaults.
 
@@ -362,11 +363,20 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
     def _bound(self, predict: Predictor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the terms of the bound at t (B,) for each value, in nats."""
         x_t = self.scheduler.add_noise(x0, noise, t.to(x0.device))
-        levels = self._output_types[0] == "pil" and not self._has_units()
+        levels = self._levels(x0.device)
+        decoder = {"decoder": "density"} if levels is None else {"levels": levels}
         return self.scheduler.bound_term(
-            predict.output(x_t, t).double(), x0.double(), x_t.double(), t.to(x0.device),
-            "discretized" if levels else "density",
-        )  # fmt: skip
+            predict.output(x_t, t).double(), x0.double(), x_t.double(), t.to(x0.device), **decoder
+        )
+
+    def _levels(self, device) -> int | Tensor | None:
+        """Return the number of values that images can have, one or (1, C, 1, 1) float64; None for a density."""
+        if self._output_types[0] != "pil":  # sequences
+            return None
+        if not self._has_units():
+            return 256
+        levels = self.config.get("data_levels")
+        return None if levels is None else torch.tensor(levels, dtype=torch.float64, device=device).view(1, -1, 1, 1)
 
     def calibrate_score(self, *results: ScoreOutput, num_quantiles: int = 256):
         """Keep the distribution of the scores of normal items, such as the training data, for percentiles.

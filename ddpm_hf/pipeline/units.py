@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_hf.pipeline.rules import is_whole
+
 
 def checked_units(channels: int, shift, scale, name: str = "data") -> dict:
     """Return shift and scale of the data as they are saved: a list with one number per channel, or None.
@@ -23,6 +25,26 @@ def checked_units(channels: int, shift, scale, name: str = "data") -> dict:
     if scale is not None and not all(each >= 0 for each in scale):
         raise ValueError(f"{name}_scale must be at least 0 (0: a channel that never changes), got {scale}")
     return {each: None if values is None else [float(v) for v in values] for each, values in given.items()}
+
+
+def checked_levels(channels: int, levels, scale) -> list[int] | None:
+    """Return the numbers of levels of the data as they are saved: a list with one number per channel, or None.
+
+    Args:
+        channels: the number of channels.
+        levels: one whole number per channel, or None.
+        scale: the scale of the data, or None.
+
+    Raises:
+        ValueError: there is another number of them, one is below 2, or the data has no scale.
+    """
+    if levels is None:
+        return None
+    if len(levels) != channels or not all(is_whole(number) and number >= 2 for number in levels):
+        raise ValueError(f"data_levels must be one whole number of at least 2 per channel ({channels}), got {levels}")
+    if scale is None:
+        raise ValueError(f"data_levels must be None without data_scale (pictures have 8-bit levels), got {levels}")
+    return [int(number) for number in levels]
 
 
 def affine(pipeline, channels: int, ndim: int, name: str = "data") -> tuple:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data.feed import StoredFeed, StreamedFeed
+from ddpm_hf.data.scaling import has_own_units, levels_of
 from ddpm_hf.pipeline import DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.run.folder import RunFolder
 from ddpm_hf.scheduler import GaussianScheduler
@@ -90,7 +91,8 @@ class Run:
             options |= {"condition": "paired", "condition_size": own, **units}
         scheduler = GaussianScheduler.from_config(self.scheduler.config)
         if len(self.feed.shape) == 3:
-            pipeline = DDPMPipeline(model, scheduler, **options, **self.feed.scaling.to_json())
+            levels = levels_of(self.feed.units) if has_own_units(self.feed.scaling) else None
+            pipeline = DDPMPipeline(model, scheduler, **options, **self.feed.scaling.to_json(), data_levels=levels)
         else:
             pipeline = DDPMPipeline1D(model, scheduler, **options, **self.feed.scaling.to_json())
         pipeline.set_progress_bar_config(disable=True)

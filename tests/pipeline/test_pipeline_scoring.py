@@ -15,6 +15,8 @@ from test_pipeline import images, seeds, sequences
 from test_pipeline_guidance import NAMES, mixture
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
+from ddpm_hf.data.scaling import levels_of
+from ddpm_hf.data.scientific_images import ScientificImages
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.pipeline import scoring
 from ddpm_hf.pipeline.outputs import ScoreOutput
@@ -129,13 +131,21 @@ def small(kind):
             data_scale=list(data.scaling.scale),
         )  # fmt: skip
         return pipe, data, x
+    if kind == "16 bits":
+        x = np.random.default_rng(0).integers(0, 2**16, (4, 2, 8, 8)).astype(np.uint16)
+        x[:, 1] //= 16
+        data = ScientificImages(x, norm="minmax")
+        units, levels = data.scaling.to_json(), levels_of(data)
+        assert levels[0] > 60_000 and 4000 < levels[1] <= 4096
+        pipe = DDPMPipeline(UNet2D(in_channels=2, **options), own, **units, data_levels=levels)
+        return pipe, data, x.transpose(0, 2, 3, 1)
     data = image_data(list(grey(4)))
     pipe = DDPMPipeline(UNet2D(in_channels=1, out_channels=2 if schedule else 1, **options), own)
     return pipe, data, np.stack([(data.load(i) / 2 + 0.5).movedim(0, -1).numpy() for i in range(4)])
 
 
 @pytest.mark.parametrize("number", [12, 5])
-@pytest.mark.parametrize("kind", ["images", "learned variance", "sequences"])
+@pytest.mark.parametrize("kind", ["images", "learned variance", "sequences", "16 bits"])
 def test_the_map_sums_to_the_bound_of_the_evaluator(kind, number, monkeypatch):
     """For the same timesteps, weights and noise, to the rounding of float64; a call of the model is of one item."""
     pipe, data, x = small(kind)
@@ -164,7 +174,8 @@ def test_the_map_sums_to_the_bound_of_the_evaluator(kind, number, monkeypatch):
     monkeypatch.setattr(scoring, "randn_tensor", lambda *args, **named: noises.pop())
     found = pipe.score(x, "denoising", num_timesteps=number, batch_size=1)
     counted = [scale > 0 for scale in pipe.config.get("data_scale") or [1.0]]
-    units = np.mean([math.log2(s) for s in pipe.config.get("data_scale") or [1.0] if s > 0])  # of a density
+    units = [math.log2(s) for s in pipe.config.get("data_scale") or [1.0] if s > 0]  # of a density
+    units = 0 if pipe.config.get("data_levels") else np.mean(units)
     assert abs(found.scores.mean() / math.log(2) + units - bound) < 1e-12 * abs(bound)
     maps = found.maps if kind == "sequences" else found.maps.transpose(0, 3, 1, 2)
     # the maps are returned in float32

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import run_program
-from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from helpers import make
 from safetensors.torch import load_file, save_file
@@ -138,6 +138,45 @@ def test_the_same_samples_in_every_way(kind, stock, tmp_path):
     for copy in ("again", "third", "ours again"):
         assert files(tmp_path / copy) == files(tmp_path / "saved")
     assert not any(str(tmp_path).encode() in content for content in files(tmp_path / "third").values())
+
+
+def test_the_levels_of_images_are_saved(tmp_path):
+    """The bound is that of the levels in every way of loading; without them, as in older pipelines, of a density."""
+    torch.manual_seed(0)
+    unet, units = UNet2D(sample_size=8, in_channels=1, **SMALL), {"data_shift": [32767.5], "data_scale": [32767.5]}
+    x = np.random.default_rng(0).integers(0, 2**16, (2, 8, 8, 1)).astype(np.uint16)
+
+    def score(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.score(x, "denoising", num_timesteps=3, generator=torch.Generator().manual_seed(0)).scores
+
+    pipe = DDPMPipeline(unet, GaussianScheduler(), **units, data_levels=[65536])
+    pipe.save_pretrained(tmp_path / "levels")
+    older = DDPMPipeline(unet, GaussianScheduler(), **units)
+    older.save_pretrained(tmp_path / "older")
+    assert "data_levels" not in json.loads((tmp_path / "older" / "model_index.json").read_text())
+    # a bin of the model's range is 2 / 65535 wide, and only t = 0 has one
+    scores, densities = score(pipe), score(older)
+    assert np.abs(scores - densities).min() > 0.01
+    for folder, expected in (("levels", scores), ("older", densities)):
+        for cls, more in ((DDPMPipeline, {}), (DiffusionPipeline, {"trust_remote_code": True})):
+            loaded = cls.from_pretrained(tmp_path / folder, **more)
+            np.testing.assert_array_equal(score(loaded), expected)
+            np.testing.assert_array_equal(score(type(loaded).from_pipe(loaded)), expected)
+
+
+@pytest.mark.parametrize(
+    ("levels", "units", "message"),
+    [
+        ([256, 256], {"data_scale": [2.0]}, r"one whole number of at least 2 per channel \(1\), got \[256, 256\]"),
+        ([1], {"data_scale": [2.0]}, "at least 2 per channel"),
+        ([4.5], {"data_scale": [2.0]}, "one whole number"),
+        ([256], {}, "must be None without data_scale"),
+    ],
+)
+def test_levels_that_do_not_fit(levels, units, message):
+    with pytest.raises(ValueError, match=f"data_levels.*{message}"):
+        DDPMPipeline(UNet2D(sample_size=8, in_channels=1, **SMALL), GaussianScheduler(), **units, data_levels=levels)
 
 
 def test_two_versions_in_one_process_do_not_share_code(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Training a learned variance: the bound falls, runs resume bit for bit, models and options fit, samples are drawn."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,11 @@ def test_the_bound_has_the_levels_of_the_data(tmp_path, monkeypatch, dtype, span
     options = {"dataset_name": None, "train_data_file": str(tmp_path / "x.npy"), "image_range": span}
     train(config(tmp_path / "run", max_train_steps=1, **options, **LEARNED))
     assert seen == [(levels, None if levels else "density")]
+    saved = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
+    kept = [levels] if levels and span else None  # pictures have 8 bits
+    assert saved.get("data_levels") == kept and ("data_levels" in saved) == bool(kept)
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert ("| levels of each channel | 4,096 |" in card) == bool(kept)
 
 
 def test_options_and_models_that_do_not_fit(tmp_path):
