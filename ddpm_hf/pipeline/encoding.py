@@ -21,6 +21,13 @@ from ddpm_hf.pipeline.steps import X0Estimate
 from ddpm_hf.pipeline.varying import read_items
 
 ENCODINGS = ("corrected", "ddim")
+ENCODING_STEPS = 250  # of a call of encode that gives no number, if the chain has as many
+
+
+def at_most_ddim(steps: int, scheduler) -> int:
+    """Return a default number of steps, or where the chain has fewer DDIM steps than that, as many as it has."""
+    total = scheduler.config.num_train_timesteps
+    return min(steps, total if scheduler.config.get("sampler") == "ddim" else total - 1)
 
 
 class Predictor:
@@ -83,7 +90,7 @@ class EncodingPipeline(SamplingPipeline):
     def encode(
         self,
         x: Any,
-        num_inference_steps: int = 250,
+        num_inference_steps: int | None = None,
         method: str = "corrected",
         class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
@@ -94,13 +101,15 @@ class EncodingPipeline(SamplingPipeline):
     ) -> Tensor:
         """Find the latents from which the model draws given items.
 
-        `pipe(latents=pipe.encode(x), batch_size=len(x), eta=0, num_inference_steps=250)` brings the items back, with
-        the same number of steps, condition, classes and guidance. Each step takes one call of the model, the first one
-        two.
+        `pipe(latents=pipe.encode(x, n), batch_size=len(x), eta=0, num_inference_steps=n)` brings the items back, with
+        the same number of steps n, condition, classes and guidance. Each step takes one call of the model, the first
+        one two.
 
         Args:
             x: the items, in the form in which the pipeline gives its samples.
-            num_inference_steps: number of DDIM steps, 2 to T - 1 (T with a scheduler whose sampler is "ddim").
+            num_inference_steps: number of DDIM steps, 2 to T - 1 (T with a scheduler whose sampler is "ddim"). None:
+                250, or the largest number where that is smaller; `len(pipe.scheduler.timesteps)` says it after the
+                call.
             method: "ddim" takes what the model predicts before a step for the step (Song et al., section 4.3);
                 "corrected" extrapolates the prediction to the end of the step, asks the model there, and makes the step
                 with its answer, which comes far closer to the items with the same number of calls.
@@ -119,6 +128,8 @@ class EncodingPipeline(SamplingPipeline):
         """
         if method not in ENCODINGS:
             raise ValueError(f"method must be one of {', '.join(ENCODINGS)}; got {method!r}")
+        if num_inference_steps is None:
+            num_inference_steps = at_most_ddim(ENCODING_STEPS, self.scheduler)
         if is_whole(num_inference_steps) and num_inference_steps < 2:
             raise ValueError(f"encode needs num_inference_steps of at least 2, got {num_inference_steps}")
         if not is_own_scheduler(self.scheduler):

@@ -7,7 +7,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ddpm_hf.pipeline.encoding import EncodingPipeline
+from ddpm_hf.pipeline.encoding import ENCODING_STEPS, EncodingPipeline, at_most_ddim
 from ddpm_hf.pipeline.guidance import as_list, for_each_sample, make_guidance
 from ddpm_hf.pipeline.pairs import encode_condition
 from ddpm_hf.pipeline.rules import ClassLabels, Generators, check_call, interpolation_numbers
@@ -74,7 +74,7 @@ class InterpolatingPipeline(EncodingPipeline):
             guidance_scale, guidance_rescale, guidance_interval, guide: as in the call.
             method: "noise" or "latent". "latent" needs a `GaussianScheduler`, goes all the way to the latents (leave
                 `strength` out), and draws no noise (eta is 0). It takes the number of steps that is given, else the
-                pipeline's, else 250.
+                pipeline's, else 250, and if none is given at most as many as `encode` can take.
             condition: what the samples belong to, as in the call, for a model with paired conditions: one for all, or
                 one per pair, which both of its ends have too.
 
@@ -106,7 +106,7 @@ class InterpolatingPipeline(EncodingPipeline):
                 raise ValueError(f"method='latent' takes no strength and no eta but 0, got {strength} and {eta}")
             steps = num_inference_steps
             if steps is None:
-                steps = self.config.num_inference_steps or 250
+                steps = at_most_ddim(self.config.num_inference_steps or ENCODING_STEPS, self.scheduler)
             ends = [
                 self.encode(
                     x, steps, class_labels=class_labels, guidance_scale=guidance_scale,

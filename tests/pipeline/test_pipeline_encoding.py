@@ -96,6 +96,31 @@ def test_interpolation_in_latents():
     assert torch.equal(*same)
 
 
+@pytest.mark.parametrize(
+    ("total", "sampler", "own", "steps"),
+    [
+        (300, "auto", 300, 250),
+        (12, "auto", None, 11),
+        (12, "ddim", None, 12),
+        (12, "auto", 12, 11),
+        (12, "auto", 5, 11),
+    ],
+)
+def test_the_default_number_of_steps_is_one_that_the_model_has(total, sampler, own, steps):
+    """The pipeline's own number is that of interpolation in latents. What is asked for is not changed."""
+    pipe = gaussian(num_train_timesteps=total, sampler=sampler)
+    pipe.register_to_config(num_inference_steps=own)
+    x = torch.tensor([-0.4, 0.9], dtype=torch.float64).reshape(2, 1, 1)
+    assert torch.equal(pipe.encode(x), pipe.encode(x, steps)) and len(pipe.scheduler.timesteps) == steps
+    mixed = [
+        pipe.interpolate(x[:1], x[1:], method="latent", num_inference_steps=given).sequences
+        for given in (None, min(own or 250, total if sampler == "ddim" else total - 1))
+    ]
+    assert (mixed[0] == mixed[1]).all()
+    with pytest.raises(ValueError, match=f"num_inference_steps must be .* 1 to {total}; got {total + 1}"):
+        pipe.encode(x, total + 1)
+
+
 def test_slerp():
     z1, z2 = torch.randn(2, 3, 1, 1000, dtype=torch.float64)
     torch.testing.assert_close(slerp(z1, z2, 0.0), z1)
