@@ -7,7 +7,7 @@ import numpy as np
 
 from ddpm_hf.data.images import BadImageError, ImageDataset, find_images, image_form, printable
 from ddpm_hf.data.scaling import MODEL_UNITS, Scaling
-from ddpm_hf.data.scientific_images import ScientificImages, is_scientific, read_values
+from ddpm_hf.data.scientific_images import ScientificImages, array_shape, is_scientific, read_values
 from ddpm_hf.data.sequences import SequenceDataset
 
 LOOKED_AT = 1000  # pairs of a table whose forms are looked at before training, at most
@@ -167,10 +167,9 @@ def same_factor(
 def _form(source: Any, name: str, own_units: bool, channels_last: bool) -> tuple[tuple[int, int], int]:
     """Return (height, width) of an image and its number of channels, from its header where that tells them."""
     if own_units and isinstance(source, str) and source.lower().endswith(".npy"):
-        try:
-            shape = np.load(source, mmap_mode="r", allow_pickle=False).shape
-        except Exception as error:  # NumPy raises many kinds
-            raise BadImageError(f"cannot read the image {source}: {error}") from error
+        shape = array_shape(source)
+        if shape is None:
+            raise BadImageError(printable(f"cannot read the image {source}: it is no file of an array"))
     elif own_units and isinstance(source, str) and is_scientific(source):
         shape, channels_last = read_values(source, name).shape, False
     elif own_units and not isinstance(source, str):

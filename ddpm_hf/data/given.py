@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddpm_hf.data.images import to_tensor
+from ddpm_hf.data.ranges import check_range, choose_scaling, measure, to_model
 from ddpm_hf.data.scaling import Scaling
-from ddpm_hf.data.scientific_images import check_range, choose_scaling, measure, to_model
 from ddpm_hf.pipeline.pairs import as_torch_takes_it
 
 NAMES = ("x0", "pixel_values", "image", "images", "sequence")  # of the value in an item that is a dict

@@ -21,8 +21,9 @@ from ddpm_hf.data.given import GivenUnits
 from ddpm_hf.data.images import ImageDataset, digits, find_images, image_folder, subfolder_labels
 from ddpm_hf.data.labels import Labels, check_column, table_labels
 from ddpm_hf.data.listing import Listing, list_folder
+from ddpm_hf.data.ranges import dark_warning
 from ddpm_hf.data.recordings import ENDINGS, RecordingDataset, open_recordings, recording_files, rows_as_recordings
-from ddpm_hf.data.scientific_images import ScientificImages, array_shape, dark_warning, is_scientific
+from ddpm_hf.data.scientific_images import ScientificImages, array_shape, is_scientific
 from ddpm_hf.data.sequence_files import read_condition, read_labels, read_sequences
 from ddpm_hf.data.sequences import SequenceDataset, ecg, read_scans
 from ddpm_hf.data.streaming import ImageStream

@@ -16,12 +16,12 @@ from ddpm_hf.commands import evaluate
 from ddpm_hf.data import open_data, scientific_images, sequences
 from ddpm_hf.data.given import GivenUnits
 from ddpm_hf.data.loading import hold_out, load_item
+from ddpm_hf.data.ranges import measure
 from ddpm_hf.data.scaling import EIGHT_BIT, Scaling
 from ddpm_hf.data.scientific_images import (
     ScientificImages,
     array_shape,
     is_scientific,
-    measure,
     read_values,
     resized,
 )
