@@ -96,14 +96,27 @@ def _read_tiff(path: str) -> np.ndarray:
             # tifffile needs imagecodecs for some compressions, which Pillow has for a single page
             if "imagecodecs" not in str(error) or len(file.pages) > 1:
                 raise
-            return _read_other(path)
-        height, width = series[0].axes.index("Y"), series[0].axes.index("X")
-        missing = page.nodata if "GDAL_NODATA" in page.tags else None
-    parts = [np.moveaxis(part, (height, width), (-2, -1)) for part in parts]
-    values = np.concatenate([part.reshape(-1, *part.shape[-2:]) for part in parts])
+            values = _read_other(path)
+        else:
+            height, width = series[0].axes.index("Y"), series[0].axes.index("X")
+            parts = [np.moveaxis(part, (height, width), (-2, -1)) for part in parts]
+            values = np.concatenate([part.reshape(-1, *part.shape[-2:]) for part in parts])
+        missing = _declared_missing(page, values.dtype)
     if missing is not None and (count := int((values == missing).sum())):
         raise ValueError(f"{count:,} values are {missing:g}, which the file declares to be missing (GDAL_NODATA)")
     return values
+
+
+def _declared_missing(page: Any, dtype: np.dtype) -> float | None:
+    """Return the value that stands for missing ones in a TIFF file, or None where it declares none.
+
+    The file has it as a text, which may be that of a number outside the type of the image.
+    """
+    try:
+        number = float(page.tags["GDAL_NODATA"].value)
+    except (KeyError, TypeError, ValueError):  # there is no such tag, or it holds no number
+        return None
+    return dtype.type(number) if dtype.kind == "f" else number
 
 
 def _tiff_series(file: Any) -> list:

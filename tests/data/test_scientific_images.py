@@ -213,6 +213,32 @@ def test_byte_orders_and_pages(order, tmp_path):
     np.testing.assert_allclose(data[2].numpy(), array[2] / 32767.5 - 1, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "text, dtype, value",
+    [
+        ("-3.4028234663852886e+38", np.float32, np.finfo(np.float32).min),  # as GDAL writes it
+        ("-9999.1", np.float32, np.float32(-9999.1)),
+        ("255.0", np.uint8, 255),
+        ("-32768", np.int16, -32768),
+        ("-9999", np.uint16, None),  # no value of the image can be it
+        ("none", np.int16, None),
+    ],
+)
+def test_missing_values_are_those_that_the_file_declares(text, dtype, value, tmp_path):
+    """The tag holds a text; zeros, which are in each image, are missing in none."""
+    path, values = str(tmp_path / "x.tif"), np.arange(60).reshape(6, 10).astype(dtype)
+    tags = [(42113, "s", 0, text, False)]
+    tifffile.imwrite(path, values, extratags=tags)
+    np.testing.assert_array_equal(read_values(path, "x")[0], values)
+    values[2, 3:5] = value or 0
+    tifffile.imwrite(path, values, extratags=tags)
+    if value is None:
+        read_values(path, "x")
+    else:
+        with pytest.raises(ValueError, match="2 values are .* which the file declares to be missing"):
+            read_values(path, "x")
+
+
 def test_palettes_are_colours(tmp_path):
     picture = Image.fromarray(numbers(9, 7, 3, high=256).astype(np.uint8)).quantize(16)
     picture.save(tmp_path / "x.tif")
