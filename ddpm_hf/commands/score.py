@@ -22,8 +22,8 @@ from ddpm_hf.evaluation.options import EvaluateConfig
 
 METHODS = ("reconstruction", "denoising", "noise")
 # Options that tell how data is read; they mean what they mean for evaluate.py.
-READING = ("dataset_config_name", "dataset_split", "image_column", "channels_last", "sequence_columns", "stride",
-           "csv_decimal", "recording", "on_missing", "on_bad_image", "dataloader_num_workers",
+READING = ("dataset_config_name", "dataset_split", "image_column", "channels_last", "image_range", "sequence_columns",
+           "stride", "csv_decimal", "recording", "on_missing", "on_bad_image", "dataloader_num_workers",
            "condition_column", "condition_dir")  # fmt: skip
 
 
@@ -89,6 +89,8 @@ def _add_field(group, field) -> None:
         group.add_argument(name, action="store_true", help=text)
     elif field.name == "sequence_columns":
         group.add_argument(name, nargs="+", help=text)
+    elif field.name == "image_range":
+        group.add_argument(name, type=float, nargs=2, help=text)
     else:
         kind = int if field.name in ("stride", "dataloader_num_workers") else str
         group.add_argument(name, type=kind, default=field.default, help=text)

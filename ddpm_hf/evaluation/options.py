@@ -112,7 +112,7 @@ class EvaluateConfig:
     )
     image_range: list[float] | None = _option(
         None, "Lowest and highest value of images in units of their own; values outside are clipped. Default: as in "
-        "the pipeline's run, if --data is its data."
+        "the pipeline's run."
     )  # fmt: skip
     sequence_columns: list[str] | None = _option(
         None, "Columns of the sequences in a table. Default: as in the pipeline's run, if --data is its data."

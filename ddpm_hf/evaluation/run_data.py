@@ -77,6 +77,9 @@ def open_real_data(
         given = config.given()
         taken = {name: run["options"].get(name) for name in READING if name not in given}
         config = replace(config, **{name: value for name, value in taken.items() if value is not None})
+    elif config.image_range is None and (trained := _trained_range(config, facts, pipeline)):
+        say("values outside image_range {:g} {:g} are clipped, as in training".format(*trained))
+        config = replace(config, image_range=trained)
     dataset, shape = _open(config, run, pipeline, gaps)
     config.check_scope(is_image=len(shape) == 3)
     for name in ("condition_column", "condition_dir"):
@@ -165,6 +168,14 @@ def _open(config: EvaluateConfig, run: dict, pipeline, gaps: bool) -> tuple[Any,
     if shape != expected:
         raise ValueError(f"the pipeline generates {expected}, the data has {shape}")
     return dataset, shape
+
+
+def _trained_range(config: EvaluateConfig, facts: dict, pipeline) -> list[float] | None:
+    """Return the range that training clipped values to, by the pipeline's record, `facts`, for images in units of their
+    own in an array or in files; None for other data and without such a range."""
+    own_units = len(pipeline._size()) == 2 and pipeline.config.get("data_scale") is not None
+    is_read = Path(config.data).is_file() or Path(config.data).is_dir() and not table_folder(config.data)
+    return facts.get("options", {}).get("image_range") if own_units and is_read else None
 
 
 def _image_norm(run: dict, own_units: bool) -> dict[str, Any]:

@@ -277,6 +277,30 @@ def test_images_with_missing_values_are_completed(place, tmp_path, capsys):
     assert "item 2 has missing values alone" in capsys.readouterr().err
 
 
+def test_values_outside_the_range_of_training_are_clipped(place, tmp_path, capsys):
+    """By the pipeline's record, if it has a range, and by the option, which replaces it."""
+    x = np.random.default_rng(0).normal(50, 30, (3, 8, 8))
+    assert x.min() < 10 and x.max() > 90
+    for name, values in (("x", x), ("trained", x.clip(10, 90)), ("other", x.clip(20, 80))):
+        np.save(tmp_path / f"{name}.npy", values)
+        assert run(place, "scans", tmp_path / f"{name}.csv", data=tmp_path / f"{name}.npy") == 0
+    assert "clipped" not in capsys.readouterr().out
+    assert run(place, "scans", tmp_path / "a.csv", "--image_range", "10", "90", data=tmp_path / "x.npy") == 0
+    shutil.copytree(place / "scans", tmp_path / "scans")
+    facts = {"data": {"name": "theirs.npy"}, "options": {"image_range": [10.0, 90.0]}}
+    (tmp_path / "scans" / "training.json").write_text(json.dumps(facts))
+    assert run(tmp_path, "scans", tmp_path / "b.csv", data=tmp_path / "x.npy") == 0
+    assert "values outside image_range 10 90 are clipped, as in training" in capsys.readouterr().out
+    assert run(tmp_path, "scans", tmp_path / "c.csv", "--image_range", "20", "80", data=tmp_path / "x.npy") == 0
+    for name, expected in (("a", "trained"), ("b", "trained"), ("c", "other")):
+        assert np.array_equal(scores(tmp_path / f"{name}.csv"), scores(tmp_path / f"{expected}.csv"))
+    assert not np.isclose(scores(tmp_path / "x.csv"), scores(tmp_path / "a.csv"), rtol=1e-3).any()
+    refused = {("scans", "90", "10"): "two finite numbers, the lower first", ("images", "0", "9"): "are in [0, 1], and"}
+    for (kind, *ends), message in refused.items():
+        assert run(place, kind, tmp_path / "d.csv", "--image_range", *ends, data=tmp_path / "x.npy") == 2
+        assert message in capsys.readouterr().err
+
+
 def test_odd_data_and_outputs(place, tmp_path, capsys):
     """One constant item is scored; other shapes, empty folders and files that would be written over are refused."""
     np.save(tmp_path / "one.npy", np.full((1, 8, 8), 5.0))
