@@ -9,12 +9,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ddpm_hf.data.images import to_tensor
+from ddpm_hf.data.images import to_tensor, without_palette
 from ddpm_hf.data.ranges import check_range, choose_scaling, measure, to_model
 from ddpm_hf.data.scaling import Scaling
-from ddpm_hf.pipeline.pairs import as_torch_takes_it
 
 NAMES = ("x0", "pixel_values", "image", "images", "sequence")  # of the value in an item that is a dict
+FLOATS = "efd"  # the characters of NumPy's types of floats that torch has too
 LOOKED_AT = 16  # items whose range is looked at before training
 
 
@@ -40,13 +40,18 @@ def value_of(item: Any) -> tuple[Any, Callable[[Any], Any]]:
     return item, lambda new: new
 
 
+def tensor_of(value: np.ndarray) -> Tensor:
+    """Return an array of numbers as a tensor; it is copied if it is read-only or torch does not take its layout."""
+    return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), "CW"))
+
+
 def image_of_bytes(value: np.ndarray | Tensor) -> Tensor:
     """Return an 8-bit image (H, W), (H, W, C) or (C, H, W) as uint8 (C, H, W).
 
     The shorter one of the first and the last axis is that of the channels. If both are equal, it is the first of a
     tensor and the last of an array.
     """
-    tensor = torch.as_tensor(value)
+    tensor = tensor_of(value) if isinstance(value, np.ndarray) else value
     if tensor.ndim == 2:
         return tensor[None]
     first, last = tensor.shape[0], tensor.shape[-1]
@@ -94,13 +99,12 @@ class GivenUnits(Dataset):
         """Return the values of an item, (C, ...), and a function that puts others in their place."""
         value, put = value_of(self.given[index])
         if isinstance(value, Image.Image):
-            value = to_tensor(value)
+            value = to_tensor(without_palette(value))
         elif not isinstance(value, (np.ndarray, Tensor)):
             raise ValueError(f"item {index} of the data must hold a tensor, an array or an image, got {type(value)}")
-        value = as_torch_takes_it(value) if isinstance(value, np.ndarray) else value
-        value = value.float() if value.dtype == torch.bfloat16 else value  # which NumPy does not have
-        eight_bit = value.dtype in (torch.uint8, np.uint8)
-        values = (image_of_bytes(value) if eight_bit else torch.as_tensor(value)).numpy(force=True)
+        values = image_of_bytes(value) if value.dtype in (torch.uint8, np.uint8) and value.ndim else value
+        if isinstance(values, Tensor):
+            values = (values.float() if values.dtype == torch.bfloat16 else values).numpy(force=True)
         if values.ndim not in (2, 3) or values.dtype.kind not in "iufb":
             raise ValueError(
                 f"item {index} of the data must hold real numbers (C, H, W) or (C, length), got {values.dtype} "
@@ -142,7 +146,8 @@ def range_warning(dataset: Any) -> str | None:
     numbers = sorted({int(number) for number in np.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset)))})
     for number in numbers:
         value = value_of(dataset[number])[0]
-        value = torch.from_numpy(as_torch_takes_it(value)) if isinstance(value, np.ndarray) else value
+        if isinstance(value, np.ndarray) and value.dtype.char in FLOATS:
+            value = tensor_of(value)
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
             return None
         least, most = min(least, float(value.min())), max(most, float(value.max()))

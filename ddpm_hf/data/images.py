@@ -76,6 +76,23 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     return torch.from_numpy(array.transpose(2, 0, 1).copy())  # the array may be read-only
 
 
+def without_palette(image: Image.Image) -> Image.Image:
+    """Return an image of the colours that its pixels have in its palette; others are returned as they are."""
+    if image.mode not in ("P", "PA"):
+        return image
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def levels_of_image(image: Image.Image) -> Tensor:
+    """Convert an image to 8-bit levels (C, H, W) with its own channels; 16 bits are scaled to 8.
+
+    Raises:
+        ValueError: values of an image of more than 8 bits lie outside its range.
+    """
+    image = eight_bit(without_palette(image))
+    return to_tensor(image.convert("L") if image.mode == "1" else image)
+
+
 def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Image.Image:
     """Decode an image to 8 bits of `mode`, resized so that it just covers `resolution` (height, width) in pixels.
 

@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ddpm_hf.data.conditions import GivenConditions, divisor
-from ddpm_hf.data.given import image_of_bytes, value_of
-from ddpm_hf.data.images import BadImageError, ImageDataset, to_tensor
+from ddpm_hf.data.given import FLOATS, image_of_bytes, tensor_of, value_of
+from ddpm_hf.data.images import BadImageError, ImageDataset, levels_of_image
 from ddpm_hf.data.labels import Labels
 from ddpm_hf.data.scaling import EIGHT_BIT, scaling_of
 from ddpm_hf.data.scientific_images import ScientificImages
 from ddpm_hf.data.sequences import SequenceDataset
-from ddpm_hf.pipeline.pairs import as_torch_takes_it
 from ddpm_hf.randomness import Stream, derive_seed
 
 Key = tuple[int, int]  # (epoch, index)
@@ -47,13 +46,14 @@ def as_tensor(item: Any, limit: float = 1.0, missing: bool = False) -> Tensor:
     """
     item = value_of(item)[0]
     if isinstance(item, Image.Image):
-        return EIGHT_BIT.to_model(to_tensor(item))
+        return EIGHT_BIT.to_model(levels_of_image(item))
     if isinstance(item, (np.ndarray, Tensor)) and item.dtype in (np.uint8, torch.uint8) and item.ndim in (2, 3):
         return EIGHT_BIT.to_model(image_of_bytes(item))
-    if isinstance(item, np.ndarray):
-        item = torch.from_numpy(as_torch_takes_it(item))
+    if isinstance(item, np.ndarray) and item.dtype.char in FLOATS:
+        item = tensor_of(item)
     if not isinstance(item, Tensor) or item.ndim not in (2, 3) or not item.is_floating_point():
-        got = f"{item.dtype} of shape {tuple(item.shape)}" if isinstance(item, Tensor) else type(item).__name__
+        has_type = isinstance(item, (np.ndarray, Tensor))
+        got = f"{item.dtype} of shape {tuple(item.shape)}" if has_type else type(item).__name__
         raise ValueError(
             "items must be float tensors (C, H, W) or (C, length) in [-1, 1], 8-bit images or PIL images "
             f"(whole numbers of other types: with data_range or image_norm); got {got}"

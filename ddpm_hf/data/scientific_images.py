@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ddpm_hf.data.images import LONGEST, BadImageError, printable
+from ddpm_hf.data.images import LONGEST, BadImageError, printable, without_palette
 from ddpm_hf.data.labels import as_labels
 from ddpm_hf.data.ranges import Measured, check_range, choose_scaling, measure, to_model
 from ddpm_hf.data.scaling import EIGHT_BIT, Scaling
@@ -129,9 +129,8 @@ def _tiff_series(file: Any) -> list:
 def _read_other(path: str) -> np.ndarray:
     with Image.open(path) as file:
         ImageOps.exif_transpose(file, in_place=True)
-        if file.mode == "P":
-            file = file.convert("RGBA" if file.has_transparency_data else "RGB")
-        elif file.mode not in ("L", "LA", "RGB", "RGBA", "F", "1") and not file.mode.startswith("I"):
+        file = without_palette(file)
+        if file.mode not in ("L", "LA", "RGB", "RGBA", "F", "1") and not file.mode.startswith("I"):
             file = file.convert("RGB")
         values = np.asarray(file)
     return values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)

@@ -9,6 +9,7 @@ from helpers import gradient
 from PIL import Image
 
 from ddpm_hf.data import loading
+from ddpm_hf.data.given import GivenUnits
 from ddpm_hf.data.images import ImageDataset
 from ddpm_hf.data.loading import Item, Part, StreamSampler, TrainingView, as_tensor, collate, hold_out, load_item
 from ddpm_hf.randomness import Stream
@@ -40,10 +41,35 @@ def test_items_of_other_datasets():
     for item in (x, x.numpy(), (x, 3), {"image": x}, {"pixel_values": x, "label": 1}, Image.new("L", (4, 4), 0)):
         assert as_tensor(item).shape == (1, 4, 4)
     wrongs = [(x + 2, "2 to 2"), (x.int(), "int32"), ("text", "str"), ({"a": 1}, "got a"), (x[0, 0], "float")]
+    wrongs += [(x.numpy().astype(kind), got) for kind, got in ((object, "object of"), (np.longdouble, "of shape"))]
     for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
             as_tensor(wrong)
     assert "one shape" in collate([Item(x, []), Item(x[:, :2], [])]).error
+
+
+@pytest.mark.filterwarnings("error")
+def test_8_bit_arrays_of_any_layout():
+    """BGR arrays that were turned to RGB have negative strides, and those of PIL images are read-only."""
+    array = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    expected = torch.from_numpy(array.transpose(2, 0, 1).copy()) / 127.5 - 1
+    for item in (array[..., ::-1].copy()[..., ::-1], np.asarray(Image.fromarray(array)), array.copy(order="F")):
+        assert torch.equal(as_tensor(item), expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_pil_images_of_any_mode():
+    grey = np.random.default_rng(0).integers(0, 256, (4, 5), dtype=np.uint8)
+    expected = torch.from_numpy(grey)[None] / 127.5 - 1
+    for array in (grey.astype(np.uint16) * 257, grey.astype(np.int32) * 257, np.float32(grey / 255)):
+        assert (as_tensor(Image.fromarray(array)) - expected).abs().max() < 1e-6, array.dtype
+    assert torch.equal(as_tensor(Image.fromarray(grey > 99)), torch.from_numpy(grey > 99)[None] * 2.0 - 1)
+    colours = Image.fromarray(np.dstack([grey, grey.T[:4, :4].repeat(2, 1)[:, :5], grey])).quantize(6)
+    picture = torch.from_numpy(np.asarray(colours.convert("RGB")).transpose(2, 0, 1).copy()) / 127.5 - 1
+    assert torch.equal(as_tensor(colours), picture)
+    assert torch.equal(GivenUnits([colours] * 2, value_range=(0, 255))[0], picture)
+    with pytest.raises(ValueError, match=r"mode I must lie in \[0, 65535\]; got 0 to 70000"):
+        as_tensor(Image.fromarray(np.array([[0, 70000]], np.int32)))
 
 
 def stream(count, **options):
