@@ -352,9 +352,9 @@ def _cells(line: str, separator: str) -> list[str]:
 
 
 def is_number(text: str) -> bool:
-    """Return True for the text of a number, such as "1e3" or "nan"."""
+    """Return True for the text of a number, such as "1e3" or "nan"; 1_0, a number for Python, is a name."""
     try:
         float(text)
     except ValueError:
         return False
-    return True
+    return "_" not in text

@@ -56,7 +56,7 @@ class Labels:
         if array.dtype.kind not in "iuf":
             raise ValueError(f"{where} must hold whole numbers or texts, got the type {array.dtype}")
         _check(where, array, np.isfinite(array) & (array >= 0) & (array == np.floor(array)))
-        return cls._of_numbers(array.astype(np.int64), where, names)
+        return cls._of_numbers(array, where, names)
 
     @classmethod
     def _of_texts(cls, texts: np.ndarray, where: str, names: Sequence[str] | None) -> "Labels":
@@ -72,10 +72,11 @@ class Labels:
     def _of_numbers(cls, numbers: np.ndarray, where: str, names: Sequence[str] | None) -> "Labels":
         if names is not None:
             _check(where, numbers, numbers < len(names), f"the number of a class, less than {len(names)}")
-            return cls(numbers, tuple(names))
+            return cls(numbers.astype(np.int64), tuple(names))
         _check_shared(where, len(np.unique(numbers)), len(numbers))
         rule = f"the number of a class, counted from 0, and so less than the number of items, {len(numbers):,}"
         _check(where, numbers, numbers < max(2, len(numbers)), rule)
+        numbers = numbers.astype(np.int64)  # which larger ones would not fit into
         return cls(numbers, tuple(map(str, range(int(numbers.max(initial=0)) + 1))))
 
     def digest(self) -> str:

@@ -25,7 +25,7 @@ from ddpm_hf.data.ranges import dark_warning
 from ddpm_hf.data.recordings import ENDINGS, RecordingDataset, open_recordings, recording_files, rows_as_recordings
 from ddpm_hf.data.scientific_images import ScientificImages, array_shape, is_scientific
 from ddpm_hf.data.sequence_files import read_condition, read_labels, read_sequences
-from ddpm_hf.data.sequences import SequenceDataset, ecg, read_scans
+from ddpm_hf.data.sequences import SequenceDataset, as_sequences, ecg, read_scans
 from ddpm_hf.data.streaming import ImageStream
 
 
@@ -443,8 +443,7 @@ def _cut(config: TrainConfig, array: Any, name: str, labels: Labels | None = Non
     if config.on_missing == "drop":
         if config.condition_column is not None:
             raise ValueError("on_missing must be stop or interpolate with condition_column, got 'drop'")
-        if len(array.shape) < 3:
-            array = np.atleast_2d(array)[:, None] if len(array.shape) == 2 or config.stride else array
+        array = as_sequences(array, name, is_recording=config.stride is not None)
         return RecordingDataset(
             rows_as_recordings(array, name), name, config.sequence_norm, length, config.stride, labels, drop=True
         )

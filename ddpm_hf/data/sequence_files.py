@@ -127,8 +127,16 @@ def read_labels(path: str, class_labels: str, count: int) -> Labels:
     return Labels.read(values, f"the array {class_labels!r} of {path}")
 
 
-def read_label_file(path: str, count: int) -> Labels:
-    """Read a file with one class for each of `count` sequences."""
+def read_label_file(path: str, *counts: int) -> Labels:
+    """Read a file of classes.
+
+    Args:
+        path: a file .npy (one array), .txt (a class in each line) or .csv (one column).
+        counts: the numbers of classes that the file may have; if a .csv file has one more, its first row is a name.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something that `Labels.read` refuses.
+    """
     try:
         if path.lower().endswith(".npy"):
             return Labels.read(np.load(path, allow_pickle=False), path)
@@ -145,14 +153,10 @@ def read_label_file(path: str, count: int) -> Labels:
     if wide:
         raise ValueError(f"{path} must have one column, the class of each row; row {wide[0]} has {rows[wide[0]]}")
     values = [row[0].strip() for row in rows]
-    return _of_texts(values[1:] if len(values) == count + 1 else values, path)
+    has_name = len(values) not in counts and len(values) - 1 in counts
+    return _of_texts(values[has_name:], path)
 
 
 def _of_texts(texts: Sequence[str], where: str) -> Labels:
     """Read classes from the cells of a text file, as numbers if all of them are."""
-    try:
-        return Labels.read(np.array([float(text) for text in texts]), where)
-    except ValueError:
-        if all(map(is_number, texts)):
-            raise
-        return Labels.read(texts, where)
+    return Labels.read(np.array(texts, np.float64) if all(map(is_number, texts)) else texts, where)

@@ -37,7 +37,7 @@ class SequenceDataset(Dataset):
 
     Args:
         array: (N, C, length) finite numbers, or (N, length) for one channel. It may be an array, or an object that has
-            `shape` and `dtype` and returns arrays for `[a:b]` (memory-mapped files, `ListColumns`).
+            `shape` and `dtype` and returns arrays for `[a:b]` (memory-mapped files, `ListColumns`), or a tensor.
         name: name of the array in messages.
         norm: "minmax" scales each channel to [-1, 1] by its range; "meanstd" to mean 0 and standard deviation 1.
         length, stride: items are windows of `length` samples that begin every `stride` samples of each sequence; a
@@ -84,15 +84,9 @@ class SequenceDataset(Dataset):
             raise ValueError(f"sequence_norm must be one of {', '.join(SEQUENCE_NORMS)}, got {norm!r}")
         if (length is None) != (stride is None):
             raise ValueError(f"length and stride of windows go together, got {length} and {stride}")
-        array = array if hasattr(array, "shape") and hasattr(array, "dtype") else np.asarray(array)
-        if array.dtype.kind not in "iufb":
-            raise ValueError(f"{name} must hold real numbers, got the type {array.dtype}")
-        if len(array.shape) == 1 and stride is not None:
-            array = array[None, None, :]
-        elif len(array.shape) == 2:
-            array = array[:, None, :]
-        if len(array.shape) != 3 or 0 in array.shape:
-            raise ValueError(f"{name} must have the shape (N, channels, length), got {tuple(array.shape)}")
+        if length is not None and min(length, stride) < 1:
+            raise ValueError(f"length and stride of windows must be at least 1, got {length} and {stride}")
+        array = as_sequences(array, name, is_recording=stride is not None)
         self.array, self.name = array, name
         self.length, self.stride = length or array.shape[2], stride or 1
         if self.length > array.shape[2]:
@@ -293,6 +287,31 @@ class SequenceDataset(Dataset):
         part = copy.copy(self)
         part.rows, part.ranges = rows, ranges
         return part
+
+
+def as_sequences(array: Any, name: str, is_recording: bool) -> Any:
+    """Return an array as sequences (N, C, length).
+
+    Args:
+        array: as `SequenceDataset` takes it, or a tensor.
+        name: name of the array in messages.
+        is_recording: a one-dimensional array is one sequence of one channel.
+
+    Raises:
+        ValueError: the array has another number of dimensions, no sequences or no numbers.
+    """
+    if isinstance(array, Tensor):
+        array = array.numpy(force=True)
+    array = array if hasattr(array, "shape") and hasattr(array, "dtype") else np.asarray(array)
+    if array.dtype.kind not in "iufb":
+        raise ValueError(f"{name} must hold real numbers, got the type {array.dtype}")
+    if len(array.shape) == 1 and is_recording:
+        array = array[None, None, :]
+    elif len(array.shape) == 2:
+        array = array[:, None, :]
+    if len(array.shape) != 3 or 0 in array.shape:
+        raise ValueError(f"{name} must have the shape (N, channels, length), got {tuple(array.shape)}")
+    return array
 
 
 def _moments_of_all(part: np.ndarray) -> tuple:

@@ -76,7 +76,7 @@ def read_anomalies(labels: str, dataset: Any, normal: Sequence[str] | None) -> n
     """
     rows = getattr(dataset, "sequences", len(dataset))
     if is_label_file(labels):
-        found = read_label_file(labels, rows)
+        found = read_label_file(labels, rows, len(dataset))
         if len(found) not in (len(dataset), rows):
             raise ValueError(
                 f"--labels {labels} must have one label for each of the {len(dataset):,} items"
@@ -153,7 +153,8 @@ def _array(path: str, dataset: Any, shape: tuple[int, ...]) -> np.ndarray:
     try:
         found = np.load(path, allow_pickle=False)
         if not isinstance(found, np.ndarray):
-            found = found["data" if "data" in found.files else found.files[0]]
+            name = found.files[0] if len(found.files) == 1 else "data"
+            found = found[name]  # raises where there are several arrays, none of which is named "data"
     except Exception as error:  # NumPy raises many kinds
         raise ValueError(f"--masks {path} cannot be read: {error}") from error
     array = found != 0
@@ -166,7 +167,7 @@ def _array(path: str, dataset: Any, shape: tuple[int, ...]) -> np.ndarray:
         fitting += [(rows, shape[0], length), (rows, length)]
         if array.shape in fitting:
             places = [dataset.place(number) for number in range(len(dataset))]
-            starts = [(row, window * (dataset.stride or 0)) for row, window in places]
+            starts = [(row, window * dataset.stride) for row, window in places]
             return np.stack([array[row, ..., start : start + shape[-1]] for row, start in starts])
     raise ValueError(
         f"--masks {path} must have one of the shapes {', '.join(map(str, dict.fromkeys(fitting)))}; got {array.shape}"

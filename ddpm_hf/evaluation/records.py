@@ -37,14 +37,14 @@ def make_records(
     for name, value in values.items():
         metric, _, label = name.partition("/")
         own = dict(settings)
-        if "held_out" in name:
+        if metric.startswith("held_out"):
             own["num_held_out"] = evaluator.held_out.count
         elif evaluator.likelihood is not None and name.startswith("bits_per_dim"):
             own |= likelihood_settings(evaluator)
         elif conditional:
             interval = list(evaluator.settings.guidance_interval)
             own |= {"guidance_scale": guidance_scale, "guidance_interval": interval}
-        if "memorization" in name and evaluator.mirrored:
+        if metric.startswith("memorization") and evaluator.mirrored:
             own["mirrored"] = True
         if evaluator.network is not None and metric in (FEATURE_FRECHET, *FIDELITY):
             network = evaluator.network
@@ -84,7 +84,9 @@ def describe(evaluator, values: dict[str, float]) -> str:
     for name, value in values.items():
         metric, _, label = name.partition("/")
         count = evaluator.by_class.sizes(label)["num_samples"] if label else evaluator.settings.num_samples
-        source = f"{evaluator.held_out.count:,} held-out items" if "held_out" in name else f"{count:,} samples"
+        source = (
+            f"{evaluator.held_out.count:,} held-out items" if metric.startswith("held_out") else f"{count:,} samples"
+        )
         source = f"{evaluator.memorization.num_drawn:,} real items" if name == "memorization_real" else source
         if evaluator.likelihood is not None and name.startswith("bits_per_dim"):
             kind = "items that training sees" if evaluator.likelihood.seen else "held-out items"

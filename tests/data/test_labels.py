@@ -17,6 +17,7 @@ from ddpm_hf.data import open_data
 from ddpm_hf.data.images import ImageDataset, image_folder
 from ddpm_hf.data.labels import Labels, as_labels, class_notes
 from ddpm_hf.data.loading import Item, StreamSampler, collate, fingerprint, item_labels, load_item
+from ddpm_hf.data.sequence_files import read_label_file
 from ddpm_hf.data.sequences import SequenceDataset
 
 NAMES = ["bird", "cat", "dog"]
@@ -213,6 +214,8 @@ def test_what_is_no_class():
         (np.zeros((3, 2), int), r"one-dimensional, with one class for each item, got \(3, 2\)"),
         (["a", "b", "c"], "another value in each of its 3 rows, so that it names rows"),
         ([5, 3, 4], "another value in each of its 3 rows"),
+        (np.array([0, 1, 2**63, 2**63], np.uint64), "less than the number of items, 4; row 2 has 9223372036854775808"),
+        (np.array([0, 1, 1e300, 1e300]), "less than the number of items, 4; row 2 has 1e\\+300"),
         ([0, 0, 1000], "less than the number of items, 3; row 2 has 1000"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -236,6 +239,16 @@ def test_numbers_and_names():
                                                     "warning: no item to train on has the class 1"]  # fmt: skip
     many = class_notes([str(n) for n in range(30)], [0] * 30)
     assert "19 (0) and 10 more" in many[0] and "19 and 10 more" in many[1]
+
+
+def test_texts_are_numbers_or_names(tmp_path):
+    """Names with underscores are no numbers, as they are for Python."""
+    for texts, names in ((["1", "0", "1.0"], ("0", "1")), (["0_1", "1_0", "0_1"], ("0_1", "1_0"))):
+        (tmp_path / "labels.txt").write_text("\n".join(texts))
+        assert read_label_file(str(tmp_path / "labels.txt"), 3).names == names
+    with pytest.raises(ValueError, match="row 1 has no value"):
+        (tmp_path / "labels.txt").write_text("1\n\n0\n1")
+        read_label_file(str(tmp_path / "labels.txt"), 4)
 
 
 def refused(message, dataset=None, **options):

@@ -142,6 +142,10 @@ def test_windows_with_missing_values_are_left_out_of_arrays(tmp_path):
         open_data(TrainConfig(train_data_file=str(tmp_path / "x.npy")))
     with pytest.raises(ValueError, match="row 4 of .* has NaN alone in channel 0"):
         open_data(TrainConfig(train_data_file=str(tmp_path / "x.npy"), on_missing="interpolate"))
+    for wrong in (np.zeros(9), np.zeros((2, 2, 2, 2, 2)), np.zeros((3, 4), complex)):
+        np.save(tmp_path / "x.npy", wrong)
+        with pytest.raises(ValueError, match="must have the shape|must hold real numbers"):
+            open_data(TrainConfig(train_data_file=str(tmp_path / "x.npy"), on_missing="drop"))
 
 
 def test_interpolation_in_parts_of_any_size(tmp_path, monkeypatch):

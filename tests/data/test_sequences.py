@@ -93,6 +93,11 @@ def test_windows_are_slices():
         data[9]
     with pytest.raises(ValueError, match="go together"):
         SequenceDataset(array, length=4)
+    for length, stride in ((4, 0), (4, -1), (0, 4)):
+        with pytest.raises(ValueError, match=f"must be at least 1, got {length} and {stride}"):
+            SequenceDataset(array, length=length, stride=stride)
+    tensor = torch.from_numpy(array).requires_grad_()
+    assert torch.equal(SequenceDataset(tensor, length=4, stride=3)[4], data[4])
     with pytest.raises(ValueError, match="stride needs sequence_length.*stride 2"):
         TrainConfig(train_data_file="x.npy", stride=2)
 

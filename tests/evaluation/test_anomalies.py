@@ -50,7 +50,9 @@ def test_labels_and_masks_follow_windows(windows, tmp_path):
     """Labels and masks of the sequences are given to their windows; those of the windows are taken as they are."""
     (tmp_path / "rows.txt").write_text("0\n1\n0\n")
     (tmp_path / "items.txt").write_text("0\n0\n1\n0\n0\n0\n")
+    (tmp_path / "named.csv").write_text("label\n0\n0\n1\n0\n0\n0\n")
     assert read_anomalies(str(tmp_path / "rows.txt"), windows, None).tolist() == [0, 0, 1, 1, 0, 0]
+    assert read_anomalies(str(tmp_path / "named.csv"), windows, None).tolist() == [0, 0, 1, 0, 0, 0]
     assert read_anomalies(str(tmp_path / "items.txt"), windows, None).tolist() == [0, 0, 1, 0, 0, 0]
     names, rows = item_names(windows, "x.npy")
     assert names == ["item", "sequence", "start"] and rows[:3] == [[0, 0, 0], [1, 0, 4], [2, 1, 0]]
@@ -62,6 +64,9 @@ def test_labels_and_masks_follow_windows(windows, tmp_path):
     np.save(tmp_path / "m.npy", mask[:, :7])
     with pytest.raises(ValueError, match=r"one of the shapes \(6, 1, 4\), \(6, 4\), .*; got \(3, 7\)"):
         read_masks(str(tmp_path / "m.npy"), windows, (1, 4), rows)
+    np.savez(tmp_path / "several.npz", a=mask, b=mask)
+    with pytest.raises(ValueError, match="several.npz cannot be read: .*data"):
+        read_masks(str(tmp_path / "several.npz"), windows, (1, 4), rows)
     wrong = {"0\n0\n0\n": "all are normal", "0\n1\n1\n0\n": "one label for each", "a\na\nb\n": "0 \\(normal"}
     for text, message in wrong.items():
         (tmp_path / "wrong.txt").write_text(text)
