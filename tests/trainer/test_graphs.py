@@ -5,6 +5,7 @@ equality with eager steps, bit for bit, shows that everything that changes from 
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tape import Tape
 from torch import nn
 from torch.nn import functional as F
 
-from ddpm_hf.trainer.graphs import WARM_UP_STEPS, StepGraphs
+from ddpm_hf.trainer.graphs import WARM_UP_STEPS, StepBackend, StepGraphs
 
 
 class Training:
@@ -223,6 +224,31 @@ def test_a_step_that_reads_a_number_is_seen_before_it_is_captured():
     assert lines == [
         "steps are not captured as a CUDA graph: called a synchronizing operation: aten._local_scalar_dense.default"
     ]
+
+
+FIRST_USE = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+READ = "called a synchronizing CUDA operation (Triggered internally at Copy.cpp:1.)"
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_the_first_watch_of_a_process_finds_reads_alone(reads, monkeypatch):
+    """torch 2.11 and 2.14 warn in these words: of the mode itself, once a process, and of each read."""
+    modes = [0]
+
+    def set_mode(mode):
+        modes.append(mode)
+        if len(modes) == 2:
+            warnings.warn(FIRST_USE, stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    found = []
+    with warnings.catch_warnings(record=True) as passed_on, StepBackend.watch(None, found):
+        warnings.warn("another one", stacklevel=1)
+        if reads:
+            warnings.warn(READ, stacklevel=1)
+    assert [message.startswith(READ) for message in found] == [True] * reads
+    assert modes == [0, "warn", 0] and [str(warning.message) for warning in passed_on] == ["another one"]
 
 
 def test_a_capture_that_fails_is_an_eager_step():
