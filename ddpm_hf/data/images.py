@@ -93,6 +93,15 @@ def levels_of_image(image: Image.Image) -> Tensor:
     return to_tensor(image.convert("L") if image.mode == "1" else image)
 
 
+def _of_array(values: list | np.ndarray) -> Image.Image:
+    """Return the image of an 8-bit array (H, W) or (H, W, C), whose type may be that of other whole numbers."""
+    array = np.asarray(values)
+    if array.dtype != np.uint8 and not (array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255):
+        raise ValueError(f"an array must hold 8-bit values, got {array.dtype}")
+    array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    return Image.fromarray(array.astype(np.uint8))
+
+
 def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Image.Image:
     """Decode an image to 8 bits of `mode`, resized so that it just covers `resolution` (height, width) in pixels.
 
@@ -116,11 +125,7 @@ def decode(source: Any, mode: str, resolution: tuple[int, int], name: str) -> Im
         if source is None or isinstance(source, bytes) and not source:
             raise ValueError("there is no content")
         if isinstance(source, (list, np.ndarray)):
-            array = np.asarray(source)
-            if array.dtype != np.uint8 and not (array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255):
-                raise ValueError(f"an array must hold 8-bit values, got {array.dtype}")
-            array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
-            image = to_mode(Image.fromarray(array.astype(np.uint8)), mode)
+            image = to_mode(_of_array(source), mode)
         elif isinstance(source, Image.Image):
             image = to_mode(ImageOps.exif_transpose(source), mode)
         else:
@@ -164,7 +169,7 @@ def image_form(source: Any, name: str) -> tuple[tuple[int, int], int]:
         source = source.get("bytes") or source.get("path")
     try:
         if isinstance(source, (list, np.ndarray)):
-            source = Image.fromarray(np.asarray(source).astype(np.uint8))
+            source = _of_array(source)
         image = source if isinstance(source, Image.Image) else None
         image = image or Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         turned = image.getexif().get(0x0112, 1) >= 5  # these orientations lay the image on its side

@@ -11,14 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_hf.data.given import GivenUnits
 from ddpm_hf.data.recordings import RecordingDataset
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.data.tables import ImageColumn, ListColumns
 
 
 def mapped_files(dataset: Any) -> list[str]:
-    """Return the mapped files behind a dataset of this library, a table of `datasets` or an array, as far as known."""
-    return sorted({os.path.abspath(path) for path in _paths(dataset)})
+    """Return the mapped files behind a dataset of this library, a table of `datasets` or an array, as far as known.
+
+    Those of paired conditions are among them.
+    """
+    sources = (dataset, getattr(dataset, "condition", None))
+    return sorted({os.path.abspath(path) for source in sources for path in _paths(source)})
 
 
 def _paths(source: Any) -> Iterator[str]:
@@ -29,6 +34,8 @@ def _paths(source: Any) -> Iterator[str]:
         yield from _paths(source.array)
     elif isinstance(source, (ListColumns, ImageColumn)):
         yield from _paths(source.table)
+    elif isinstance(source, GivenUnits):
+        yield from _paths(source.given)
     elif isinstance(source, np.ndarray):
         while source is not None:  # a view of a mapped array is mapped too
             if isinstance(source, np.memmap) and source.filename:
@@ -53,8 +60,11 @@ class MappedFiles:
         return self.differing([_mark(path) for path in self.paths])
 
     def differing(self, marks: list[list[int] | None]) -> str | None:
-        """Return the name of the first file that does not match its mark in `marks`, and the difference."""
-        for path, before, now in zip(self.paths, self.marks, marks):
+        """Return the name of the first file that does not match its mark in `marks`, and the difference.
+
+        Marks of another number of files, as earlier versions kept them, cannot be compared.
+        """
+        for path, before, now in zip(self.paths, self.marks, marks) if len(marks) == len(self.marks) else ():
             if before != now:
                 return f"{Path(path).name} ({_difference(before, now)})"
         return None

@@ -4,7 +4,6 @@ All values are looked at once before training, for the scaling that `ranges` cho
 needed, scaled in float64, and resized and cropped in float32.
 """
 
-import contextlib
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -209,8 +208,8 @@ class ScientificImages(Dataset):
     """Images with any number of channels, in model units that follow from the range of the data.
 
     Args:
-        sources: an array (N, C, H, W), or (N, H, W) for one channel, which may be memory-mapped; or the paths of files
-            that `read_values` reads.
+        sources: an array or a tensor (N, C, H, W), or (N, H, W) for one channel, which may be memory-mapped; or the
+            paths of files that `read_values` reads.
         resolution: (height, width) in pixels; None: that of the array.
         channels: number of channels that the images must have; None: any.
         norm, value_range: as in `choose_scaling`; not both.
@@ -257,6 +256,7 @@ class ScientificImages(Dataset):
         if norm not in (None, *IMAGE_NORMS):
             raise ValueError(f"image_norm must be one of {', '.join(IMAGE_NORMS)}, got {norm!r}")
         check_range(value_range, norm)
+        sources = sources.numpy(force=True) if isinstance(sources, Tensor) else sources
         self.sources, self.channels_last, self.name, self.skip_bad = sources, channels_last, name, skip_bad
         self.center_crop, self.random_flip, self.missing = center_crop, random_flip, missing
         self.is_array = hasattr(sources, "dtype")
@@ -314,9 +314,8 @@ class ScientificImages(Dataset):
         return scan_key(files, form, self.channels_last, self.skip_bad, self.value_range)
 
     def _given(self, scaling: Scaling) -> Scaling:
-        for index in range(len(self)):
-            with contextlib.suppress(*[BadImageError] if self.skip_bad else []):
-                first = self._read(index)
+        for first in map(self._tried, range(len(self))):
+            if first is not None:
                 self._known_channels, self.dtype = len(first), first.dtype
                 return scaling
         raise ValueError(f"none of the images of {self.name} can be read")
@@ -325,38 +324,42 @@ class ScientificImages(Dataset):
         """Yield the name and the values of each file, or of some rows of the array, with channels as the first axis.
 
         Raises:
-            ValueError: a value is not finite, or a file cannot be read (unless it is to be skipped).
+            ValueError: a value is not finite, or a file cannot be read (unless such images are to be skipped).
         """
         if self.is_array:
             size = int(np.prod(self.sources.shape[1:]))
             rows = max(1, PART // size)
             for first in range(0, len(self), rows):
                 part = np.asarray(self.sources[first : first + rows])
-                bad = ~np.isfinite(part).reshape(len(part), -1).all(1)
-                if bad.any():
-                    self._read(first + int(np.argmax(bad)))  # raises, with the place
+                good = np.isfinite(part).reshape(len(part), -1).all(1)
+                if not good.all():
+                    self._tried(first + int(np.argmin(good)))  # raises, with the place, unless it is to be skipped
+                    part = part[good]
+                if not len(part):
+                    continue
                 part = part.astype(np.uint8) if part.dtype == bool else part
                 last = self.channels_last and part.ndim == 4
                 part = part[:, None] if part.ndim == 3 else part
                 yield f"row {first}", np.moveaxis(part, -1 if last else 1, 0)
             return
 
-        def read(index: int) -> np.ndarray | BadImageError:
-            try:
-                return self._read(index)
-            except BadImageError as error:
-                return error
-
         bar = tqdm(total=len(self), desc="reading the range of the images", leave=False, delay=2)
         with bar, ThreadPoolExecutor(THREADS) as pool:
             for first in range(0, len(self), 4 * THREADS):  # all at once would fill the memory
                 some = range(first, min(first + 4 * THREADS, len(self)))
-                for index, values in zip(some, pool.map(read, some)):
-                    if not isinstance(values, BadImageError):
+                for index, values in zip(some, pool.map(self._tried, some)):
+                    if values is not None:
                         yield str(self.sources[index]), values
-                    elif not self.skip_bad:
-                        raise ValueError(f"{values}. To leave such images out: --on_bad_image skip") from values
                 bar.update(len(some))
+
+    def _tried(self, index: int) -> np.ndarray | None:
+        """Read image `index` as it is, (C, H, W), or return None where it cannot be read and is to be skipped."""
+        try:
+            return self._read(index)
+        except BadImageError as error:
+            if self.skip_bad:
+                return None
+            raise ValueError(f"{error}. To leave such images out: --on_bad_image skip") from error
 
     def _read(self, index: int) -> np.ndarray:
         """Read image `index` as it is, (C, H, W)."""

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import open_data
-from ddpm_hf.data.images import LONGEST, BadImageError, ImageDataset, decode, digits, image_folder
+from ddpm_hf.data.images import LONGEST, BadImageError, ImageDataset, decode, digits, image_folder, image_form
 from ddpm_hf.data.loading import TrainingView, collate
 from ddpm_hf.data.opening import build_dataset
 from ddpm_hf.data.sequences import ecg
@@ -376,3 +376,14 @@ def test_build_dataset(folder, tmp_path):
         build_dataset(TrainConfig(train_data_file=str(tmp_path / "w.npy"), sequence_length=64))
     with pytest.raises(ValueError, match="no data"):
         build_dataset(TrainConfig())
+
+
+def test_the_form_of_an_array_is_that_of_its_image():
+    """As the columns of tables hold them: lists, with one channel or none."""
+    for shape, channels in (((4, 6), 1), ((4, 6, 1), 1), ((4, 6, 3), 3), ((4, 6, 4), 4)):
+        values = np.full(shape, 7, np.int64)
+        for source in (values, values.tolist()):
+            assert image_form(source, "x") == ((4, 6), channels) and decode(source, "L", (4, 6), "x").size == (6, 4)
+    for wrong in (np.full((4, 6), 256), np.full((4, 6), 0.5)):
+        with pytest.raises(BadImageError, match="cannot read the image x: an array must hold 8-bit values"):
+            image_form(wrong, "x")

@@ -30,6 +30,11 @@ def test_what_is_mapped(tmp_path):
     assert mapped_files(SequenceDataset(np.load(file, mmap_mode="r")[2:])) == [file]
     assert mapped_files(pictures) == [str(tmp_path / "pictures.npy")]
     assert mapped_files(build_dataset(TrainConfig(train_data_dir=str(saved)))) == arrow and len(arrow) == 2
+    np.save(tmp_path / "y.npy", np.zeros((8, 20)))
+    paired = build_dataset(TrainConfig(train_data_file=file, condition_column=str(tmp_path / "y.npy")))
+    assert mapped_files(paired) == [file, str(tmp_path / "y.npy")]
+    given = np.load(tmp_path / "pictures.npy", mmap_mode="r")
+    assert open_data(TrainConfig(image_range=(0, 255)), given).files.paths == [str(tmp_path / "pictures.npy")]
     assert mapped_files(digits()) == mapped_files([1, 2]) == mapped_files(PICTURES) == []
     options = {"train_data_dir": str(saved), "resolution": [6]}
     for streaming in (False, True):
@@ -46,6 +51,7 @@ def test_every_change_is_told(tmp_path):
     assert files.changed() == "x (4 bytes before, 5 now)"
     (tmp_path / "x").unlink()
     assert files.changed() == "x (it is gone)"
+    assert files.differing([None, None]) is None
 
 
 def test_a_run_whose_data_is_cut_ends_with_the_reason(tmp_path, monkeypatch):

@@ -385,6 +385,26 @@ def test_bad_files_are_named_or_skipped(tmp_path):
         ScientificImages(**bad_first, skip_bad=True)
 
 
+def test_bad_rows_of_an_array_are_named_or_skipped(tmp_path, monkeypatch):
+    """The range is that of the other rows, and training leaves the bad ones out as it leaves out files."""
+    monkeypatch.setattr(scientific_images, "PART", 100)
+    array = numbers(6, 2, 5, 5)
+    array[2, 1, 0, 3] = np.nan
+    array[3:5, 0] = 9  # a part without a good row, and part of another one
+    array[3:5, 1, 2, 2] = np.inf
+    np.save(tmp_path / "x.npy", array)
+    file = {"train_data_file": str(tmp_path / "x.npy")}
+    with pytest.raises(ValueError, match=r"row 2 of .* channel 1 has nan in row 0, column 3.*--on_bad_image skip"):
+        opened(**file)
+    feed = opened(**file, on_bad_image="skip")
+    good = array[[0, 1, 5]]
+    np.testing.assert_allclose(feed.scaling.shift, (good.max((0, 2, 3)) + good.min((0, 2, 3))) / 2)
+    batch = next(iter(feed.loader(0, 0, 1, {}, False)))
+    assert batch.x0.abs().max() <= 1 + EPS and batch.skipped
+    tensor = torch.from_numpy(good)
+    assert torch.equal(ScientificImages(tensor)[1], ScientificImages(good)[1])
+
+
 # ---------------------------------------------------------------------------------------------
 # Datasets from Python
 
