@@ -5,6 +5,7 @@ Samples are read where a window asks for them: a window of a sound file costs on
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,8 @@ def open_recordings(files: Sequence[str]) -> list[Recording]:
         package, extra = EXTRAS[suffix]
         opened = _open_sound if suffix in SOUND else _open_edf if suffix == ".edf" else _open_wfdb
         try:
-            found.append(_checked(opened(path)))
+            recording = opened(path)
+            found.append(recording._replace(read=partial(_read_checked, recording)))
         except ImportError as error:
             raise ValueError(f'{path} needs the package {package}: pip install "ddpm_hf[{extra}]" ({error})') from error
         except Exception as error:  # each library raises its own kinds
@@ -72,34 +74,35 @@ def open_recordings(files: Sequence[str]) -> list[Recording]:
     return found
 
 
-def _checked(recording: Recording) -> Recording:
-    """Return a recording whose errors in reading name it, also if it is shorter than its header says."""
+# ---------------------------------------------------------------------------------------------
+# Reading. What reads a recording is pickled with it where workers are not forks, so it is no function in a function
 
-    def read(start: int, stop: int) -> np.ndarray:
-        try:
-            values = recording.read(start, stop)
-        except Exception as error:  # each library raises its own kinds
-            raise ValueError(f"cannot read the recording {recording.name} from sample {start:,} on: {error}") from error
-        if values.shape != (recording.channels, stop - start):
-            raise ValueError(
-                f"the recording {recording.name} must have {recording.length:,} samples, as its header says; from "
-                f"sample {start:,} on it has {values.shape[-1]:,}"
-            )
-        return values
 
-    return recording._replace(read=read)
+def _read_checked(recording: Recording, start: int, stop: int) -> np.ndarray:
+    """Read samples of a recording; an error names it, also if it is shorter than its header says."""
+    try:
+        values = recording.read(start, stop)
+    except Exception as error:  # each library raises its own kinds
+        raise ValueError(f"cannot read the recording {recording.name} from sample {start:,} on: {error}") from error
+    if values.shape != (recording.channels, stop - start):
+        raise ValueError(
+            f"the recording {recording.name} must have {recording.length:,} samples, as its header says; from "
+            f"sample {start:,} on it has {values.shape[-1]:,}"
+        )
+    return values
 
 
 def _open_sound(path: str) -> Recording:
     import soundfile
 
     facts = soundfile.info(path)
+    return Recording(path, facts.channels, facts.frames, facts.samplerate, partial(_read_sound, path), (path,))
 
-    def read(start: int, stop: int) -> np.ndarray:
-        values, _ = soundfile.read(path, stop - start, start, dtype="float64", always_2d=True)
-        return values.T
 
-    return Recording(path, facts.channels, facts.frames, facts.samplerate, read, (path,))
+def _read_sound(path: str, start: int, stop: int) -> np.ndarray:
+    import soundfile
+
+    return soundfile.read(path, stop - start, start, dtype="float64", always_2d=True)[0].T
 
 
 def _open_edf(path: str) -> Recording:
@@ -110,18 +113,23 @@ def _open_edf(path: str) -> Recording:
         rates = [file.getSampleFrequency(channel) for channel in range(channels)]
         names = file.getSignalLabels()
         units = [file.getPhysicalDimension(channel) for channel in range(channels)]
+    if not channels:
+        raise ValueError("it must have a signal, and has none")
     other = next((channel for channel in range(channels) if rates[channel] != rates[0]), None)
     if other is not None:
         raise ValueError(
             f"its channels must have one sample rate, got {rates[0]:g} in {names[0]!r} and {rates[other]:g} in "
             f"{names[other]!r}"
         )
-
-    def read(start: int, stop: int) -> np.ndarray:
-        with pyedflib.EdfReader(path) as file:
-            return np.stack([file.readSignal(channel, start, stop - start) for channel in range(channels)])
-
+    read = partial(_read_edf, path, channels)
     return Recording(path, channels, lengths[0], float(rates[0]), read, (path,), _signals(names, units))
+
+
+def _read_edf(path: str, channels: int, start: int, stop: int) -> np.ndarray:
+    import pyedflib
+
+    with pyedflib.EdfReader(path) as file:
+        return np.stack([file.readSignal(channel, start, stop - start) for channel in range(channels)])
 
 
 def _open_wfdb(path: str) -> Recording:
@@ -129,13 +137,19 @@ def _open_wfdb(path: str) -> Recording:
 
     record = str(Path(path).with_suffix(""))
     facts = wfdb.rdheader(record)
-
-    def read(start: int, stop: int) -> np.ndarray:
-        return wfdb.rdrecord(record, sampfrom=start, sampto=stop).p_signal.T
-
     beside = dict.fromkeys(str(Path(path).parent / name) for name in facts.file_name or ())
-    signals = _signals(facts.sig_name or (), facts.units or ())
+    signals, read = _signals(facts.sig_name or (), facts.units or ()), partial(_read_wfdb, record)
     return Recording(path, facts.n_sig, facts.sig_len, float(facts.fs), read, (path, *beside), signals)
+
+
+def _read_wfdb(record: str, start: int, stop: int) -> np.ndarray:
+    import wfdb
+
+    return wfdb.rdrecord(record, sampfrom=start, sampto=stop).p_signal.T
+
+
+def _read_row(array: Any, row: int, start: int, stop: int) -> np.ndarray:
+    return np.asarray(array[row : row + 1][0, :, start:stop], dtype=np.float64)
 
 
 def _signals(names: Sequence[str], units: Sequence[str]) -> tuple[str, ...]:
@@ -146,12 +160,11 @@ def rows_as_recordings(array: Any, name: str) -> list[Recording]:
     """Return the sequences of an array (N, C, length) as recordings, which are read when they are asked for."""
     file = mapped_file(array)
     files = (file,) if file else ()
-
-    def reader(row: int) -> Callable[[int, int], np.ndarray]:
-        return lambda start, stop: np.asarray(array[row : row + 1][0, :, start:stop], dtype=np.float64)
-
     count, channels, length = array.shape
-    return [Recording(f"row {row} of {name}", channels, length, None, reader(row), files) for row in range(count)]
+    return [
+        Recording(f"row {row} of {name}", channels, length, None, partial(_read_row, array, row), files)
+        for row in range(count)
+    ]
 
 
 class _Windows:
@@ -355,7 +368,7 @@ def recording_files(path: str, listed: Sequence[str] | None = None) -> list[str]
         listed: the files of the folder, if they have been listed already.
 
     Raises:
-        ValueError: there are none, or WFDB's signals lie beside no header.
+        ValueError: there are none.
     """
     if not os.path.isdir(path):
         return [path]
