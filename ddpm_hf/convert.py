@@ -118,6 +118,17 @@ def read_checkpoint(
     if (seq_length if ndim == 2 else image_size) is not None:
         raise ValueError(f"the checkpoint is of {'images' if ndim == 2 else 'sequences'}: give "
                          f"{'image_size, not seq_length' if ndim == 2 else 'seq_length, not image_size'}")  # fmt: skip
+    without_effect = {
+        "attn_heads": attn_heads is not None
+        and options["num_mem_kv"] > 0
+        and "memory key-values, which tell the heads",
+        "norm_groups": norm_groups != 8 and options["norm"] != "group" and "a norm without groups",
+        "theta": theta != 10000 and options["time_embedding"] != "sinusoidal" and "a Fourier time embedding",
+        "auto_normalize": not auto_normalize and ndim == 2 and "images, which always come in [0, 1]",
+    }
+    for name, has in without_effect.items():
+        if has:
+            raise ValueError(f"{name} has no effect on this checkpoint, which has {has}: leave it out")
     broken = [name for name, value in unet_state.items() if not torch.isfinite(value).all()]
     if broken:
         raise ValueError(f"the weights must be finite; NaN or infinity in: {', '.join(broken[:3])}")

@@ -80,6 +80,21 @@ def test_everything_is_inferred(trained):
     assert read_checkpoint(trained["1d"][0], auto_normalize=False).pipeline == {"num_inference_steps": None}
 
 
+@pytest.mark.parametrize(
+    ("kind", "option", "has"),
+    [
+        ("2d", {"attn_heads": 8}, "memory key-values"),
+        ("2d", {"norm_groups": 4}, "a norm without groups"),
+        ("1d", {"theta": 500.0}, "a Fourier time embedding"),
+        ("2d", {"auto_normalize": False}, "images"),
+    ],
+)
+def test_options_without_effect_are_refused(trained, kind, option, has):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} has no effect on this checkpoint, which has {has}"):
+        read_checkpoint(trained[kind][0], **option)
+
+
 @pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 @pytest.mark.parametrize("steps,gamma", [(50, None), (1000, None), (250, 5.0), (1000, 1.0)])

@@ -9,7 +9,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ddpm_hf import GaussianScheduler
-from ddpm_hf.commands.sample_choices import use_scheduler_class
+from ddpm_hf.commands.sample_choices import check_jumps, use_scheduler_class
+from ddpm_hf.evaluation.classes import has_classes
 from ddpm_hf.evaluation.completion import Completion, CompletionSettings, describe, make_records
 from ddpm_hf.evaluation.evaluator import Evaluator
 from ddpm_hf.evaluation.likelihood import check_bound
@@ -59,6 +60,11 @@ def evaluate(config: EvaluateConfig) -> list[dict]:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     pipeline, own = load(config)
+    if config.class_labels is not None and not has_classes(pipeline):
+        raise ValueError(
+            f"--class_labels applies to a pipeline whose model has classes, and this one has none; got "
+            f"{config.class_labels!r}: leave it out"
+        )
     facts = read_record(config.pipeline)
     data = open_real_data(config, facts, pipeline, accelerator.print)
     config = replace(data.config, num_samples=data.config.num_samples or (20 if data.config.task else 1000))
@@ -122,6 +128,8 @@ def complete(config: EvaluateConfig, data: RealData, pipeline, own, accelerator)
         guidance_interval=config.guidance_interval or (0.0, 1.0), on_bad_image=config.on_bad_image,
     )  # fmt: skip
     steps, scales = _numbers_of_steps(config, pipeline, own), config.guidance_scale or [1.0]
+    asked = {name: getattr(config, name) for name in config.given()}
+    check_jumps(pipeline, max(steps), asked, config.jump_length, config.jump_n_sample)
     completion = Completion(accelerator, data.dataset, data.held_out, data.shape, settings, data.classes)
     for scale in scales:
         completion.check(pipeline, scale)

@@ -11,6 +11,11 @@ from pathlib import Path
 
 from ddpm_hf.arguments import SuggestingParser
 
+KEPT = (
+    "--hub_license applies to cards that nobody has edited, and {card} was edited and is kept; got {licence!r}: write "
+    "the licence there"
+)
+
 
 def main(arguments: list) -> int:
     """Publish as the arguments say, and return the exit status."""
@@ -35,11 +40,17 @@ def main(arguments: list) -> int:
     # after the options, because they are slow to import
     from ddpm_hf.hub.card import Parts
     from ddpm_hf.hub.publish import Target, open_repo, publish_space, publish_with_patience
+    from ddpm_hf.pipeline import card_to_keep, is_own_card
 
     target = Target(given.hub_model_id, given.hub_revision, given.create_pr, given.hub_private_repo, given.hub_license)
     try:
         Parts(given.pipeline)  # before anything is made on the Hub
+        card = given.pipeline / "README.md"
+        if given.hub_license and card.exists() and not is_own_card(card.read_text(encoding="utf-8")):
+            raise ValueError(KEPT.format(card=card, licence=given.hub_license))
         target = open_repo(target)
+        if given.hub_license and card_to_keep(target.repo_id, target.revision):
+            raise ValueError(KEPT.format(card=f"the card of {target.repo_id}", licence=given.hub_license))
         run = given.pipeline.resolve().parent if given.hub_upload_state else None
         done = publish_with_patience(given.pipeline, target, given.message, run=run)
         print(f"published: {done['url']}")

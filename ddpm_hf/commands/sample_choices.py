@@ -7,6 +7,7 @@ import argparse
 import csv
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import diffusers
@@ -17,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ddpm_hf import DDPMPipeline1D, GaussianScheduler
+from ddpm_hf.arguments import Need, check_needs
 from ddpm_hf.choices import IMAGE_FORMATS, SEQUENCE_FORMATS
 from ddpm_hf.data.images import IMAGE_MODES, find_images, to_mode
 from ddpm_hf.data.sequence_files import read_sequences
@@ -29,6 +31,23 @@ from ddpm_hf.pipeline.varying import VARYING_RULES
 from ddpm_hf.pipeline.windows import Windows
 from ddpm_hf.run.record import without_folders
 
+# What options need to have an effect, beside the rules of the pipeline's call.
+NEEDS = (
+    Need(("jump_length", "jump_n_sample"), lambda c: c.known is not None, "items to complete (--known)", "without it"),
+    Need(("guidance_rescale", "guidance_interval"), lambda c: c.guidance_scale != 1,
+         "samples with guidance", "with --guidance_scale 1"),
+    Need(("method", "overlap"), lambda c: not c.as_trained, "samples of another size than in training"),
+    Need(("eta",), lambda c: c.takes_eta,
+         "DDIM steps, which are fewer than the model has timesteps, or those of --scheduler ddim", "for DDPM steps"),
+)  # fmt: skip
+# What the jumps of RePaint need; jump_n_sample 1 asks for none.
+JUMP_NEEDS = (
+    Need(("jump_length", "jump_n_sample"), lambda c: not c.is_trained_to_complete,
+         "models that were not trained to complete", "for one that was"),
+    Need(("jump_length",), lambda c: c.jump_n_sample > 1, "jumps", "with --jump_n_sample 1, which is none"),
+    Need(("jump_length", "jump_n_sample"), lambda c: c.steps > c.jump_length,
+         "chains of more steps than --jump_length", "with {c.steps} steps and --jump_length {c.jump_length}"),
+)  # fmt: skip
 LABEL_FILES = (".csv", ".txt")
 TO_EIGHT_BIT = ("png", "webp", "npz", "parquet")  # formats of images that hold 8-bit values
 
@@ -180,6 +199,49 @@ def check_numbers(given: argparse.Namespace, pipeline, labels: list | None, guid
         pipeline, 1, labels and labels[:1], given.guidance_scale, given.guidance_rescale,
         tuple(given.guidance_interval), guide,
     )  # fmt: skip
+
+
+def check_effects(given: argparse.Namespace, asked: dict, pipeline, size: "SampleSize") -> None:
+    """Check that every option that is asked for has an effect, once the timesteps are chosen.
+
+    Args:
+        given: the options.
+        asked: those that are not at their defaults.
+        pipeline: the pipeline, with its scheduler.
+        size: the size of the samples.
+
+    Raises:
+        ValueError: one has none.
+    """
+    config, steps = pipeline.scheduler.config, len(pipeline.scheduler.timesteps)
+    takes_ddpm = config.get("sampler") == "ddpm" or steps == config.num_train_timesteps
+    trained = None if pipeline.unet.config.sample_size is None else tuple(pipeline._size())
+    facts = SimpleNamespace(
+        **vars(given), as_trained=size.size in (None, trained),
+        takes_eta=not (isinstance(pipeline.scheduler, GaussianScheduler) and config.sampler != "ddim" and takes_ddpm),
+    )  # fmt: skip
+    check_needs(NEEDS, asked, facts)
+    check_jumps(pipeline, steps, asked, given.jump_length, given.jump_n_sample)
+
+
+def check_jumps(pipeline, steps: int, asked: dict, jump_length: int, jump_n_sample: int) -> None:
+    """Check that the options of RePaint that are asked for have an effect.
+
+    Args:
+        pipeline: the pipeline that completes.
+        steps: the number of sampling steps.
+        asked: the options that are not at their defaults.
+        jump_length, jump_n_sample: as in `inpaint`.
+
+    Raises:
+        ValueError: one has none.
+    """
+    facts = SimpleNamespace(
+        is_trained_to_complete=pipeline.config.get("condition") == "known", steps=steps, jump_length=jump_length,
+        jump_n_sample=jump_n_sample,
+    )  # fmt: skip
+    asked = {name: value for name, value in asked.items() if (name, value) != ("jump_n_sample", 1)}
+    check_needs(JUMP_NEEDS, asked, facts)
 
 
 class SampleSize(NamedTuple):

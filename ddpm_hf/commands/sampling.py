@@ -16,10 +16,12 @@ from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.choices import SAMPLING_PRECISIONS
+from ddpm_hf.commands.sample import make_parser
 from ddpm_hf.commands.sample_choices import (
     Known,
     SampleSize,
     Start,
+    check_effects,
     check_numbers,
     choose_format,
     choose_labels,
@@ -157,6 +159,7 @@ def prepare(given: argparse.Namespace) -> Work:
     count = given.num_samples if conditions is None else conditions.count
     labels = choose_labels(pipeline, given.class_labels, count)
     check_numbers(given, pipeline, labels, guide)
+    check_effects(given, make_parser().asked(given), pipeline, size)
     known = read_known(pipeline, given.known, given.mask)
     start = read_start(pipeline, given)
     if conditions is not None:

@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMPipeline1D
+from ddpm_hf.arguments import Need, check_needs
 from ddpm_hf.commands.sample_choices import choose_scheduler
 from ddpm_hf.commands.sample_files import check_settings, open_folder, write_aside
 from ddpm_hf.commands.sampling import in_precision, pipeline_settings, together
-from ddpm_hf.commands.score import METHODS, READING
+from ddpm_hf.commands.score import METHODS, READING, make_parser
 from ddpm_hf.commands.score_files import ENDINGS, ScoreParts, read_scores, write_table
 from ddpm_hf.data.loading import Part, underlying
 from ddpm_hf.data.scaling import has_own_units, scaling_of
@@ -50,6 +51,14 @@ BLOCK = 64  # the number of items in a part
 STRONGEST = 0.98  # the share of the items whose maps stay within the colours of the pictures
 # Settings on which no score depends: a run that was stopped may go on with others.
 FREE = ("output", "batch_size", "dataloader_num_workers", "labels", "normal", "save_reference")
+
+# What options need to have an effect.
+NEEDS = (
+    Need(("smoothing",), lambda c: c.maps, "maps (--maps or --masks)", "without them"),
+    Need(("num_reference",), lambda c: c.reference, "a --reference", "without one"),
+    Need(("scheduler",), lambda c: c.method == "denoising" or c.complete,
+         "--method denoising and to --complete, because no other score depends on it", "for {c.method}"),
+)  # fmt: skip
 
 
 def check_options(given: argparse.Namespace, pipeline) -> None:
@@ -87,6 +96,7 @@ def check_options(given: argparse.Namespace, pipeline) -> None:
         raise ValueError(f"--complete and --on_missing {given.on_missing} exclude each other")
     if given.normal and not given.labels:
         raise ValueError(f"--normal needs --labels, got {given.normal}")
+    check_needs(NEEDS, make_parser().asked(given), given)
     _check_classes(given, pipeline)
     _check_reference(given)
 
@@ -335,6 +345,11 @@ class Run:
         check_settings(found, self.settings, f"--output {self.given.output}", "output", "scores")
         if self.masks is not None and not self.map_file.exists():
             raise ValueError(f"--masks needs the maps, and {self.map_file} is gone: choose another --output")
+        if self.given.save_reference and self.given.method not in (self.pipeline.config.get("score_quantiles") or {}):
+            raise ValueError(
+                "--save_reference must be given to the run that scores the reference, and that of --output "
+                f"{self.given.output} has ended without it: choose another --output"
+            )
         return True
 
     def check_new(self) -> None:

@@ -1,8 +1,50 @@
 """Options of the evaluation of a saved pipeline, as the program evaluate.py takes them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
+from typing import Any
 
-from ddpm_hf.evaluation.settings import FEATURE_FRECHET, FIDELITY
+from ddpm_hf.arguments import Need, check_needs
+from ddpm_hf.evaluation.settings import BY_CLASS, FEATURE_FRECHET, FIDELITY, HELD_OUT, LIKELIHOOD, OF_FEATURES
+
+
+def _measures(*metrics: str) -> Callable[[Any], bool]:
+    """Return a function that returns True if the options ask for one of these metrics, or for the usual ones."""
+    return lambda c: c.metrics is None or not set(metrics).isdisjoint(c.metrics)
+
+
+def _draws_samples(c) -> bool:
+    """Return True if the options ask for something that is computed from samples."""
+    return bool(c.task or c.classifier or c.metrics is None or set(c.metrics) - {*HELD_OUT, *LIKELIHOOD})
+
+
+OF_SEQUENCES = (FEATURE_FRECHET, *FIDELITY)  # the metrics of sequences that are computed from features
+# What options need to have an effect: the facts are all options, and `is_image`.
+NEEDS = (
+    Need(("metrics", "per_class", "classifier", "feature_network", "feature_resolution", "eval_cache_dir",
+          "random_flip", "num_neighbours", "likelihood_items", "likelihood_timesteps"),
+         lambda c: not c.task, "evaluations of samples, not to --task {c.task}"),
+    Need(("unknown_share", "num_items", "season", "jump_length", "jump_n_sample"), lambda c: c.task, "a --task"),
+    Need(("likelihood_items", "likelihood_timesteps"), lambda c: "bits_per_dim" in (c.metrics or ()),
+         "the metric bits_per_dim", "without it"),
+    Need(("feature_resolution", "eval_cache_dir", "random_flip"), lambda c: c.is_image, "images", "for sequences"),
+    Need(("feature_network",), lambda c: c.is_image or c.feature_network != "pixels", "images", "for sequences"),
+    Need(("feature_network",), lambda c: c.is_image or set(OF_SEQUENCES) & set(c.metrics or ()),
+         f"the metrics {', '.join(OF_SEQUENCES)} of sequences", "without any of them"),
+    Need(("feature_network", "feature_resolution"), lambda c: not c.is_image or _measures(*OF_FEATURES)(c),
+         f"the metrics {', '.join(OF_FEATURES)} of images", "without any of them"),
+    Need(("feature_resolution",), lambda c: c.feature_network not in ("inception", "pixels"),
+         "a TorchScript --feature_network", "with {c.feature_network!r}"),
+    Need(("eval_cache_dir",), _measures("memorization", *OF_FEATURES),
+         f"the metrics {', '.join(('memorization', *OF_FEATURES))}", "without any of them"),
+    Need(("random_flip",), _measures("memorization"), "the metric memorization", "without it"),
+    Need(("per_class",), _measures(*BY_CLASS), f"the metrics {', '.join(BY_CLASS)}", "without any of them"),
+    Need(("num_samples", "num_real", "num_inference_steps", "sampler", "guidance_scale", "guidance_interval"),
+         _draws_samples, "samples, which these metrics do not need", "with --metrics {c.metrics}"),
+    Need(("guidance_interval",), lambda c: set(c.guidance_scale or [1]) != {1}, "samples with guidance",
+         "with --guidance_scale 1"),
+)  # fmt: skip
 
 
 def _option(default, help: str):
@@ -142,39 +184,10 @@ class EvaluateConfig:
         return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
 
     def check_scope(self, is_image: bool) -> None:
-        """Check that options of features, of mirrored images and of tasks are given only where they have an effect.
-
-        Options of the data are checked when it is opened.
+        """Check that options are given only where they have an effect; those of the data are checked when it is opened.
 
         Raises:
             ValueError: if one was given that has none.
         """
-        given = self.given()
-        of_samples = ("metrics", "per_class", "classifier", "feature_network", "feature_resolution", "eval_cache_dir",
-                      "random_flip", "num_neighbours", "likelihood_items", "likelihood_timesteps")  # fmt: skip
-        of_tasks = ("unknown_share", "num_items", "season", "jump_length", "jump_n_sample")
-        for name in of_samples if self.task else of_tasks:
-            if name in given:
-                only = f"evaluations of samples, not to --task {self.task}" if self.task else "a --task"
-                raise ValueError(f"--{name} applies to {only}; got {getattr(self, name)!r}: leave it out")
-        for name in ("likelihood_items", "likelihood_timesteps"):
-            if name in given and "bits_per_dim" not in (self.metrics or ()):
-                raise ValueError(
-                    f"--{name} applies to the metric bits_per_dim; got {getattr(self, name)!r} without it: leave it out"
-                )
-        of_images = ["feature_resolution", "eval_cache_dir", "random_flip"]
-        if self.feature_network == "pixels" or not {FEATURE_FRECHET, *FIDELITY} & set(self.metrics or ()):
-            of_images.insert(0, "feature_network")
-        for name in of_images:
-            if name in given and not is_image and name == "feature_network" and self.feature_network != "pixels":
-                raise ValueError(
-                    f"--feature_network applies to the metrics {', '.join((FEATURE_FRECHET, *FIDELITY))} of sequences; "
-                    f"got {self.feature_network!r} without any of them: name one in --metrics, or leave it out"
-                )
-            if name in given and not is_image:
-                raise ValueError(f"--{name} applies to images; got {getattr(self, name)!r} for sequences: leave it out")
-        if "feature_resolution" in given and self.feature_network in ("inception", "pixels"):
-            raise ValueError(
-                f"--feature_resolution applies to a TorchScript --feature_network; got {self.feature_resolution} with "
-                f"{self.feature_network!r}: leave it out"
-            )
+        facts = SimpleNamespace(is_image=is_image, **vars(self))
+        check_needs(NEEDS, {name: getattr(self, name) for name in self.given()}, facts)

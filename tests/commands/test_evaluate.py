@@ -62,6 +62,14 @@ def test_the_program(sequences, capsys):
         ("--feature_network=pixels", "--feature_network applies to images; got 'pixels' for sequences"),
         ("--feature_network=x.pt2", "--feature_network applies to the metrics feature_frechet, precision, recall"),
         ("--eval_cache_dir=x", "--eval_cache_dir applies to images"),
+        ("--guidance_interval 0 0.5", "--guidance_interval applies to samples with guidance"),
+        ("--metrics bits_per_dim --num_samples=9", "--num_samples applies to samples, which these metrics do not need"),
+        ("--metrics held_out_loss --sampler=fast", "--sampler applies to samples, which these metrics do not need"),
+        ("--class_labels=label", "--class_labels applies to a pipeline whose model has classes"),
+        (
+            "--task=forecast --holdout=0 --jump_n_sample=3 --num_inference_steps=5",
+            "got 3 with 5 steps and --jump_length 10",
+        ),
         ("--image_column=image", "image_column applies to tables of images"),
         ("--on_bad_image=skip", "on_bad_image applies to images"),
     ],
@@ -70,7 +78,7 @@ def test_what_the_program_refuses(option, message, sequences, capsys):
     name = option.split("=")[0]
     others = {"--pipeline": sequences, "--data": "ecg"}
     command = [f"{key}={value}" for key, value in others.items() if key != name]
-    assert evaluate_script.main([*command, option]) == 2
+    assert evaluate_script.main([*command, *option.split(" ")]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -144,7 +152,7 @@ def test_the_program_holds_out_what_the_run_did(tmp_path, capsys):
     ):
         assert evaluate_script.main([*command, option]) == 2
         assert message in capsys.readouterr().err
-    assert evaluate_script.main([*command, "--holdout=0", "--metrics=held_out_loss"]) == 0
+    assert evaluate_script.main([*command, "--holdout=0", "--metrics", "frechet", "held_out_loss"]) == 0
     # another name is other data; so long a table has no sequences of its columns
     other = shutil.copy(table, tmp_path / "other.csv")
     command[1] = f"--data={other}"

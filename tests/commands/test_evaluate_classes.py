@@ -88,7 +88,10 @@ def test_a_run_with_classes_is_measured_as_in_training(tmp_path):
         (["--data=digits"], "class_labels must name the classes of the data"),
         (["--data=digits", "--class_labels=label", "--per_class", "--num_samples=9"], "num_samples must be about"),
         (["--data=digits", "--class_labels=label", "--guidance_scale=-1"], "guidance_scale must be"),
-        (["--data=digits", "--class_labels=label", "--guidance_interval", "0.5"], "guidance_interval must be two"),
+        (
+            ["--data=digits", "--class_labels=label", "--guidance_scale=2", "--guidance_interval", "0.5"],
+            "guidance_interval must be two",
+        ),
         (["--data=digits", "--class_labels=label", "--classifier=none.pt"], "there is no file none.pt"),
         (["--data=digit"], "did you mean digits?"),
     ],

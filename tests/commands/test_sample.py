@@ -42,6 +42,8 @@ def pipelines(tmp_path_factory):
     DDPMPipeline(paired, scheduler, condition="paired", condition_size=[4, 4]).save_pretrained(folder / "paired")
     leads = {"condition": "paired", "condition_size": [4], "condition_shift": [5, 0], "condition_scale": [2, 1]}
     DDPMPipeline1D(UNet1D(condition_channels=2, **small), scheduler, **leads).save_pretrained(folder / "leads")
+    told = UNet1D(condition_channels=2, **small)
+    DDPMPipeline1D(told, scheduler, condition="known").save_pretrained(folder / "told")
     Image.new("L", (8, 8), 9).save(folder / "large.png")
     (folder / "twice").mkdir()
     for ending in ("png", "bmp"):
@@ -152,10 +154,21 @@ def test_parts_of_a_stopped_run_are_kept(pipelines, tmp_path, monkeypatch):
         ("images", "--format=webp", "--format webp has no grey images"),
         ("images", "--guide={}/sequences", "--guide must be a pipeline of the same kind"),
         ("images", "--guide={}/images", "with a --guidance_scale other than 1; got a DDPMPipeline and 1"),
+        ("images", "--jump_length=3", "--jump_length applies to items to complete (--known); got 3 without it"),
+        ("sequences", "--jump_n_sample=1", "--jump_n_sample applies to items to complete (--known); got 1"),
+        ("images", "--guidance_rescale=0.5", "applies to samples with guidance; got 0.5 with --guidance_scale 1"),
+        ("images", "--guidance_interval 0 0.5", "--guidance_interval applies to samples with guidance"),
+        ("sequences", "--length=8 --method=joint", "--method applies to samples of another size than in training"),
+        ("images", "--width=8 --overlap=2", "--overlap applies to samples of another size than in training"),
+        ("sequences", "--num_inference_steps=10 --eta=0", "--eta applies to DDIM steps, which are fewer than"),
+        ("sequences", "--scheduler=ddpm --eta=1", "or those of --scheduler ddim; got 1.0 for DDPM steps"),
+        ("sequences", "--known=a.npy --jump_n_sample=3", "got 3 with 2 steps and --jump_length 10: leave it out"),
+        ("sequences", "--known=a.npy --jump_length=1 --jump_n_sample=1", "--jump_length applies to jumps; got 1 with"),
+        ("told", "--known=a.npy --jump_length=1", "--jump_length applies to models that were not trained to complete"),
     ],
 )
 def test_refusals_come_before_anything_is_written(pipelines, tmp_path, capsys, kind, option, message):
-    assert run(pipelines, kind, tmp_path / "a", option.format(pipelines)) == 2
+    assert run(pipelines, kind, tmp_path / "a", *option.format(pipelines).split(" ")) == 2
     assert message.replace("{}", str(pipelines)) in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
@@ -233,7 +246,7 @@ def test_sequences_with_gaps_are_completed_in_turn(pipelines, tmp_path):
     known[0, 0, 3:] = np.nan
     known[1, 0, :2] = np.nan
     np.save(tmp_path / "known.npy", known)
-    options = [f"--known={tmp_path}/known.npy", "--jump_n_sample=2"]
+    options = [f"--known={tmp_path}/known.npy", "--jump_length=1", "--jump_n_sample=2"]
     assert run(pipelines, "sequences", tmp_path / "a", *options) == 0
     samples = np.load(tmp_path / "a" / "samples.npy")
     for number, sample in enumerate(samples):

@@ -93,7 +93,7 @@ def test_sequences_are_the_same_for_any_batch_and_block(place, tmp_path, monkeyp
             assert {path.name for path in (folder / "b-maps").iterdir()} == {f"{n:06d}.png" for n in range(5)}
 
 
-def test_a_saved_reference_gives_percentiles(place, tmp_path):
+def test_a_saved_reference_gives_percentiles(place, tmp_path, capsys):
     """Later runs with the same options of the method have percentiles; the folder loads as before."""
     pipeline = tmp_path / "pipeline"
     shutil.copytree(place / "sequences", pipeline)
@@ -108,6 +108,11 @@ def test_a_saved_reference_gives_percentiles(place, tmp_path):
     assert np.allclose(two["percentile"][order], [0, 25, 50, 75, 100], atol=0.5)
     loaded = load_pipeline(str(pipeline))
     assert set(loaded.config["score_quantiles"]) == {"reconstruction"}
+    assert run(place, "sequences", tmp_path / "a.csv", *reference) == 0  # has ended, and kept its reference
+    more = (*reference, "--method=noise")
+    assert run(place, "sequences", tmp_path / "d.csv", *more[::2], more[3]) == 0
+    assert run(place, "sequences", tmp_path / "d.csv", *more) == 2
+    assert "that scores the reference" in capsys.readouterr().err
     assert content(place / "sequences" / "unet") == content(pipeline / "unet")
 
 
@@ -153,6 +158,9 @@ def test_windows_have_places_and_masks_of_their_recording(place, tmp_path):
         ("images", "--batch_size=0", "batch_size must be a whole number of at least 1, got 0"),
         ("images", "--labels=folder", "--normal names the normal ones of the classes bad, good"),
         ("images", "--normal=good", "--normal needs --labels"),
+        ("images", "--smoothing=2", "--smoothing applies to maps (--maps or --masks); got 2.0 without them"),
+        ("images", "--num_reference=9", "--num_reference applies to a --reference; got 9 without one"),
+        ("images", "--scheduler=ddim", "because no other score depends on it; got 'ddim' for reconstruction"),
         ("images", "--scheduler=Nothing", "got 'Nothing'"),
         ("sequences", "--save_reference", "--save_reference needs --reference"),
         ("sequences", "--masks=nothing.npy", "nothing.npy cannot be read"),

@@ -373,6 +373,8 @@ def test_an_edited_card_stays(hub, session, tmp_path):
     assert [status for status, _ in session(publish, ["hf_alice", push])] == [0, 0]
     files = hub.files("alice/digits")
     assert files["README.md"] == edited and "notes.txt" in files and "unet/unet_ddpm_hf_0_0_1.py" not in files
+    before = repo.branches["main"]
+    assert session([*publish, "--hub_license=mit"])[0][0] == 2 and repo.branches["main"] == before
     hub.fail_next("HEAD", "README.md", how=503, times=20)  # not known whether it was edited: nothing is overwritten
     assert session(publish)[0][0] == 2 and hub.files("alice/digits")["README.md"] == edited
 
@@ -392,6 +394,14 @@ def test_pushed_from_python_it_loads_everywhere(hub, at, load, tmp_path):
         assert validate_card(hub.files(name)["README.md"].decode()) == []
     hub.repos["models", "alice/one"].private = False
     assert load(*(("DiffusionPipeline", f"alice/{n}", "main") for n in ("one", "two"))) == [samples(pipe)] * 2
+
+
+def test_a_licence_for_a_card_that_is_kept_is_refused(tmp_path, capsys):
+    """Before the Hub is asked anything."""
+    make("images").save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# Mine")
+    assert load_program("publish").main([str(tmp_path), *TO_DIGITS, "--hub_license=mit"]) == 2
+    assert f"{tmp_path / 'README.md'} was edited and is kept" in capsys.readouterr().err
 
 
 def test_a_damaged_folder_is_not_published(tmp_path, capsys):
