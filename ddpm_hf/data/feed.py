@@ -3,6 +3,7 @@
 A feed gives a `torch` loader of batches from any step on, and says what must be kept to go on from there.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -33,6 +34,11 @@ from ddpm_hf.data.scientific_images import ScientificImages
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.data.streaming import ImageStream, Place, StreamingSampler, StreamingView, probe
 from ddpm_hf.data.tables import saved_to_disk
+
+
+def is_map_style(dataset) -> bool:
+    """Return True if a dataset has a length and is indexed by numbers."""
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, Mapping)
 
 
 class StoredFeed:
@@ -67,8 +73,11 @@ class StoredFeed:
     """
 
     def __init__(self, dataset, config, kind: str | None = None):
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise ValueError(f"dataset must be map-style (len and indexing), got {type(dataset).__name__}")
+        if not is_map_style(dataset):
+            raise ValueError(
+                "dataset must be map-style (len, and indexing by numbers; of several splits one, as "
+                f"dataset['train']), got {type(dataset).__name__}"
+            )
         if len(dataset) == 0:
             raise ValueError("the data is empty: at least one item is needed")
         self.config, self.dataset, self.held_out, self.split = config, dataset, None, None

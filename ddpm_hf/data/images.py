@@ -271,7 +271,7 @@ class ImageDataset(Dataset):
             whole = len(sources) * resolution[0] * resolution[1] * channels if center_crop else float("inf")
             try:
                 self.cache = ImageCache(len(sources), int(min(cache_gb * 1e9, whole)))
-            except OSError as error:
+            except (OSError, OverflowError) as error:
                 raise ValueError(f"cache_gb must be memory that there is, got {cache_gb}: {error}") from error
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ from PIL import Image
 from ddpm_hf.config import BUNDLED, SOURCES, TrainConfig
 from ddpm_hf.data import tables
 from ddpm_hf.data.conditions import array_conditions, folder_conditions, image_conditions, sequence_conditions
-from ddpm_hf.data.feed import StoredFeed, StreamedFeed
+from ddpm_hf.data.feed import StoredFeed, StreamedFeed, is_map_style
 from ddpm_hf.data.given import GivenUnits
 from ddpm_hf.data.images import ImageDataset, digits, find_images, image_folder, subfolder_labels
 from ddpm_hf.data.labels import Labels, check_column, table_labels
@@ -48,7 +48,7 @@ def open_data(config: TrainConfig, dataset: Any = None) -> StoredFeed | Streamed
                 f"{option} is for tensors and arrays given from Python, and {type(dataset).__name__} has a scaling of "
                 f"its own; got {getattr(config, option)!r}"
             )
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
+        if not is_map_style(dataset) or not len(dataset):
             StoredFeed(dataset, config)  # refuses it
         dataset = GivenUnits(dataset, config.image_norm, config.image_range)
     feed = (StreamedFeed if isinstance(dataset, ImageStream) else StoredFeed)(dataset, config, kind)
