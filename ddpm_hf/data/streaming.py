@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,8 +111,8 @@ class ImageStream:
         scaling: the map between 8-bit levels and model units.
         length: number of images, or None where the dataset does not tell it.
         class_names: the names of the classes, or None.
-        pairs: the first images that can be read, with their classes and conditions, or None. Other conditions have the
-            form of the first one.
+        pairs: images of several shards that can be read, with their classes and conditions, or None. Other conditions
+            have the form of the first one.
 
     Raises:
         ValueError: the data holds no images, the column of the classes does not name them, or an image and its
@@ -141,9 +141,12 @@ class ImageStream:
             self._keep_pairs(kept)
 
     def _keep_pairs(self, count: int) -> None:
-        """Keep the first `count` pairs that can be read, or fewer; the first one tells the form of all conditions."""
+        """Keep the first `count` pairs that can be read, or fewer; the first one tells the form of all conditions.
+
+        Shards take turns, because each of them may hold one class alone.
+        """
         form, classes, last = self.images, [], None
-        for place in islice(self.sources(), max(count, LOOKED_AT)):
+        for place in islice(self._in_turn(), max(count, LOOKED_AT)):
             row, (image, _, condition) = Row(0, *place), _parts(place[-1])
             try:
                 self.load(row, None)
@@ -179,6 +182,19 @@ class ImageStream:
         for shard in range(self.num_shards):
             for row, source in enumerate(self.read(shard, 0)):
                 yield shard, row, source
+
+    def _in_turn(self) -> Iterator[tuple[int, int, Any]]:
+        """Yield what `sources` yields, a row of `OPEN_SHARDS` evenly spaced shards in turn; then the others."""
+
+        def rows(shard: int) -> Iterator[tuple[int, int, Any]]:
+            return ((shard, row, source) for row, source in enumerate(self.read(shard, 0)))
+
+        first = list(dict.fromkeys(place * self.num_shards // OPEN_SHARDS for place in range(OPEN_SHARDS)))
+        for turn in zip_longest(*map(rows, first)):
+            yield from (place for place in turn if place is not None)
+        for shard in range(self.num_shards):
+            if shard not in first:
+                yield from rows(shard)
 
     def load(self, row: Row, rng: np.random.Generator | None) -> Tensor:
         """Decode a row's image, augmented by `rng` if given, as uint8 (C, H, W).

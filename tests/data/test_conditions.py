@@ -162,6 +162,24 @@ def test_a_stream_gives_the_pairs_of_the_table(sources):
         assert feed.labels.numbers[index] == CLASSES[index]
 
 
+def test_pictures_have_pairs_of_several_shards(tmp_path):
+    """Each of 20 shards holds one class; 16 of them take turns, then come the others, and each row is there once."""
+    count = 40
+    kinds = {"image": datasets.Image(), "small": datasets.Image(), "k": datasets.ClassLabel(num_classes=20)}
+    rows = {"image": [Image.new("L", (4, 4), n) for n in range(count)], "small": [Image.new("L", (2, 2))] * count,
+            "k": [n // 2 for n in range(count)]}  # fmt: skip
+    table = datasets.Dataset.from_dict(rows, datasets.Features(kinds))
+    table.save_to_disk(str(tmp_path / "x"), num_shards=20)
+    options = {"train_data_dir": str(tmp_path / "x"), "image_column": "image", "condition_column": "small",
+               "class_labels": "k", "resolution": [4], "image_channels": 1, "streaming": True}  # fmt: skip
+    turn = [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18]
+    assert open_data(TrainConfig(**options, num_samples=18)).labels.numbers.tolist() == [*turn, 0, 1]
+    feed = open_data(TrainConfig(**options, num_samples=count))
+    assert feed.labels.numbers.tolist() == [*turn, *turn, 4, 4, 9, 9, 14, 14, 19, 19]
+    seen = {int(load_pair(feed.paired, feed.condition, index)[0][0, 0, 0]) for index in range(count)}
+    assert seen == set(range(count))
+
+
 def test_pairs_of_a_stream_that_do_not_fit(sources, tmp_path):
     """The row is named: before training if it is one of the first pairs, and otherwise by the batch."""
     options = sources["stream"][0]
