@@ -95,7 +95,7 @@ def open_folder(folder: str, split: str, streaming: bool = False) -> Any:
             raise ValueError(f"dataset_split applies where several splits are; {folder} holds one, got {split!r}")
         shards = len(table.cache_files) or 1
         return table.to_iterable_dataset(num_shards=min(shards, max(1, len(table)))) if streaming else table
-    kinds = sorted({os.path.splitext(path)[1] for path in _table_files(list_folder(folder))})
+    kinds = sorted({os.path.splitext(path)[1].lower() for path in _table_files(list_folder(folder))})
     if len(kinds) != 1:
         found = f"files of {', '.join(kinds)}" if kinds else "no tables"
         raise ValueError(f"train_data_dir must hold tables of one kind ({', '.join(BUILDERS)}); {folder} has {found}")
@@ -114,7 +114,7 @@ def saved_to_disk(folder: Path) -> bool:
 
 
 def _table_files(listing: Listing) -> list[str]:
-    return [path for path in listing.files if path.endswith(tuple(BUILDERS)) and path not in listing.broken]
+    return [path for path in listing.files if path.lower().endswith(tuple(BUILDERS)) and path not in listing.broken]
 
 
 def _reason(error: Exception) -> str:

@@ -21,6 +21,7 @@ FORMS = {
         {"train": table(), "test": table(PICTURES[:1])}
     ).save_to_disk(str(folder)),
     "parquet": lambda folder: (folder.mkdir(), table().to_parquet(str(folder / "train-00000.parquet"))),
+    "parquet in capitals": lambda folder: (folder.mkdir(), table().to_parquet(str(folder / "X.PARQUET"))),
     "arrow": lambda folder: (
         table().save_to_disk(str(folder.parent / "aside"))
         or (folder.parent / "aside").rename(folder)
