@@ -287,7 +287,9 @@ def diffusion_loss(
     # Autocast keeps the weights that it has cast. Those of a call without gradients (the estimate above, or a sampler)
     # have no history, and the call below would take them, at least up to torch 2.9: most weights would get no gradient.
     # Turning the cache off around the estimate does not help: a model's own autocast (accelerate's) turns it on again.
-    torch.clear_autocast_cache()
+    # torch.compile keeps no casts, and cannot follow the call up to torch 2.11.
+    if not torch.compiler.is_compiling():
+        torch.clear_autocast_cache()
     output = model(x_t, timesteps, **extra).sample
     wide = torch.promote_types(target.dtype, torch.float32)
     loss = _mean((_split(output, x0, scheduler).to(wide) - target.to(wide)).square(), counted)

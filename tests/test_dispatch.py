@@ -74,8 +74,10 @@ def test_few_operations(kind, call, step, dtype, card_kernels):
     """A call, and forward and backward of a step, of the default model.
 
     In version 0.2.0 these were 509 and 1370 in 2D and float32. What is left are the layers themselves: 57 convolutions,
-    56 norms and products of attention, 39 SiLU, 39 linear layers, and 47 sums, of which 28 are skips.
+    56 norms and products of attention, 39 SiLU, 39 linear layers, and 47 sums, of which 28 are skips. The backward pass
+    of torch 2.11 has up to 67 more.
     """
+    step += 0 if torch.__version__ >= "2.14" else 67
     model, x, t = on_meta(kind, dtype)
     with torch.no_grad(), CountOperations() as counter:
         model(x, t)

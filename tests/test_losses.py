@@ -350,6 +350,27 @@ def test_draws_and_loss_compile_whole(target, sampling, weighting, own):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
+def test_a_compiled_loss_keeps_the_gradients_under_autocast():
+    """Though nothing empties autocast's cache between the estimate of x0 and the call with gradients."""
+    model, noise = nn.Conv2d(1, 1, 1), torch.randn(2, 1, 4, 4)
+    x0, t = torch.rand(2, 1, 4, 4), torch.tensor([5, 900])
+
+    def loss():
+        def predict(x, t, x_self_cond=None):
+            return UNet2DOutput(sample=model(x if x_self_cond is None else x + x_self_cond))
+
+        with torch.autocast("cpu", torch.bfloat16):
+            return diffusion_loss(predict, GaussianScheduler(), x0, t, noise, self_condition=True).loss.mean()
+
+    torch._dynamo.reset()
+    gradients = []
+    for function in (loss, torch.compile(loss, backend="aot_eager")):
+        model.zero_grad()
+        function().backward()
+        gradients.append(model.weight.grad.clone())
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=0)
+
+
 def test_bad_shapes(batch):
     s = GaussianScheduler()
     with pytest.raises(ValueError, match="shaped as x0"):
