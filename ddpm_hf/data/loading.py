@@ -271,21 +271,19 @@ class TrainingView(Dataset):
     Args:
         on_bad: an image that cannot be read makes the item an error ("stop"), or another image stands in for it, drawn
             from all images by (seed, epoch, index) ("skip").
-        augment: False leaves the items as the dataset has them.
         labels: the class number of each item (`item_labels`); None: classes are not asked for.
         condition: the conditions, as `load_pair` takes them; None: conditions are not asked for.
     """
 
     def __init__(
-        self, dataset, seed: int, on_bad: str = "stop", augment: bool = True, labels: np.ndarray | None = None,
-        condition: Any = None,
-    ):  # fmt: skip
+        self, dataset, seed: int, on_bad: str = "stop", labels: np.ndarray | None = None, condition: Any = None
+    ):
         self.dataset, self.seed, self.on_bad = dataset, seed, on_bad
         self.labels, self.condition = labels, condition
         sources = (underlying(dataset), condition)
         # a seed and a generator take longer than a cached item, so they are made where something is drawn
         images = [data for data in sources if isinstance(data, (ImageDataset, ScientificImages))]
-        self._draws = augment and any(data.augments for data in images)
+        self._draws = any(data.augments for data in images)
 
     def __len__(self) -> int:
         return len(self.dataset)

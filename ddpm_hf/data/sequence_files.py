@@ -9,7 +9,7 @@ import numpy as np
 
 from ddpm_hf.data.csv_files import csv_column, csv_columns, is_number, read_csv
 from ddpm_hf.data.labels import Labels, check_column, table_labels
-from ddpm_hf.data.tables import arrange, open_files, table_condition, table_sequences
+from ddpm_hf.data.tables import arrange, open_parquet, table_condition, table_sequences
 
 FILE_ENDINGS = (".npy", ".npz", ".csv", ".parquet")
 LABEL_ENDINGS = (".npy", ".csv", ".txt")
@@ -50,7 +50,7 @@ def read_sequences(
     if suffix == ".csv":
         return arrange(read_csv(path, columns, leave_out, missing, decimal, notes, as_recording), as_recording)
     if suffix == ".parquet":
-        return table_sequences(open_files("parquet", [path]), columns, as_recording, path, leave_out)
+        return table_sequences(open_parquet(path), columns, as_recording, path, leave_out)
     try:
         if suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -79,7 +79,7 @@ def read_condition(
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".parquet":
-        return table_condition(open_files("parquet", [path]), column, as_recording, path)
+        return table_condition(open_parquet(path), column, as_recording, path)
     if suffix == ".csv":
         names = csv_columns(path, column, "condition_column")
         return arrange(read_csv(path, names, None, missing, decimal, by_column=as_recording), as_recording)
@@ -113,7 +113,7 @@ def read_labels(path: str, class_labels: str, count: int) -> Labels:
     if suffix == ".csv":
         return _of_texts(csv_column(path, class_labels), f"the column {class_labels!r} of {path}")
     if suffix == ".parquet":
-        return table_labels(open_files("parquet", [path]), class_labels, path)
+        return table_labels(open_parquet(path), class_labels, path)
     if Path(class_labels).suffix.lower() in LABEL_ENDINGS:
         return read_label_file(class_labels, count)
     if suffix == ".npy":

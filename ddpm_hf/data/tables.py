@@ -50,18 +50,18 @@ def _near(name: str) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def open_files(builder: str, files: Sequence[str], streaming: bool = False) -> Any:
-    """Open files of one kind as a table.
+def open_parquet(path: str) -> Any:
+    """Open a .parquet file as a table.
 
     Raises:
-        ValueError: they cannot be read.
+        ValueError: it cannot be read.
     """
     import datasets
 
     try:
-        return datasets.load_dataset(builder, data_files=list(files), split="train", streaming=streaming)
+        return datasets.load_dataset("parquet", data_files=[path], split="train")
     except Exception as error:
-        raise ValueError(f"cannot read {', '.join(files[:3])} as {builder}: {_reason(error)}") from error
+        raise ValueError(f"cannot read {path} as parquet: {_reason(error)}") from error
 
 
 def table_folder(folder: str, listing: Listing | None = None) -> bool:
