@@ -135,18 +135,7 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
 
         if self.hub_model_id is not None:
             validate_repo_id(self.hub_model_id)
-        sources = [name for name in SOURCES if getattr(self, name)]
-        if len(sources) > 1:
-            raise ValueError(f"give one source of data, got {' and '.join(sources)}")
-        if self.streaming:
-            not_streamed = ("train_data_file", "sequence_columns", "holdout", "eval_steps")
-            refused = [name for name in not_streamed if getattr(self, name)]
-            refused += [self.dataset_name] if self.dataset_name in BUNDLED else []
-            if refused:
-                raise ValueError(
-                    f"streaming is for tables of images, and not with {', '.join(refused)} "
-                    "(evaluate such a run with training/evaluate.py)"
-                )
+        self._check_source()
         for name in ("condition_column", "condition_dir"):
             if self.condition is not None and getattr(self, name) is not None:
                 raise ValueError(
@@ -166,6 +155,11 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
             )
         if self.create_pr and self.hub_revision is not None:
             raise ValueError(f"create_pr is for the main branch; got it with hub_revision {self.hub_revision!r}")
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
+            raise ValueError(
+                "learning_rate must be above 1e-7 with lr_scheduler 'polynomial', which ends there, got "
+                f"{self.learning_rate!r}"
+            )
         if self.min_snr_gamma and self.loss_weighting != "snr":
             raise ValueError(f"min_snr_gamma must be 0 with loss_weighting 'uniform', got {self.min_snr_gamma!r}")
         try:  # the scheduler has the rules between its options
@@ -185,6 +179,21 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
                 "ddpm_num_inference_steps must be at most ddpm_num_steps, got "
                 f"{self.ddpm_num_inference_steps} and {self.ddpm_num_steps}"
             )
+
+    def _check_source(self) -> None:
+        """Check that there is one source of data at most, which can be streamed if that is asked for."""
+        sources = [name for name in SOURCES if getattr(self, name)]
+        if len(sources) > 1:
+            raise ValueError(f"give one source of data, got {' and '.join(sources)}")
+        if self.streaming:
+            not_streamed = ("train_data_file", "sequence_columns", "holdout", "eval_steps")
+            refused = [name for name in not_streamed if getattr(self, name)]
+            refused += [self.dataset_name] if self.dataset_name in BUNDLED else []
+            if refused:
+                raise ValueError(
+                    f"streaming is for tables of images, and not with {', '.join(refused)} "
+                    "(evaluate such a run with training/evaluate.py)"
+                )
 
     def model_options(self) -> dict[str, Any]:
         """Return the arguments of the U-Net, without those that are None."""

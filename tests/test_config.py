@@ -45,6 +45,8 @@ def test_rules_between_options():
         TrainConfig(ddpm_num_steps=20)
     with pytest.raises(ValueError, match="min_snr_gamma must be 0 with loss_weighting 'uniform', got 5.0"):
         TrainConfig(loss_weighting="uniform", min_snr_gamma=5.0)
+    with pytest.raises(ValueError, match="learning_rate must be above 1e-7 with lr_scheduler 'polynomial'.*got 1e-08"):
+        TrainConfig(lr_scheduler="polynomial", learning_rate=1e-8)
 
 
 @pytest.mark.parametrize(

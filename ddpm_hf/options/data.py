@@ -106,7 +106,10 @@ class ImageOptions:
         Rule(lambda ends: len(ends) == 2 and ends[0] < ends[1], "two finite numbers, the lower first"),
         scope.OWN_UNITS, none="image_norm",
     )  # fmt: skip
-    center_crop: bool = option(True, "Crop from the centre; false: at a random place.", applies=scope.IMAGES)
+    center_crop: bool = option(
+        True, "Crop from the centre; false: at a random place. Images in the shape of resolution are not cropped.",
+        applies=scope.IMAGES,
+    )  # fmt: skip
     random_flip: bool = option(False, "Mirror half of the images left to right.", applies=scope.IMAGES, off=False)
     on_bad_image: str = option(
         "stop", "What to do with an image that cannot be read: 'stop' ends the run and names the image, 'skip' counts "

@@ -98,7 +98,7 @@ class DiffusionOptions:
     )
     loss_weighting: str | None = option(
         None, "Weight of a sample's loss: 'uniform' is 1 at every timestep; 'snr' follows the prediction target, as in "
-        "denoising-diffusion-pytorch, and min_snr_gamma.",
+        "denoising-diffusion-pytorch, and min_snr_gamma (for epsilon without it, the weight is 1 too).",
         one_of(*LOSS_WEIGHTINGS), none="snr with min_snr_gamma, else uniform",
     )  # fmt: skip
     min_snr_gamma: float = option(
@@ -141,8 +141,9 @@ class DiffusionOptions:
         one_of(*MASK_STRATEGIES), scope.KNOWN,
     )  # fmt: skip
     immiscible: bool = option(
-        False, "Immiscible diffusion: within each batch of train_batch_size samples, noise is assigned to near data."
-    )
+        False, "Immiscible diffusion: within each batch of train_batch_size samples, noise is assigned to near data.",
+        applies=scope.SEVERAL, off=False,
+    )  # fmt: skip
     rescale_betas_zero_snr: bool = option(
         False, "Rescale the schedule so that it ends in pure noise; not with epsilon. The loss_weighting 'snr' then "
         "counts the SNR as at least 1."

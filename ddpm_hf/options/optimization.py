@@ -29,8 +29,16 @@ class OptimizationOptions:
     )  # fmt: skip
     lr_scheduler: str = option(
         "cosine",
-        f"Schedule of the learning rate, from diffusers.optimization: {', '.join(LR_SCHEDULERS)}.",
+        f"Schedule of the learning rate, from diffusers.optimization: {', '.join(LR_SCHEDULERS)}. "
+        "cosine_with_restarts differs from cosine by lr_num_cycles above 1, and polynomial from linear by an lr_power "
+        "other than 1 (its last rate is 1e-7).",
         one_of(*LR_SCHEDULERS),
+    )
+    lr_num_cycles: int = option(
+        1, "Number of cosines after the warm-up, each of which begins at the peak.", whole_number(1), scope.RESTARTS
+    )
+    lr_power: float = option(
+        1.0, "Power of the remaining share of the steps, which the learning rate follows.", ABOVE_0, scope.POLYNOMIAL
     )
     lr_warmup_steps: int = option(
         100, "Number n of warm-up steps: in step k of them the learning rate is multiplied by k / (n + 1).",

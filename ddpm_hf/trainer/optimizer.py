@@ -205,7 +205,10 @@ def make_schedule(optimizer: torch.optim.Optimizer, config, begin: int = 0) -> L
         c.lr_scheduler,
         optimizer,
         num_warmup_steps=c.lr_warmup_steps + 1,
-        num_training_steps=c.max_train_steps - begin + 1,
+        # torch asks for the rate after the last step too, where the polynomial divides by the steps since the warm-up
+        num_training_steps=max(c.max_train_steps - begin, c.lr_warmup_steps + 1) + 1,
+        num_cycles=c.lr_num_cycles,
+        power=c.lr_power,
     )
     return LambdaLR(optimizer, [lambda step, share=share: share(step + 1) for share in later.lr_lambdas])
 

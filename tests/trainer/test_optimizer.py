@@ -156,35 +156,52 @@ def test_clipping_and_steps_stay_on_a_card(kind):
                     optimizer.step()
 
 
+OTHER_CURVES = [("cosine_with_restarts", {"lr_num_cycles": 3}), ("polynomial", {"lr_power": 2.0})]
 SCHEDULES = [kind.value for kind in SchedulerType if kind.value not in ("constant", "piecewise_constant")]
 
 
+def schedule_of(optimizer, name, warmup, steps, **more):
+    config = TrainConfig(lr_scheduler=name, lr_warmup_steps=warmup, max_train_steps=steps, **more)
+    return make_schedule(optimizer, config)
+
+
 @pytest.mark.parametrize("warmup", [0, 3, 20])
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_the_warm_up_begins_above_zero_and_the_rest_is_diffusers(name, warmup):
+@pytest.mark.parametrize("name, more", [*((name, {}) for name in SCHEDULES), *OTHER_CURVES])
+def test_the_warm_up_begins_above_zero_and_the_rest_is_diffusers(name, more, warmup):
     """Both groups of Muon; step k of n has k / (n + 1) of its rate, step n + 1 all of it, later ones what diffusers
     gives. Taken up in the middle, the rates are the same."""
-    options = SimpleNamespace(lr_scheduler=name, lr_warmup_steps=warmup, max_train_steps=12)
     optimizers = [Muon(Small(False), **MUON) for _ in range(3)]
-    ours = make_schedule(optimizers[0], options)
-    theirs = get_scheduler(name, optimizers[1], num_warmup_steps=warmup, num_training_steps=12)
-    again = make_schedule(optimizers[2], options)
+    ours = schedule_of(optimizers[0], name, warmup, 12, **more)
+    named = {option.removeprefix("lr_"): value for option, value in more.items()}
+    theirs = get_scheduler(name, optimizers[1], num_warmup_steps=warmup, num_training_steps=12, **named)
+    again = schedule_of(optimizers[2], name, warmup, 12, **more)
     for k in range(1, 13):
         expected = [k / (warmup + 1) * rate for rate in (0.01, 0.03)] if k <= warmup else theirs.get_last_lr()
         assert ours.get_last_lr() == again.get_last_lr() == pytest.approx(expected, rel=1e-14, abs=1e-17)
         assert ours.last_epoch == k - 1
         if k == 5:
             state, optimizers[2] = ours.state_dict(), Muon(Small(False), **MUON)
-            again = make_schedule(optimizers[2], options)
+            again = schedule_of(optimizers[2], name, warmup, 12, **more)
             again.load_state_dict(state)
         for optimizer, schedule in zip(optimizers, (ours, theirs, again)):
             optimizer.step()
             schedule.step()
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_run_may_be_all_warm_up(name):
+    """torch asks for the rate after the last step too."""
+    optimizer = Muon(Small(False), **MUON)
+    schedule = schedule_of(optimizer, name, 4, 4)
+    for k in range(1, 5):
+        assert schedule.get_last_lr() == pytest.approx([k / 5 * 0.01, k / 5 * 0.03], rel=1e-14)
+        optimizer.step()
+        schedule.step()
+
+
 def test_a_constant_rate_has_no_warm_up():
     optimizer = Muon(Small(False), **MUON)
-    schedule = make_schedule(optimizer, SimpleNamespace(lr_scheduler="constant", lr_warmup_steps=5, max_train_steps=9))
+    schedule = make_schedule(optimizer, TrainConfig(lr_scheduler="constant", max_train_steps=9))
     assert schedule.get_last_lr() == [0.01, 0.03]
 
 
