@@ -258,17 +258,15 @@ class Initialised(Origin):
                 )
         if told_known:  # a model with paired conditions follows condition_column instead
             values["condition"] = "known"
-        betas = scheduler.betas.double()
-        if not any(map(config.is_given, SCHEDULE)):
-            lineage.betas = scheduler.config.get("trained_betas") or betas.tolist()
-            lineage.betas = [float(beta) for beta in lineage.betas]
-            values["ddpm_num_steps"] = len(lineage.betas)
-            named = next(filter(lambda each: _is_schedule(lineage.betas, *each), NAMED_SCHEDULES), None)
-            if named is None:
-                lines.append("the noise schedule is the pipeline's, which no ddpm_beta_schedule has")
-            else:
-                values.update(ddpm_beta_schedule=named[0], rescale_betas_zero_snr=named[1])
-                lineage.betas = None
+        betas = [float(beta) for beta in scheduler.config.get("trained_betas") or scheduler.betas.double().tolist()]
+        shift = scheduler.config.get("snr_shift", 0.0)
+        named = next(filter(lambda each: _is_schedule(betas, *each, shift), NAMED_SCHEDULES), None)
+        values["ddpm_num_steps"] = len(betas)
+        if named is not None:  # an option of the schedule that is given changes this one alone
+            values.update(ddpm_beta_schedule=named[0], rescale_betas_zero_snr=named[1], snr_shift=shift)
+        elif not any(map(config.is_given, SCHEDULE)):
+            lineage.betas = betas
+            lines.append("the noise schedule is the pipeline's, which no ddpm_beta_schedule has")
         own = self.unet.config
         lineage.model = {
             name: value for name, value in own.items()
@@ -407,9 +405,10 @@ def _with(config: TrainConfig, values: dict) -> TrainConfig:
     return config
 
 
-def _is_schedule(betas: list[float], name: str, zero_snr: bool) -> bool:
+def _is_schedule(betas: list[float], name: str, zero_snr: bool, shift: float) -> bool:
+    more = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero_snr, "snr_shift": shift}
     try:
-        found = GaussianScheduler(len(betas), name, prediction_type="v_prediction", rescale_betas_zero_snr=zero_snr)
+        found = GaussianScheduler(len(betas), name, **more)
     except ValueError:  # a linear schedule of few steps
         return False
     return list(found.config["trained_betas"]) == betas

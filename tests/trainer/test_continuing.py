@@ -254,6 +254,19 @@ def test_schedule_and_target_are_the_pipelines(tmp_path, capsys):
     assert any("the pipeline predicts epsilon" in line for line in trainer.origin.lines)
 
 
+@pytest.mark.parametrize("given", [{}, {"snr_shift": 1.5}, {"ddpm_num_steps": 30}, {"ddpm_beta_schedule": "linear"}])
+def test_an_option_of_the_schedule_changes_this_one_alone(given, tmp_path, capsys):
+    """The others are those of the pipeline, with its shift."""
+    own = {"ddpm_num_steps": 40, "ddpm_beta_schedule": "cosine", "snr_shift": -0.5}
+    scheduler = GaussianScheduler(40, "cosine", snr_shift=-0.5, prediction_type="v_prediction")
+    DDPMPipeline(make("images").unet, scheduler, 3).save_pretrained(tmp_path / "p")
+    trainer = Trainer(initialised(tmp_path / "p", tmp_path / "b", **given))
+    assert {name: getattr(trainer.config, name) for name in own} == {**own, **given}
+    expected = GaussianScheduler(*({**own, **given}[name] for name in list(own)[:2]), prediction_type="v_prediction",
+                                 snr_shift={**own, **given}["snr_shift"])  # fmt: skip
+    assert trainer.scheduler.config["trained_betas"] == expected.config["trained_betas"]
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
