@@ -3,11 +3,13 @@
 Labels say which items are anomalous, masks which parts of them. Percentiles place a score among those of other items.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ddpm_hf.data.images import ImageDataset, find_images
 from ddpm_hf.data.sequence_files import LABEL_ENDINGS, read_label_file
@@ -139,12 +141,21 @@ def _pictures(folder: str, shape: tuple[int, ...], names: Sequence[Sequence]) ->
             f"--masks {folder} must hold pictures with the names of the items, such as {wanted[0]} or "
             f"{wanted[0]}_mask; it has {', '.join(list(paths)[:5])}"
         )
-    images = ImageDataset([path for path in chosen if path], shape[1:], channels=1)
+    images = ImageDataset([_mask_source(path) for path in chosen if path], shape[1:], channels=1)
     found, numbers = np.zeros((len(names), *shape[1:]), bool), [n for n, path in enumerate(chosen) if path]
     for place, number in enumerate(numbers):
         mask = images.load_8bit(place)[0].numpy()
         found[number] = mask > mask.max() / 2
     return found
+
+
+def _mask_source(path: str) -> str | np.ndarray:
+    """Return the path of a mask, or its 8-bit levels if it has 16 bits, of which 0 and 1 would both become black."""
+    with contextlib.suppress(Exception), Image.open(path) as file:  # one that cannot be read is named later
+        if file.mode[0] in "IF":
+            values = np.asarray(file)
+            return np.where(values > values.max() / 2, np.uint8(255), np.uint8(0))
+    return path
 
 
 def _array(path: str, dataset: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -88,7 +88,7 @@ class EvalSettings:
         """
         least = {
             "num_samples": 2, "num_real": 2, "batch_size": 1, "workers": 0, "seed": 0, "likelihood_items": 1,
-            "likelihood_timesteps": 2,
+            "likelihood_timesteps": 2, "feature_resolution": 1,
         }  # fmt: skip
         for name, value in least.items():
             if getattr(self, name) < value:

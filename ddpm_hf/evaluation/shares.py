@@ -101,7 +101,7 @@ class Items:
         self.bad: list[str] = []
 
     def read(self, numbers: range) -> Iterator[Loaded]:
-        """Batches of the items with these numbers.
+        """Yield batches of the items with these numbers.
 
         Raises:
             ValueError: an item that cannot be read, or is of another shape than others.
@@ -122,7 +122,7 @@ class Items:
 
 
 class _Once(Dataset):
-    """(number, item or None, why it cannot be had or None)."""
+    """Gives (number, item, None) for each item, or (number, None, error) for one that cannot be loaded."""
 
     def __init__(self, dataset):
         self.dataset = dataset

@@ -101,7 +101,8 @@ def test_windows_of_recordings_have_their_files(tmp_path):
     assert read_anomalies(str(tmp_path / "labels.txt"), windows, None).tolist() == [1, 1, 0, 0, 0, 0]
 
 
-def test_masks_of_images_are_cut_as_the_images(tmp_path):
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_masks_of_images_are_cut_as_the_images(kind, tmp_path):
     """A mask is found by the name of its image, of any size; an image without one is normal."""
     for name, size in (("a", (16, 8)), ("b", (8, 8))):
         (tmp_path / "data").mkdir(exist_ok=True)
@@ -109,7 +110,7 @@ def test_masks_of_images_are_cut_as_the_images(tmp_path):
     (tmp_path / "masks").mkdir()
     mask = np.zeros((8, 16), np.uint8)
     mask[:, 8:] = 1  # the right half of a wide image; its middle is kept
-    Image.fromarray(mask).save(tmp_path / "masks" / "a_mask.png")
+    Image.fromarray(mask.astype(kind)).save(tmp_path / "masks" / "a_mask.png")
     data = image_folder(str(tmp_path / "data"), (8, 8), 1, False)
     names, rows = item_names(data, tmp_path / "data")
     assert names == ["item"] and rows == [["a.png"], ["b.png"]]

@@ -177,6 +177,7 @@ def test_the_real_autocorrelation_is_computed_once(monkeypatch):
         ({"num_samples": 1}, "num_samples must be at least 2, got 1"),
         ({"num_real": 1}, "num_real must be at least 2, got 1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"feature_resolution": 0}, "feature_resolution must be at least 1, got 0"),
         ({"on_bad_image": "ignore"}, "'stop' or 'skip', got 'ignore'"),
         ({"feature_network": "nothing.pt"}, "there is no file nothing.pt"),
     ],
