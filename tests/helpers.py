@@ -118,6 +118,20 @@ def make(kind):
     return DDPMPipeline1D(unet, GaussianScheduler(), 3, data_shift=[1.0, 2.0], data_scale=[3.0, 4.0])
 
 
+def paired(kind, own_units=False):
+    """A pipeline that is given a condition: 3 x 4 x 4 for images, or 2 x 8 in units of its own for sequences."""
+    torch.manual_seed(0)
+    if kind == "images":
+        unet = UNet2D(sample_size=8, in_channels=1, condition_channels=3, **MODEL)
+        units = {"condition_shift": [1, 2, 3], "condition_scale": [2, 2, 2]} if own_units else {}
+        return DDPMPipeline(unet, GaussianScheduler(), 3, condition="paired", condition_size=[4, 4], **units)
+    unet = UNet1D(sample_size=16, in_channels=1, condition_channels=2, **MODEL)
+    return DDPMPipeline1D(
+        unet, GaussianScheduler(), 3, condition="paired", condition_size=[8], condition_shift=[5, 0],
+        condition_scale=[2, 1],
+    )  # fmt: skip
+
+
 def frechet_by_eigenvalues(mean_1, covariance_1, mean_2, covariance_2):
     """Return the Fréchet distance of two Gaussians in float64.
 

@@ -40,7 +40,7 @@ RETRY_AFTER = (2, 10, 60)  # seconds
 STALE = ("pipeline_ddpm_hf_*.py", "*/*_ddpm_hf_*.py", "*/*-?????-of-?????.safetensors", "*/*.safetensors.index.json",
          "training_state/*", "samples.png", "loss.png", "training.json", "evaluation.json")  # fmt: skip
 
-PAGE = ("page.py", "page_model.py")  # the files of the page, which Spaces carry too
+PAGE = ("page.py", "page_model.py", "page_input.py")  # the files of the page, which Spaces carry too
 SPACE_APP = '''"""The page of {repo_id}, with the code that lies in that repo."""
 
 from diffusers import DiffusionPipeline
@@ -289,9 +289,7 @@ def write_space(folder: Path, repo_id: str, title: str) -> None:
     for name in PAGE:
         text = Path(__file__).with_name(name).read_text(encoding="utf-8")
         # the files lie side by side there, without ddpm_hf
-        (folder / name).write_text(
-            text.replace("from ddpm_hf.hub.page_model import", "from page_model import"), "utf-8"
-        )
+        (folder / name).write_text(text.replace("from ddpm_hf.hub.page_", "from page_"), "utf-8")
     needed = ("torch", "diffusers", "accelerate", "safetensors", "matplotlib", "numpy", "pillow")
     lines = [f"{name}>={metadata.version(name).split('+')[0]}" for name in needed]
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n")
