@@ -118,7 +118,7 @@ class Completing:
             count, steps, seed, chosen, scale, told, told_columns, passes=passes
         )
         if not np.isnan(known).any():
-            how = "paint over" if self.page.shape[0] in MODES else "give the file NaN in"
+            how = "paint over" if self.page.paints else "give the file NaN in"
             raise refused(f"nothing is unknown yet: {how} the part to be made anew")
         jump = max(1, min(10, steps // 4))  # a chain of no more steps than a jump has would have no jumps
         with self.page.sampler(sampler, steps, eta) as options:
@@ -357,7 +357,7 @@ def _add_completing(page: Page, fields: list) -> None:
                 text += "; the condition belongs to all of them" if page.is_paired else ""
                 inputs.append(gr.Number(max(1, length // 4), label=text, elem_id="new"))
             answer = completing.forecast
-        elif page.shape[0] in MODES:
+        elif page.paints:
             known = gr.ImageEditor(
                 type="pil", image_mode="RGBA", sources=["upload"], transforms=(), label="Paint over what is unknown",
                 brush=gr.Brush(colors=["#e0563b"], color_mode="fixed"), elem_id="known",

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ddpm_hf.hub.page_input import (
+    MODES,
     image_array,
     image_levels,
     number,
@@ -117,6 +118,8 @@ class Page:
         self.scores = self.varies and self._takes("score")
         self.is_long = not self.is_image and self._takes("__call__", "length")
         self.shape = (pipe.unet.config.in_channels, *pipe._size())
+        # two channels in units of their own are no grey and transparency
+        self.paints = self.is_image and self.shape[0] in ((1, 3, 4) if self.has_units else MODES)
         self.most_samples = max(1, min(MOST_SAMPLES, MOST_VALUES // math.prod(self.shape)))
         self.most_points = max(2, min(MOST_POINTS, self.most_samples))
         pipe.set_progress_bar_config(disable=True)
@@ -341,7 +344,7 @@ def drawn_figure(figure: Figure) -> Image.Image:
 
 def grid(images: np.ndarray, columns: int) -> Image.Image:
     """Return one picture of images (N, H, W, C) in [0, 1]."""
-    if images.shape[3] not in (1, 2, 3, 4):  # the channels lie side by side
+    if images.shape[3] not in (1, 3, 4):  # the channels lie side by side
         images = np.concatenate(np.split(images, images.shape[3], axis=3), axis=2)
     rows = math.ceil(len(images) / columns)
     height, width = images.shape[1:3]
@@ -349,7 +352,7 @@ def grid(images: np.ndarray, columns: int) -> Image.Image:
     cells = [Image.new("RGB", (width * zoom + 2, height * zoom + 2), "white") for _ in range(rows * columns)]
     for cell, image in zip(cells, (images * 255).round().astype(np.uint8)):
         tile = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-        tile = tile.convert("RGBA" if image.shape[-1] in (2, 4) else "RGB")
+        tile = tile.convert("RGBA" if image.shape[-1] == 4 else "RGB")
         tile = tile.resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
         cell.paste(tile, (1, 1), tile if tile.mode == "RGBA" else None)
     return make_image_grid(cells, rows, columns)
