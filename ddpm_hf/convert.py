@@ -20,6 +20,7 @@ from ddpm_hf.unet import UNet1D, UNet2D
 
 FILE_KEYS = ("model", "ema", "step")
 DEFAULT_SIZE = 128  # image_size and seq_length in the README of the library, whose constructors have no default
+CONVERTED = "Unet or Unet1D in GaussianDiffusion, GaussianDiffusion1D or LearnedGaussianDiffusion"
 HOW = {True: "given", False: "not in the file: the library's default"}
 
 
@@ -156,7 +157,7 @@ def _unet_lines(options: dict, ndim: int, heads_given: bool, size_given: bool) -
     lines.append(f"attn_heads: {options['attn_heads']} ({heads_source})")
     if options["norm"] == "group":
         lines.append(f"norm_groups: {options['norm_groups']} ({HOW[options['norm_groups'] != 8]})")
-    size_source = HOW[True] if size_given else "not in the file: the one in the library's README"
+    size_source = HOW[True] if size_given else "not in the file: the one in the library's README; give yours"
     return [*lines, f"sample_size: {options['sample_size']} ({size_source})"]
 
 
@@ -180,7 +181,10 @@ def _state_of(source, weights: str) -> tuple[dict[str, Tensor], set[str] | None]
         content = content if isinstance(content, Mapping) else {}
         ema = {name.removeprefix(prefix): v for name, v in content.items() if str(name).startswith(prefix)}
         if not ema:
-            raise ValueError("the checkpoint has no EMA weights (no tensor ema_model.*): use weights='model'")
+            raise ValueError(
+                "the checkpoint has no EMA weights (no tensor ema_model.*): use weights='model', from the command line "
+                "`training/convert.py --weights model`"
+            )
         state = _tensors(ema, "ema")
     return state, trained
 
@@ -193,10 +197,22 @@ def _check_names(unet_state: dict, buffers: dict) -> None:
     """
     for name in ("init_conv.weight", "time_mlp.1.weight", "final_conv.weight", "downs.0.0.block1.proj.weight"):
         if name not in unet_state:
-            raise ValueError(f"not a checkpoint of denoising-diffusion-pytorch: there is no tensor model.{name}")
+            if name in buffers:  # without "model." before the names
+                raise ValueError(
+                    "the file holds a U-Net without the schedule and the objective of its training: save the state "
+                    "dict of its GaussianDiffusion or GaussianDiffusion1D"
+                )
+            raise ValueError(
+                f"not a checkpoint of denoising-diffusion-pytorch's {CONVERTED}: there is no tensor model.{name}"
+            )
     for name in ("betas", "alphas_cumprod", "loss_weight"):
         if name not in buffers:
             raise ValueError(f"not a checkpoint of GaussianDiffusion or GaussianDiffusion1D: there is no tensor {name}")
+    if any(name.startswith("classes_mlp.") for name in unet_state):
+        raise ValueError(
+            "a model of classifier_free_guidance.py cannot be converted, because its U-Net takes the class in another "
+            f"way than ours: it must be a {CONVERTED}"
+        )
 
 
 def _per_timestep(buffers: dict) -> tuple[Tensor, Tensor]:
@@ -244,7 +260,10 @@ def _tensors(state, part: str) -> dict[str, Tensor]:
             raise ValueError(f"the checkpoint's {part} must hold tensors alone, {name} is a {type(value).__name__}")
         if value.is_meta or value.layout != torch.strided or not value.is_floating_point():
             kind = "meta" if value.is_meta else f"{value.dtype}, {value.layout}"
-            raise ValueError(f"the checkpoint's tensors must be dense and of floating point, {name} is {kind}")
+            raise ValueError(
+                "the checkpoint's tensors must be dense and of floating point, as all of denoising-diffusion-pytorch's "
+                f"are; {name} is {kind}"
+            )
     # "module." comes from a distributed run; schedules are compared on the CPU, and tensors may come from any device
     return {name.removeprefix("module."): value.detach().cpu() for name, value in state.items()}
 
@@ -280,7 +299,11 @@ def _unet_options(state, ndim: int, attn_heads, self_condition, learned_variance
     channels = channels_in // 2 if self_condition else channels_in
     if learned_variance is None:
         learned_variance = channels_out == 2 * channels
-    inferred = channels * (2 if learned_variance else 1)
+    if channels_out != channels * (2 if learned_variance else 1):
+        raise ValueError(
+            f"the model must predict as many channels as it is given ({channels}), or twice as many for a learned "
+            f"variance, got {channels_out}: it must be a {CONVERTED}"
+        )
 
     places = [f"downs.{i}.2" for i in range(stages)] + ["mid_attn"]
     attentions = [_attention(state, ndim, number, place, attn_heads) for number, place in enumerate(places)]
@@ -297,7 +320,7 @@ def _unet_options(state, ndim: int, attn_heads, self_condition, learned_variance
     init_dim = state["init_conv.weight"].shape[0]
     return {
         "in_channels": channels,
-        "out_channels": None if channels_out == inferred else channels_out,
+        "out_channels": None,
         "dim": dim,
         "init_dim": None if init_dim == dim else init_dim,
         "dim_mults": [width // dim for width in outputs],

@@ -251,6 +251,9 @@ def test_missing_extra_and_misshapen_tensors_are_named():
         (lambda s: s.update({"model.extra.bias": torch.zeros(2)}), "unknown: model.extra.bias"),
         (lambda s: s.update({name: torch.zeros(2, 2)}), rf"of another shape.*{name} of shape \(2, 2\)"),
         (lambda s: s.pop("betas"), "no tensor betas"),
+        (lambda s: s.update({"model.classes_mlp.0.bias": torch.zeros(2)}), "classifier_free_guidance.py cannot"),
+        # as WeightedObjectiveGaussianDiffusion's, which has two predictions and their weights
+        (lambda s: s.update({"model.final_conv.weight": torch.zeros(8, 8, 1, 1)}), r"given \(3\), .* got 8"),
         (lambda s: s.update(loss_weight=torch.rand(1000)), "no known objective"),
         (lambda s: s.update(loss_weight=torch.zeros(1000)), "not all of them 0"),
         (lambda s: s.update({"model.time_mlp.1.weight": torch.zeros(3, 8)}), "width 0 of time_mlp"),
@@ -261,6 +264,8 @@ def test_missing_extra_and_misshapen_tensors_are_named():
             read_checkpoint(changed)
     with pytest.raises(ValueError, match="weights must be"):
         read_checkpoint(state, weights="best")
+    with pytest.raises(ValueError, match="a U-Net without the schedule"):
+        read_checkpoint({name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")})
 
 
 class OnCard(torch.Tensor):
