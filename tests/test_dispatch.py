@@ -10,6 +10,7 @@ import collections
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import without_a_driver
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,12 +36,15 @@ class CountOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@torch.library.custom_op("ddpm_hf_tests::fused", mutates_args=())
+# The schemas are written out because PyTorch 2.6 does not read `list[torch.Tensor]` from the annotations.
+@torch.library.custom_op("ddpm_hf_tests::fused", mutates_args=(), schema="(Tensor[] inputs) -> Tensor")
 def fused(inputs: list[torch.Tensor]) -> torch.Tensor:
     return torch.empty_like(inputs[0])
 
 
-@torch.library.custom_op("ddpm_hf_tests::fused_backward", mutates_args=())
+@torch.library.custom_op(
+    "ddpm_hf_tests::fused_backward", mutates_args=(), schema="(Tensor gradient, Tensor[] inputs) -> Tensor[]"
+)
 def fused_backward(gradient: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.empty_like(each) for each in inputs]
 
@@ -75,9 +79,9 @@ def test_few_operations(kind, call, step, dtype, card_kernels):
 
     In version 0.2.0 these were 509 and 1370 in 2D and float32. What is left are the layers themselves: 57 convolutions,
     56 norms and products of attention, 39 SiLU, 39 linear layers, and 47 sums, of which 28 are skips. The backward pass
-    of torch 2.11 has up to 67 more.
+    of torch 2.11 has up to 67 more, and that of 2.6 up to 81: on `meta` it copies gradients of convolutions.
     """
-    step += 0 if torch.__version__ >= "2.14" else 67
+    step += 0 if torch.__version__ >= "2.14" else 67 if torch.__version__ >= "2.11" else 81
     model, x, t = on_meta(kind, dtype)
     with torch.no_grad(), CountOperations() as counter:
         model(x, t)
@@ -102,6 +106,7 @@ def test_nothing_is_read_by_the_host(kind, options):
         t.sum().item()
 
 
+@without_a_driver
 def test_under_autocast_norms_convert_nothing_but_weights():
     """Under bf16 autocast on a card (a fake one here), a norm converts nothing but its weight.
 

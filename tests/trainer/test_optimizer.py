@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import SchedulerType, get_scheduler
-from helpers import OnDevice
+from helpers import OnDevice, without_a_driver
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -134,6 +134,7 @@ def test_rates_from_a_tensor_are_the_numbers(kind):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+@without_a_driver
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_clipping_and_steps_stay_on_a_card(kind):
     """With fake tensors of a card, where a read by the host raises: clipping, and a step with rates in a tensor, use no
