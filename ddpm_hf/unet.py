@@ -51,6 +51,10 @@ def _conv(ndim: int, channels_in: int, channels: int, kernel: int, padding: int 
     return kind(channels_in, channels, kernel, padding=padding)
 
 
+# Compiled with torch 2.11, `_NormalizeCPU` passes no gradients on; with 2.14 it does.
+COMPILES_FUNCTIONS = torch.__version__ >= "2.14"
+
+
 class RMSNorm(nn.Module):
     """Divide each position's channels by their root mean square, and multiply them by a learned weight."""
 
@@ -69,7 +73,9 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(x.dtype)  # under autocast activations are narrower than weights
         if scale is not None:
             scale, shift = (scale + 1)[..., None, None], shift[..., None, None]
-        if x.device.type == "cpu" and x.dtype != torch.float16:  # the range of float16 is too small for 1 / rms
+        lost = torch.compiler.is_compiling() and not COMPILES_FUNCTIONS
+        # the range of float16 is too small for 1 / rms
+        if x.device.type == "cpu" and x.dtype != torch.float16 and not lost:
             gain = weight[:, None, None].unsqueeze(0)
             return _NormalizeCPU.apply(x, gain if scale is None else gain * scale, shift, silu)
         # autocast, under which x is narrower than the weight, would compute all of this in float32, with copies around
