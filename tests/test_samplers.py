@@ -47,12 +47,16 @@ def outcome(kind, prediction_type, schedule, **options):
     return "right" if right else "wrong"
 
 
+@pytest.mark.skipif(
+    tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 42),
+    reason="the page has the schedulers of diffusers 0.42",
+)
 def test_the_page_has_every_scheduler():
     assert sorted(ROWS) == sorted(CLASSES)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted(ROWS))
+@pytest.mark.parametrize("name", sorted(ROWS.keys() & CLASSES.keys()))
 def test_each_scheduler_does_what_the_page_says(name):
     works, option, _ = ROWS[name]
     kind = CLASSES[name]
@@ -68,7 +72,7 @@ def test_each_scheduler_does_what_the_page_says(name):
             assert outcome(kind, target, "sigmoid", **options) == ("right" if target in named else "refused"), target
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row[0] == "no"])
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row[0] == "no" and name in CLASSES])
 def test_what_does_not_work_is_refused_in_the_constructor_too(name):
     """Made with its own defaults: a `ValueError` names it, before any call of the model."""
     try:
