@@ -28,6 +28,7 @@ from ddpm_hf.data.loading import (
     underlying,
 )
 from ddpm_hf.data.mapped import MappedFiles, mapped_files
+from ddpm_hf.data.mapped_array import as_mapped
 from ddpm_hf.data.resident import IMAGES, LEAST_EPOCHS, ResidentData, ResidentView, make_resident, resident_bytes
 from ddpm_hf.data.scaling import scaling_of
 from ddpm_hf.data.scientific_images import ScientificImages
@@ -80,6 +81,7 @@ class StoredFeed:
             )
         if len(dataset) == 0:
             raise ValueError("the data is empty: at least one item is needed")
+        dataset = as_mapped(dataset)
         self.config, self.dataset, self.held_out, self.split = config, dataset, None, None
         self.files = MappedFiles(mapped_files(underlying(dataset)))
         self.labels = _labels(underlying(dataset), config, kind)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddpm_hf.data.images import to_tensor, without_palette
+from ddpm_hf.data.mapped_array import as_mapped
 from ddpm_hf.data.ranges import check_range, choose_scaling, measure, to_model
 from ddpm_hf.data.scaling import Scaling
 
@@ -81,7 +82,7 @@ class GivenUnits(Dataset):
 
     def __init__(self, dataset: Any, norm: str | None = None, value_range: Sequence[float] | None = None):
         check_range(value_range, norm)
-        self.given, self.value_range = dataset, value_range
+        self.given, self.value_range = as_mapped(dataset), value_range
         if value_range is not None:
             first = self._values(0)[0]
             self.channels, self.dtype = len(first), first.dtype

@@ -14,7 +14,8 @@ import numpy as np
 from ddpm_hf.data import sequences
 from ddpm_hf.data.labels import Labels
 from ddpm_hf.data.listing import list_folder
-from ddpm_hf.data.sequences import SequenceDataset, mapped_file
+from ddpm_hf.data.mapped_array import mapped_file
+from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.randomness import Stream, derive_seed
 
 SOUND = (".wav", ".flac")

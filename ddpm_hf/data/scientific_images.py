@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.data.images import LONGEST, BadImageError, printable, without_palette
 from ddpm_hf.data.labels import as_labels
+from ddpm_hf.data.mapped_array import as_mapped, mapped_file
 from ddpm_hf.data.ranges import Measured, check_range, choose_scaling, measure, to_model
 from ddpm_hf.data.scaling import EIGHT_BIT, Scaling
-from ddpm_hf.data.sequences import mapped_file, scan_key
+from ddpm_hf.data.sequences import scan_key
 from ddpm_hf.options import IMAGE_NORMS
 
 PART = 1 << 22  # numbers of an array that are looked at together, 32 MiB of float64
@@ -256,7 +257,7 @@ class ScientificImages(Dataset):
         if norm not in (None, *IMAGE_NORMS):
             raise ValueError(f"image_norm must be one of {', '.join(IMAGE_NORMS)}, got {norm!r}")
         check_range(value_range, norm)
-        sources = sources.numpy(force=True) if isinstance(sources, Tensor) else sources
+        sources = sources.numpy(force=True) if isinstance(sources, Tensor) else as_mapped(sources)
         self.sources, self.channels_last, self.name, self.skip_bad = sources, channels_last, name, skip_bad
         self.center_crop, self.random_flip, self.missing = center_crop, random_flip, missing
         self.is_array = hasattr(sources, "dtype")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddpm_hf.data.labels import as_labels
+from ddpm_hf.data.mapped_array import as_mapped, mapped_file
 from ddpm_hf.data.scaling import Scaling
 from ddpm_hf.options import SEQUENCE_NORMS
 from ddpm_hf.randomness import Stream, derive_seed
@@ -302,7 +303,7 @@ def as_sequences(array: Any, name: str, is_recording: bool) -> Any:
     """
     if isinstance(array, Tensor):
         array = array.numpy(force=True)
-    array = array if hasattr(array, "shape") and hasattr(array, "dtype") else np.asarray(array)
+    array = as_mapped(array) if hasattr(array, "shape") and hasattr(array, "dtype") else np.asarray(array)
     if array.dtype.kind not in "iufb":
         raise ValueError(f"{name} must hold real numbers, got the type {array.dtype}")
     if len(array.shape) == 1 and is_recording:
@@ -403,15 +404,6 @@ def _apart(held: list[tuple[int, int]], windows: int, length: int, stride: int) 
             ranges.append((start, first - reach))
         start = max(start, stop + reach)
     return ranges
-
-
-def mapped_file(array: Any) -> str | None:
-    """Return the path of the mapped file behind an array or a view of one, or None."""
-    while isinstance(array, np.ndarray):
-        if getattr(array, "filename", None):
-            return str(array.filename)
-        array = array.base
-    return None
 
 
 def scan_key(files: Sequence[str], *facts: Any) -> str | None:
