@@ -146,8 +146,8 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
             raise ValueError(
                 f"image_norm and image_range exclude each other, got {self.image_norm!r} and {self.image_range}"
             )
-        if self.stride is not None and self.sequence_length is None and self.dataset_name != "ecg":
-            raise ValueError(f"stride needs sequence_length, the length of its windows; got stride {self.stride} alone")
+        if self.init_from is None:  # or else the length may be that of the pipeline, which is not read yet
+            check_windows(self)
         if self.deterministic and self.compile == "inductor":
             raise ValueError(
                 "deterministic must be false with compile 'inductor', which chooses kernels by their measured times, "
@@ -278,6 +278,16 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
             elif changed and not declared(f).changeable:
                 lines.append(f"{name}: {earlier[name]} -> {now}")
         return lines
+
+
+def check_windows(config: TrainConfig) -> None:
+    """Check that the windows that stride asks for have a length.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if config.stride is not None and config.sequence_length is None and config.dataset_name != "ecg":
+        raise ValueError(f"stride needs sequence_length, the length of its windows; got stride {config.stride} alone")
 
 
 def options_to_continue(source: str, output_dir: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from ddpm_hf.config import BUNDLED
-from ddpm_hf.hub.contents import nearby_hint
+from ddpm_hf.hub.contents import fault_of_place
 from ddpm_hf.pipeline import CARRIED, is_own_card, sign_card
 from ddpm_hf.run.lineage import hub_repo
 from ddpm_hf.run.record import duration
@@ -75,10 +75,9 @@ class Parts:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        if not (self.folder / "model_index.json").is_file():
-            raise ValueError(
-                f"{folder} must be the folder of a saved pipeline: it has no model_index.json{nearby_hint(self.folder)}"
-            )
+        fault = fault_of_place(self.folder) or (None if self.folder.is_dir() else "there is no such folder")
+        if fault:
+            raise ValueError(f"{folder} must be the folder of a saved pipeline: {fault}")
         self.index = self._json("model_index.json")
         self.unet = self._json("unet/config.json")
         self.scheduler = self._json("scheduler/scheduler_config.json")

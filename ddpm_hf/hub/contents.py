@@ -12,6 +12,7 @@ ROOT_FILES = ("model_index.json", "README.md", "LICENSE*", "training.json", "eva
               "loss.png", "steps-versus-metric.png", "completion.json", "completion-*.png",
               "pipeline_ddpm_hf_*.py")  # fmt: skip
 COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetensors.index.json", "*_ddpm_hf_*.py")
+WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # endings of files, with which no repo is named
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg")
 
 
@@ -49,6 +50,21 @@ def pipeline_files(folder: Path, card: str = "") -> tuple[dict[str, Path], list[
         else:
             others.append(path.name + ("/" if path.is_dir() else ""))
     return files, others
+
+
+def fault_of_place(path: Path) -> str | None:
+    """Return the reason why a path is not the folder of a saved pipeline, or None if it is, or may be a repo's name."""
+    is_weights = path.suffix.lower() in WEIGHTS
+    if path.is_dir():
+        return None if (path / "model_index.json").is_file() else f"it has no model_index.json{nearby_hint(path)}"
+    if not path.exists():
+        return f"{path} is not a file" if is_weights else None
+    if is_weights and path.suffix.lower() != ".safetensors":
+        return (
+            "it is a file, and a pipeline is a folder. A checkpoint of denoising-diffusion-pytorch is converted to one "
+            f"by: python training/convert.py {path} --output_dir NEW_FOLDER"
+        )
+    return f"it is a file, and a pipeline is a folder{nearby_hint(path)}"
 
 
 def nearby_hint(folder: Path) -> str:

@@ -23,13 +23,13 @@ import yaml
 from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.hub.card import card_text
-from ddpm_hf.hub.contents import nearby_hint, pipeline_files
+from ddpm_hf.hub.contents import fault_of_place, pipeline_files
 from ddpm_hf.pipeline import DDPMPipeline, DDPMPipeline1D, card_to_keep, is_own_card
 from ddpm_hf.reading import is_whole, read_json, read_mapping
 from ddpm_hf.run.checkpoint import ASIDE, CHECKSUMS, damage, list_checkpoints, write_text
@@ -260,15 +260,30 @@ def load_pipeline(place: str) -> DDPMPipeline | DDPMPipeline1D:
     Raises:
         ValueError: if no pipeline can be loaded from there; the message names a nearby folder that holds one.
     """
-    folder = Path(place)
-    if folder.is_dir() and not (folder / "model_index.json").exists():
-        raise ValueError(f"the pipeline {place!r} cannot be loaded: it has no model_index.json{nearby_hint(folder)}")
+    fault = fault_of_place(Path(place))
+    if fault is None and not Path(place).is_dir():
+        try:
+            validate_repo_id(place)
+        except HFValidationError:
+            fault = f"there is no folder {place}, and a repo on the Hub cannot have this name"
+    if fault:
+        raise ValueError(f"the pipeline {place!r} cannot be loaded: {fault}")
     try:
         kind = DiffusionPipeline.load_config(place)["_class_name"]
         kind = (kind[1] if isinstance(kind, list) else kind).split(".")[-1]
         return {"DDPMPipeline1D": DDPMPipeline1D}.get(kind, DDPMPipeline).from_pretrained(place)
     except Exception as error:  # for files of another form, libraries raise TypeError, AttributeError and others
-        raise ValueError(f"the pipeline {place!r} cannot be loaded: {error}") from error
+        unreached = None if Path(place).exists() else _unreached(error)
+        fault = f"no folder of this name exists, and the Hub could not be asked: {unreached}" if unreached else error
+        raise ValueError(f"the pipeline {place!r} cannot be loaded: {fault}") from error
+
+
+def _unreached(error: BaseException) -> BaseException | None:
+    """Return the error for which the Hub could not be asked, if it is in the chain of errors that led to this one."""
+    chain: BaseException | None = error
+    while chain is not None and not isinstance(chain, LocalEntryNotFoundError):
+        chain = chain.__cause__ or chain.__context__
+    return chain and (chain.__cause__ or chain)
 
 
 def write_space(folder: Path, repo_id: str, title: str) -> None:

@@ -35,7 +35,8 @@ class RunOptions:
     init_from: str | None = option(
         None, "Fine-tuning: begin with the weights of this pipeline, a folder, a repo on the Hub, or a model-*.pt file "
         "of denoising-diffusion-pytorch. The options of the model and of the noise schedule are taken from it; data, "
-        "size and classes may differ.", none="new weights",
+        "size and classes may differ. The size (resolution, sequence_length) is that of the pipeline if none is "
+        "given.", none="new weights",
     )  # fmt: skip
     dry_run: bool = option(
         False, "Print the resolved options, the size of the model and the data found, read every item, list those that "

@@ -120,7 +120,12 @@ class Trainer:
         self.config = config = device.resolved(self.origin.config, dataset)
         self.origin.config = config
         self.folder = RunFolder(config.output_dir)
-        self.feed = open_data(config, dataset)
+        try:
+            self.feed = open_data(config, dataset)
+        except ValueError as error:
+            if self.origin.size_line:  # the user may not know of a size that the message has
+                raise ValueError(f"{error} ({self.origin.size_line})") from error
+            raise
         self.given_model = model is not None
         # for the card, which does not name options without effect
         self.options = config.applied(self.feed.kind, self.given_model)

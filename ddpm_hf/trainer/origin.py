@@ -15,13 +15,15 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ddpm_hf.config import NOT_CONTINUED, TrainConfig, in_present_form
+from ddpm_hf import scope
+from ddpm_hf.config import NOT_CONTINUED, SOURCES, TrainConfig, check_windows, in_present_form
 from ddpm_hf.convert import from_denoising_diffusion_pytorch
 from ddpm_hf.data.feed import StoredFeed, StreamedFeed
+from ddpm_hf.data.opening import kind_of_source
 from ddpm_hf.hub.publish import load_pipeline
 from ddpm_hf.options import ModelOptions, PublishingOptions
 from ddpm_hf.reading import read_json, read_mapping
-from ddpm_hf.rules import declared, default_of
+from ddpm_hf.rules import declared, default_of, show
 from ddpm_hf.run import checkpoint
 from ddpm_hf.run.folder import RunFolder
 from ddpm_hf.run.lineage import Lineage, hub_repo, published_repo, read_lineage
@@ -34,6 +36,8 @@ SHAPES = tuple(f.name for f in dataclasses.fields(ModelOptions) if f.name != "dr
 SCHEDULE = ("ddpm_num_steps", "ddpm_beta_schedule", "rescale_betas_zero_snr", "snr_shift")
 # Schedules that options can name: ddpm_beta_schedule and rescale_betas_zero_snr.
 NAMED_SCHEDULES = tuple(product(("sigmoid", "cosine", "linear"), (False, True)))
+# Options of the size of items, by the number of their dimensions.
+SIZES = {1: ("sequence_length", scope.SEQUENCES), 2: ("resolution", scope.IMAGES)}
 # Arguments of the U-Net that the data or the options of a run decide.
 DECIDED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "condition_channels")
 
@@ -45,10 +49,11 @@ class Origin:
         config: the options of the run, with those that the origin decides.
         lineage: what is recorded of the origin; None for a new run.
         lines: lines to print before training.
+        size_line: the one of them that says the size of items, where the origin decides it; else empty.
     """
 
     def __init__(self, config: TrainConfig, lineage: Lineage | None = None):
-        self.config, self.lineage, self.lines = config, lineage, []
+        self.config, self.lineage, self.lines, self.size_line = config, lineage, [], ""
 
     @property
     def begin(self) -> int:
@@ -215,14 +220,8 @@ class Initialised(Origin):
 
     def __init__(self, config: TrainConfig):
         place = config.init_from
-        if Path(place).is_file():
-            pipeline = from_denoising_diffusion_pytorch(place)
-        elif Path(place).exists() or hub_repo(place) or "/" not in place:
-            pipeline = load_pipeline(place)
-        else:
-            raise ValueError(
-                f"init_from must be a pipeline's folder, a repo on the Hub or a file, but there is no {place}"
-            )
+        is_file = Path(place).is_file()
+        pipeline = from_denoising_diffusion_pytorch(place) if is_file else load_pipeline(place)
         self.unet, self.names = pipeline.unet, dict(pipeline.config.get("id2label") or {})
         if not isinstance(self.unet, (UNet1D, UNet2D)):
             raise ValueError(f"init_from must have a UNet2D or UNet1D, got a {type(self.unet).__name__} in {place}")
@@ -237,10 +236,15 @@ class Initialised(Origin):
         )  # fmt: skip
         lines: list[str] = []
         told_known = pipeline.config.get("condition") == "known"
-        config = self._taken(config, pipeline.scheduler, told_known, lineage, lines)
+        size = {} if is_file else _trained_size(config, self.unet)  # such a file does not have the size
+        config = self._taken(_with(config, size), pipeline.scheduler, told_known, lineage, lines)
+        check_windows(config)
         options = trained.get("options")
-        lineage.changed = changed_options(config, in_present_form(options) if options else {}, public=True)
+        lineage.changed = changed_options(config, {**in_present_form(options), **size} if options else {}, public=True)
         super().__init__(config, lineage)
+        for name, value in size.items():
+            self.size_line = f"{name} is {show(value)}, the size that the pipeline was trained at; --{name} changes it"
+            lines.insert(0, self.size_line)
         self.lines = [f"beginning with the weights of {place}", *lines]
 
     def _taken(
@@ -347,7 +351,7 @@ def find_origin(config: TrainConfig) -> Origin:
             if lineage is None:
                 raise ValueError(f"{folder} has no lineage.json, without which a run with {option} cannot be resumed")
             if option == "init_from":
-                taken = (*SHAPES, "dropout", "condition", "prediction_type", *SCHEDULE)
+                taken = (*SHAPES, "dropout", "condition", "prediction_type", *SCHEDULE, "resolution", "sequence_length")
                 config = _with(config, {name: own[name] for name in taken if name in own})
             return Origin(config, lineage)
     if folder.path.is_dir() and folder.path.resolve() == Path(getattr(config, option)).resolve():
@@ -377,6 +381,16 @@ def _warn_of_target(lines: list[str], config: TrainConfig, earlier: str, what: s
             f"warning: prediction_type is {config.prediction_type}, and the {what} predicts {earlier}: the model has "
             "to learn its output anew"
         )
+
+
+def _trained_size(config: TrainConfig, unet: UNet1D | UNet2D) -> dict:
+    """Return the option of the size with the size that a U-Net was trained at, if it applies and is not given."""
+    name, applies = SIZES[unet.ndim]
+    size, given = unet.config.sample_size, getattr(config, name) is not None
+    named = any(getattr(config, source) for source in SOURCES)  # a dataset from Python has its own size
+    if given or size is None or not named or kind_of_source(config) not in applies.kinds:
+        return {}
+    return {name: size if unet.ndim == 1 else list(size) if isinstance(size, (list, tuple)) else [size]}
 
 
 def _as_options(unet: dict) -> dict:

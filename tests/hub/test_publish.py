@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipeline
 from ddpm_hf.hub import publish as hub_module
-from ddpm_hf.hub.card import card_text
+from ddpm_hf.hub.card import Parts, card_text
 from ddpm_hf.hub.contents import pipeline_files
-from ddpm_hf.hub.publish import Publisher, Target
+from ddpm_hf.hub.publish import Publisher, Target, load_pipeline
 
 TRAIN = ROOT / "training" / "train.py"
 OPTIONS = [f"--{name}={value}" for name, value in CARD_RUN.items() if not isinstance(value, list)]
@@ -197,6 +199,33 @@ def test_the_code_in_a_card_runs(hub, at, tmp_path):
     runs = [at("-c", code + show, token=None) for code in (ours, without + untrusted + "else: raise\n" + stock)]
     assert runs[0].returncode == runs[1].returncode == 0, runs[0].stderr + runs[1].stderr
     assert runs[0].stdout.splitlines()[-1] == runs[1].stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nofile.pt", "nofile.pt is not a file"), ("results/model-2.ckpt", "is not a file"),
+     ("a/b/c", "there is no folder a/b/c, and a repo on the Hub cannot have this name"),
+     ("model-2.pt", "python training/convert.py model-2.pt --output_dir"),
+     ("p/model_index.json", "it is a file, and a pipeline is a folder; did you mean "),
+     ("p/unet/x.safetensors", "it is a file, and a pipeline is a folder")],
+)  # fmt: skip
+def test_a_name_that_no_pipeline_has_is_refused_at_once(name, message, tmp_path, monkeypatch):
+    """The Hub is not asked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub_module, "DiffusionPipeline", None)
+    Path("p/unet").mkdir(parents=True)
+    for file in ("model-2.pt", "p/model_index.json", "p/unet/x.safetensors"):
+        Path(file).write_bytes(b"{}")
+    with pytest.raises(ValueError, match=f"the pipeline {name!r} cannot be loaded: .*{re.escape(message)}"):
+        load_pipeline(name)
+    with pytest.raises(ValueError, match=re.escape("no such folder" if name == "a/b/c" else message)):
+        Parts(Path(name))
+
+
+def test_a_hub_that_cannot_be_asked_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="no folder of this name exists, and the Hub could not be asked: .*ffline"):
+        load_pipeline("no/such-model")
 
 
 REFUSED = [("hf_wrong", "does not accept the token"), (None, "needs a token"), ("hf_reader", "may only read"),

@@ -206,6 +206,54 @@ def test_a_pipeline_begins_a_run_of_other_size_and_classes(tmp_path, capsys):
     assert train(again).already_complete
 
 
+def of_size(kind, place, size):
+    pipe = make(kind)
+    pipe.unet.register_to_config(sample_size=size)
+    pipe.save_pretrained(place)
+
+
+@pytest.mark.parametrize("size", [16, (8, 16)])
+def test_the_size_is_the_pipelines(size, tmp_path):
+    """Unless one is given; what is taken over is no difference for the card, and a resumed run keeps it."""
+    of_size("images", tmp_path / "p", size)
+    trainer = Trainer(initialised(tmp_path / "p", tmp_path / "b"))
+    height, width = size if isinstance(size, tuple) else (size, size)
+    assert trainer.feed.shape == (1, height, width)
+    shown = "16" if size == 16 else "8 16"
+    assert f"resolution is {shown}, the size that the pipeline was trained at" in "\n".join(trainer.origin.lines)
+    trainer = Trainer(initialised(tmp_path / "p", tmp_path / "b", resolution=[8]))
+    assert trainer.feed.shape == (1, 8, 8) and not trainer.origin.size_line
+    given = Trainer(initialised(tmp_path / "p", tmp_path / "c", dataset_name=None), torch.zeros(8, 1, 12, 12))
+    assert given.feed.shape == (1, 12, 12)  # a dataset from Python has its own size
+    if size == 16:
+        (tmp_path / "p" / "training.json").write_text(json.dumps({"options": {"resolution": None, "dim": 9}}))
+        train(initialised(tmp_path / "p", tmp_path / "b"))
+        changed = json.loads((tmp_path / "b" / "lineage.json").read_text())["changed"]
+        assert "dim: 9 -> 8" in changed and "resolution" not in str(changed)
+        shutil.rmtree(tmp_path / "p")
+        assert train(initialised(tmp_path / "p", tmp_path / "b")).already_complete
+
+
+def test_the_length_is_the_pipelines(tmp_path):
+    """For whole sequences and for windows; data that is too short for it is refused with the reason."""
+    of_size("sequences", tmp_path / "p", 16)
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(8, 2, 40)))
+    np.save(tmp_path / "short.npy", np.random.default_rng(0).normal(size=(8, 2, 12)))
+    data = {"dataset_name": None, "train_data_file": str(tmp_path / "x.npy")}
+    for options, items in (({}, 8), ({"stride": 24}, 16)):
+        trainer = Trainer(initialised(tmp_path / "p", tmp_path / "b", **data, **options))
+        assert (trainer.feed.shape, trainer.feed.items) == ((2, 16), items)
+        assert "sequence_length is 16, the size that" in trainer.origin.size_line
+    trainer = Trainer(initialised(tmp_path / "p", tmp_path / "b", **data, sequence_length=20))
+    assert trainer.feed.shape == (2, 20)
+    data["train_data_file"] = str(tmp_path / "short.npy")
+    with pytest.raises(ValueError, match=r"length 12, got 16 \(sequence_length is 16, the size that"):
+        Trainer(initialised(tmp_path / "p", tmp_path / "b", **data))
+    of_size("sequences", tmp_path / "q", None)
+    with pytest.raises(ValueError, match="stride needs sequence_length"):
+        Trainer(initialised(tmp_path / "q", tmp_path / "b", **data, stride=24))
+
+
 def test_classes_are_matched_by_name_and_can_be_left_out(source, tmp_path, capsys):
     place = source / "pipeline"
     trainer = Trainer(initialised(place, tmp_path / "b"))
@@ -239,6 +287,7 @@ def test_what_a_run_cannot_begin_with(source, tmp_path):
     refused("a pipeline of images, as the data, got one of sequences", tmp_path / "sequences")
     refused("no model_index.json", source)
     refused("there is no", tmp_path / "nowhere" / "at" / "all")
+    refused(r"nofile\.pt is not a file", "nofile.pt")
 
 
 def test_schedule_and_target_are_the_pipelines(tmp_path, capsys):
