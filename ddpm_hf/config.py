@@ -97,6 +97,8 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
 
     def _normalize(self) -> None:
         """Bring the forms that YAML, older runs and single values have into the form of each option's type."""
+        if isinstance(self.output_dir, str):  # YAML and --output_dir=~/runs keep the ~, which would name a new folder
+            self.output_dir = os.path.expanduser(self.output_dir)
         if self.mixed_precision is False:  # YAML reads a bare no as false
             self.mixed_precision = "no"
         if self.min_snr_gamma is None:  # as YAML may say it, and older runs do
@@ -261,16 +263,19 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
         """Return a line "option: earlier -> now" for each option that differs and that a resumed run must keep.
 
         Args:
-            earlier: the options of the earlier run, as its config.yaml has them.
+            earlier: the options of the earlier run, as its config.yaml has them. An option that is newer than the run
+                counts as its default.
             kind: as in `applied`.
             given_model: as in `applied`.
         """
-        lines, earlier, current = [], in_present_form(earlier), in_present_form(dataclasses.asdict(self))
+        defaults = {f.name: default_of(f) for f in dataclasses.fields(self)}
+        earlier = in_present_form({**defaults, **in_present_form(earlier)})
+        lines, current = [], in_present_form(dataclasses.asdict(self))
         # an option that does not apply has no effect; the option that took it out is listed where it differs
         applied = self.applied(kind, given_model)
         for f in dataclasses.fields(self):
             name, now = f.name, current[f.name]
-            changed = name in earlier and earlier[name] != now and name in applied
+            changed = earlier[name] != now and name in applied
             if name == "max_train_steps" and changed and self.lr_scheduler not in CONSTANT_LR:
                 lines.append(
                     f"max_train_steps: {earlier[name]} -> {now} (the '{self.lr_scheduler}' learning rate follows it)"

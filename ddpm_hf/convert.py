@@ -305,6 +305,8 @@ def _unet_options(state, ndim: int, attn_heads, self_condition, learned_variance
             f"variance, got {channels_out}: it must be a {CONVERTED}"
         )
 
+    if isinstance(attn_heads, (list, tuple)) and len(attn_heads) != stages:
+        raise ValueError(f"attn_heads must be one number or one per stage ({stages}), got {attn_heads}")
     places = [f"downs.{i}.2" for i in range(stages)] + ["mid_attn"]
     attentions = [_attention(state, ndim, number, place, attn_heads) for number, place in enumerate(places)]
     *outer, middle = attentions
@@ -359,10 +361,10 @@ def _attention(state, ndim: int, number: int, place: str, attn_heads) -> _Attent
         heads, memories = memory.shape[1], memory.shape[2 if full else 3]
     elif isinstance(attn_heads, (list, tuple)):
         heads = attn_heads[min(number, len(attn_heads) - 1)]
-    elif ndim == 1 and place != "mid_attn":
+    elif attn_heads is None or (ndim == 1 and place != "mid_attn"):
         heads = 4  # its Unet1D gives the option to the attention in the middle alone
     else:
-        heads = attn_heads or 4
+        heads = attn_heads
     if heads < 1 or hidden % heads:
         raise ValueError(f"attn_heads must divide {hidden}, the width of model.{place}; got {heads}")
     return _Attention(full, heads, hidden // heads, memories)

@@ -73,7 +73,7 @@ def read_mapping(path: str | Path, where: str | None = None) -> dict[str, Any]:
         where: the name of the file in error messages; defaults to the path.
 
     Raises:
-        ValueError: the file cannot be read, is not such YAML, or uses aliases.
+        ValueError: the file cannot be read, is not such YAML, uses aliases, or has a name twice.
     """
     where = where or str(path)
     try:
@@ -87,6 +87,7 @@ def read_mapping(path: str | Path, where: str | None = None) -> dict[str, Any]:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > YAML_DEPTH:
                 raise ValueError(f"line {event.start_mark.line + 1} is nested more than {YAML_DEPTH} deep")
+        _refuse_repeated_names(yaml.compose(text, Loader=yaml.SafeLoader))
         options = yaml.safe_load(text)
     except Exception as error:  # yaml's constructors raise KeyError, TypeError and others for tags with wrong values
         raise ValueError(f"{where}: cannot be read as YAML: {error}") from error
@@ -98,6 +99,15 @@ def read_mapping(path: str | Path, where: str | None = None) -> dict[str, Any]:
         ):
             raise ValueError(f"{where}: {name} must be a value or a list of values, got {reprlib.repr(value)}")
     return options
+
+
+def _refuse_repeated_names(node: yaml.Node | None) -> None:
+    """Raise ValueError if a name stands twice in a mapping: PyYAML would take the last one without a word."""
+    lines: dict[str, int] = {}
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        line = key.start_mark.line + 1
+        if (first := lines.setdefault(str(key.value), line)) != line:
+            raise ValueError(f"{key.value} must stand once, and stands in lines {first} and {line}")
 
 
 def require(content: dict, name: str, holds: bool, rule: str, where: str | Path) -> None:

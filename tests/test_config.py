@@ -145,6 +145,20 @@ def test_differences():
     assert TrainConfig(lr_scheduler="constant", max_train_steps=5).differences(constant) == []
 
 
+def test_an_option_that_is_newer_than_the_run_had_its_default():
+    """A run of an earlier version names fewer options: one that is turned on now would change the rest of its steps."""
+    earlier = yaml.safe_load(TrainConfig().to_yaml())
+    del earlier["immiscible"], earlier["noise_offset"]
+    assert TrainConfig().differences(earlier) == []
+    changed = ["noise_offset: 0.0 -> 0.1", "immiscible: False -> True"]
+    assert TrainConfig(immiscible=True, noise_offset=0.1).differences(earlier) == changed
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train_script.parse(["--output_dir=~/run"]).output_dir == str(tmp_path / "run")
+
+
 def test_help_has_every_option_under_its_heading(capsys):
     """Each class of options is one heading of --help, in the order of the fields of TrainConfig."""
     with pytest.raises(SystemExit):

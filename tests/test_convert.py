@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -93,6 +94,16 @@ def test_options_without_effect_are_refused(trained, kind, option, has):
     (name,) = option
     with pytest.raises(ValueError, match=f"{name} has no effect on this checkpoint, which has {has}"):
         read_checkpoint(trained[kind][0], **option)
+
+
+@pytest.mark.parametrize(
+    ("heads", "rule"),
+    [(0, "attn_heads must divide"), ([4], "one per stage (2), got [4]"), ([4, 4, 4], "one per stage (2)")],
+)
+def test_heads_that_no_stage_has_are_refused(trained, heads, rule):
+    """Of a list of another length, stages would have had the heads of their neighbours; 0 was taken for the default."""
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        read_checkpoint(trained["1d"][0], attn_heads=heads)
 
 
 @pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])

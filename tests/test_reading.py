@@ -21,6 +21,7 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(
         ("report_to: {a: b}", "report_to must be a value or a list of values"),
         ("learning_rate: !!int x", "cannot be read as YAML"), ("use_ema: !!bool x", "cannot be read as YAML"),
         ("output_dir: !!timestamp x", "cannot be read as YAML"), ("dim: " + "1" * 5000, "cannot be read as YAML"),
+        ("dim: 32\nseed: 1\ndim: 48\n", "dim must stand once, and stands in lines 1 and 3"),
         ("? [a, b]\n: 1", "unknown option|cannot be read as YAML"), ("output_dir: !!python/object:os.system x", "YAML"),
     ],
 )  # fmt: skip

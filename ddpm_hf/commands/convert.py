@@ -7,6 +7,7 @@ The program prints what it inferred from the file. The options give what a file 
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def main(arguments: list) -> int:
         pipeline = build(findings)
         # the folder appears whole or not at all
         aside = output.with_name(output.name + ASIDE)
+        shutil.rmtree(aside, ignore_errors=True)  # the remains of a conversion that was killed
         pipeline.save_pretrained(aside)
         if output.exists():
             output.rmdir()

@@ -38,12 +38,21 @@ def main(arguments: list) -> int:
     parser.add_argument("--message", default="Upload pipeline", help="Message of the commit. Default: %(default)s.")
     given = parser.parse_args(arguments)
     # after the options, because they are slow to import
+    from huggingface_hub.utils import validate_repo_id
+
     from ddpm_hf.hub.card import Parts
     from ddpm_hf.hub.publish import Target, open_repo, publish_space, publish_with_patience
     from ddpm_hf.pipeline import card_to_keep, is_own_card
 
     target = Target(given.hub_model_id, given.hub_revision, given.create_pr, given.hub_private_repo, given.hub_license)
     try:
+        if given.space:
+            validate_repo_id(given.space)
+            if given.create_pr:
+                raise ValueError(
+                    "--space makes a page of a pipeline on a branch, and --create_pr publishes on none; got both: make "
+                    "the page when the pull request is merged"
+                )
         Parts(given.pipeline)  # before anything is made on the Hub
         card = given.pipeline / "README.md"
         if given.hub_license and card.exists() and not is_own_card(card.read_text(encoding="utf-8")):

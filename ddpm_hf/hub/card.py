@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ddpm_hf.config import BUNDLED
 from ddpm_hf.hub.contents import fault_of_place
 from ddpm_hf.pipeline import CARRIED, is_own_card, sign_card
+from ddpm_hf.reading import read_json
 from ddpm_hf.run.lineage import hub_repo
 from ddpm_hf.run.record import duration
 
@@ -97,22 +98,13 @@ class Parts:
         file = self.folder / name
         if default is not None and not file.exists():
             return default
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file} of the saved pipeline cannot be read: {error}") from error
-        form = list if isinstance(default, list) else dict
-        if not isinstance(content, form):
-            raise ValueError(f"{file} must have the form of a JSON {form.__name__}, got {type(content).__name__}")
-        return content
+        return read_json(file, list if isinstance(default, list) else dict)
 
     def _count_parameters(self) -> int:
         """Count the parameters from the headers of the weights' files, which also shows a truncated file."""
         files = sorted((self.folder / "unet").glob("*.safetensors"))
-        whole = re.compile(
-            r"[^.]+\.safetensors"
-        )  # other files are variants of the same weights, such as .fp16.safetensors
-        files = [file for file in files if whole.fullmatch(file.name)] or files
+        # other files are variants of the same weights, such as .fp16.safetensors
+        files = [file for file in files if file.name.count(".") == 1] or files
         if not files:
             raise ValueError(f"{self.folder} must be the folder of a saved pipeline: it has no weights in unet/")
         total = 0
@@ -131,7 +123,9 @@ class Parts:
     def data_name(self, record: dict | None = None) -> str:
         """Return the name of the data that an evaluation's record or, without one, training names."""
         name = (record or {}).get("data") or self.training.get("data", {}).get("name")
-        return BUNDLED.get(name, name) or "data that was not recorded"
+        # a folder may have the name of bundled data
+        is_bundled = name == self.training.get("options", {}).get("dataset_name")
+        return (BUNDLED.get(name) if is_bundled else None) or name or "data that was not recorded"
 
     def classes(self) -> dict[str, int | None]:
         """Return the model's classes by name, with the numbers of items that it was trained on, as far as known."""
@@ -372,13 +366,13 @@ def _summary(parts: Parts) -> str:
 
 def _samples(parts: Parts) -> dict | None:
     """Return the caption of samples.png, or None if there is no such picture, or no record of how it was made."""
-    if not (parts.folder / "samples.png").exists() or "samples_step" not in parts.training:
-        return None
     step, steps = parts.training.get("samples_step"), parts.training.get("options", {}).get("ddpm_num_inference_steps")
+    if not (parts.folder / "samples.png").exists() or step is None:
+        return None
     what = "Samples" if parts.is_image else "Generated sequences (left) beside real ones (right)"
     if parts.condition():
         what = "Side by side: the condition, the sample, the true item"
-    scale = f", guidance scale {parts.training.get('samples_guidance_scale', 1):g}" if parts.classes() else ""
+    scale = ", guidance scale 1" if parts.classes() else ""
     return {"caption": f"{what}, {steps} sampling steps{scale}, not selected; after {step:,} training steps."}
 
 

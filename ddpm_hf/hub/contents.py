@@ -1,15 +1,17 @@
 """The files that a saved pipeline consists of. They are published, and other files in its folder are not."""
 
 import fnmatch
+import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 from ddpm_hf.pipeline import is_own_card
 from ddpm_hf.reading import read_json
 
 # The files beside model_index.json, and those in the folder of each component that it names.
 ROOT_FILES = ("model_index.json", "README.md", "LICENSE*", "training.json", "evaluation.json", "samples.png",
-              "loss.png", "steps-versus-metric.png", "completion.json", "completion-*.png",
+              "loss.png", "steps-versus-metric.png", "bits-per-dim.png", "completion.json", "completion-*.png",
               "pipeline_ddpm_hf_*.py")  # fmt: skip
 COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetensors.index.json", "*_ddpm_hf_*.py")
 WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # endings of files, with which no repo is named
@@ -44,7 +46,7 @@ def pipeline_files(folder: Path, card: str = "") -> tuple[dict[str, Path], list[
         elif (
             path.is_file()
             and _inside(path, folder)
-            and (_fits(path.name, ROOT_FILES) or (_fits(path.name, PICTURES) and path.name in card))
+            and (_fits(path.name, ROOT_FILES) or (_fits(path.name, PICTURES) and _is_named(path.name, card)))
         ):
             files[path.name] = path
         else:
@@ -75,7 +77,9 @@ def nearby_hint(folder: Path) -> str:
 
 
 def carry_over(old: Path, new: Path) -> None:
-    """Copy other files beside a saved pipeline, and an edited card, into the folder that replaces it.
+    """Copy what someone has put beside a saved pipeline into the folder that replaces it.
+
+    That is other files, a licence, and an edited card with the pictures of evaluations that it names.
 
     Args:
         old: the folder that is replaced.
@@ -85,8 +89,12 @@ def carry_over(old: Path, new: Path) -> None:
         ValueError: if the old folder does not hold a pipeline.
         OSError: if a file cannot be copied.
     """
-    _, others = pipeline_files(old)
-    for name in others:
+    files, others = pipeline_files(old)
+    card = old / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    edited = "" if is_own_card(text) else text
+    own = [name for name in files if _fits(name, ("LICENSE*",)) or _fits(name, PICTURES) and _is_named(name, edited)]
+    for name in (*others, *own):
         source, target = old / name, new / name
         if target.exists() or not target.parent.is_dir():
             continue
@@ -94,9 +102,13 @@ def carry_over(old: Path, new: Path) -> None:
             shutil.copytree(source, target, symlinks=True)
         else:
             shutil.copy2(source, target, follow_symlinks=False)
-    card = old / "README.md"
-    if card.is_file() and not is_own_card(card.read_text(encoding="utf-8")):
+    if card.is_file() and not is_own_card(text):
         shutil.copy2(card, new / "README.md")
+
+
+def _is_named(picture: str, card: str) -> bool:
+    """Return True if a card names a picture, whose name may be escaped as in addresses; `x.png` is not in `box.png`."""
+    return re.search(rf"(?<![\w.-]){re.escape(picture)}(?!\w)", unquote(card)) is not None
 
 
 def _fits(name: str, patterns: tuple[str, ...]) -> bool:

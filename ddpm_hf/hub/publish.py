@@ -38,7 +38,8 @@ from ddpm_hf.run.record import public_options
 RETRY_AFTER = (2, 10, 60)  # seconds
 # Files of an earlier upload that are removed if this one has none of that name, such as code of another version.
 STALE = ("pipeline_ddpm_hf_*.py", "*/*_ddpm_hf_*.py", "*/*-?????-of-?????.safetensors", "*/*.safetensors.index.json",
-         "training_state/*", "samples.png", "loss.png", "training.json", "evaluation.json")  # fmt: skip
+         "training_state/*", "samples.png", "loss.png", "training.json", "evaluation.json", "completion.json",
+         "completion-*.png", "steps-versus-metric.png", "bits-per-dim.png")  # fmt: skip
 
 PAGE = ("page.py", "page_model.py", "page_input.py")  # the files of the page, which Spaces carry too
 SPACE_APP = '''"""The page of {repo_id}, with the code that lies in that repo."""
@@ -47,7 +48,8 @@ from diffusers import DiffusionPipeline
 from page import build_page, serve
 
 if __name__ == "__main__":
-    serve(build_page(DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True), "{title}"))
+    pipeline = DiffusionPipeline.from_pretrained("{repo_id}", revision={revision!r}, trust_remote_code=True)
+    serve(build_page(pipeline, "{title}"))
 '''
 
 
@@ -286,13 +288,14 @@ def _unreached(error: BaseException) -> BaseException | None:
     return chain and (chain.__cause__ or chain)
 
 
-def write_space(folder: Path, repo_id: str, title: str) -> None:
+def write_space(folder: Path, repo_id: str, title: str, revision: str | None = None) -> None:
     """Write a Space that serves the page of a published pipeline: app.py, `PAGE`, requirements.txt and README.md.
 
     Args:
         folder: a folder that is empty or does not exist.
         repo_id: the repo of the pipeline.
         title: the title of the page.
+        revision: the branch of the pipeline; None means the main branch.
 
     Raises:
         ValueError: if the folder is not empty.
@@ -300,7 +303,7 @@ def write_space(folder: Path, repo_id: str, title: str) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"a Space is written into a new or empty folder, and {folder} is not one")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "app.py").write_text(SPACE_APP.format(repo_id=repo_id, title=title), encoding="utf-8")
+    (folder / "app.py").write_text(SPACE_APP.format(repo_id=repo_id, title=title, revision=revision), "utf-8")
     for name in PAGE:
         text = Path(__file__).with_name(name).read_text(encoding="utf-8")
         # the files lie side by side there, without ddpm_hf
@@ -334,7 +337,7 @@ def publish_space(space_id: str, target: Target) -> str:
     present = set(api.list_repo_files(space.repo_id, repo_type="space"))
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "space"
-        write_space(place, target.repo_id, target.repo_id.split("/")[-1])
+        write_space(place, target.repo_id, target.repo_id.split("/")[-1], target.revision)
         files = sorted(place.iterdir())
         others = present - {f.name for f in files} - {".gitattributes"}
         if others:

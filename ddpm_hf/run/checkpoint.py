@@ -77,7 +77,7 @@ def begin(folder: Path, step: int) -> Path:
     for path in folder.iterdir():
         unfinished = UNFINISHED.fullmatch(path.name) or PATTERN.fullmatch(path.name.removesuffix(REPLACED))
         if unfinished and path.is_dir() and path not in whole:
-            shutil.rmtree(path)
+            _remove(path)
     path = folder / f"step-{step:06d}{ASIDE}"
     path.mkdir()
     return path
@@ -129,7 +129,7 @@ def finish(aside: Path, limit: int | None = None) -> Path:
     if final.exists():  # the same step again
         os.replace(final, replaced)
     os.replace(aside, final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _try_to_remove(replaced)
     if limit is not None:
         _rotate(final, limit)
     return final
@@ -146,8 +146,18 @@ def _rotate(newest: Path, limit: int) -> None:
         if whole < limit:
             whole += damage(path) is None
         elif step < newest_step:
-            with contextlib.suppress(OSError):  # the new checkpoint is saved, whatever becomes of an old one
-                shutil.rmtree(path)
+            _try_to_remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link to a folder, whose content stays then."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
+def _try_to_remove(path: Path) -> None:
+    """Remove a folder that has given way to a new one, which is saved whatever becomes of this one."""
+    with contextlib.suppress(OSError):
+        _remove(path)
 
 
 def read_progress(path: Path) -> dict:
@@ -199,14 +209,24 @@ def read_progress(path: Path) -> dict:
     return {**progress, "seconds": clock["seconds"]}
 
 
+def _replaced(final: Path) -> Path:
+    return final.with_name(f"{final.name}.old{ASIDE}")
+
+
+def restore_folder(final: Path) -> None:
+    """Give an earlier folder its name back where a kill within `replace_folder` has left none of that name."""
+    if not final.exists() and _replaced(final).exists():
+        os.replace(_replaced(final), final)
+
+
 def replace_folder(aside: Path, final: Path) -> None:
     """Replace a folder by a whole new one; the earlier one stays readable until then."""
-    old = final.with_name(f"{final.name}.old{ASIDE}")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _replaced(final)
+    _try_to_remove(old)
     if final.exists():
         os.replace(final, old)
     os.replace(aside, final)
-    shutil.rmtree(old, ignore_errors=True)
+    _try_to_remove(old)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -49,7 +49,7 @@ def sample_pictures(folder: Path) -> list[tuple[int, Path]]:
 def without_folders(text: str) -> str:
     """Return the last name of an absolute path, or of one through ".."; return other texts unchanged."""
     path = os.path.expanduser(text)
-    return Path(path).name if os.path.isabs(path) or ".." in Path(path).parts else text
+    return Path(os.path.abspath(path)).name if os.path.isabs(path) or ".." in Path(path).parts else text
 
 
 def public_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,9 @@ def data_facts(
         class_counts: the number of items of each class; None if it is not known.
     """
     given = config.dataset_name or config.train_data_dir or config.train_data_file
-    name = without_folders(str(Path(given))) if given else f"a data set given from Python ({type(dataset).__name__})"
+    name = f"a data set given from Python ({type(dataset).__name__})"
+    if given:
+        name = without_folders(str(Path(given))) if Path(given) != Path() else Path.cwd().name
     on_hub = config.dataset_name and config.dataset_name not in BUNDLED and not Path(config.dataset_name).exists()
     facts = {"name": name, "hub_id": name if on_hub else None, "items": items, "shape": list(shape)}
     if class_names is not None:

@@ -36,6 +36,7 @@ class Saver:
         with self.run.average.weights() as model:
             if acc.is_main_process:
                 aside = folder / f"{name}{checkpoint.ASIDE}"
+                checkpoint.restore_folder(folder / name)  # first, for what someone has put there
                 shutil.rmtree(aside, ignore_errors=True)
                 self.run.pipeline(model).save_pretrained(aside)
                 self._describe(aside)

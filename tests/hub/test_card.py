@@ -16,7 +16,7 @@ from PIL import Image
 from ddpm_hf import DDPMPipeline, GaussianScheduler, TrainConfig, UNet2D, train
 from ddpm_hf.config import BUNDLED
 from ddpm_hf.hub.card import card_text, write_card
-from ddpm_hf.run.record import duration, public_command, without_folders
+from ddpm_hf.run.record import data_facts, duration, public_command, without_folders
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def render_harmless(folder, facts, record):
 def test_records_of_another_form_are_refused_by_name(file, content, tmp_path):
     make("images").save_pretrained(tmp_path)
     (tmp_path / file).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + ".*form"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + ".*(form|JSON)"):
         card_text(tmp_path)
 
 
@@ -190,7 +190,6 @@ def test_the_card_of_a_model_with_classes(tmp_path):
         "data": data,
         "steps": 4,
         "samples_step": 4,
-        "samples_guidance_scale": 1.5,
         "options": {"max_train_steps": 4, "use_ema": True, "ddpm_num_inference_steps": 3},
         "processes": 1,
         "global_batch": 4,
@@ -219,7 +218,7 @@ def test_the_card_of_a_model_with_classes(tmp_path):
     assert validate_card(text) == [] and len(data["model-index"][0]["results"][0]["metrics"]) > 0
     model, measured = table(text, "Model"), table(text, "Evaluation")
     assert model["classes"] == ["3: owl (7 items), a|b (0 items), cat (5 items)"] and "num_class_embeds" not in model
-    assert "pipe(class_labels=[0, 1, 2], generator=" in text and "3 sampling steps, guidance scale 1.5, not" in text
+    assert "pipe(class_labels=[0, 1, 2], generator=" in text and "3 sampling steps, guidance scale 1, not" in text
     assert measured["fid"] == ["1", "8 samples", "8 items of pets", "3", "s", "2", "pixels", "0"]
     assert measured["fid, class a|b"][0] == "2" and measured["held_out_loss"][5] == ""
     assert measured["class_agreement"][2] == "the class that the classifier judge.pt sees"
@@ -266,6 +265,29 @@ def test_what_is_no_pipeline_is_refused(damage, tmp_path):
         (tmp_path / "unet" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         card_text(tmp_path)
+
+
+def test_a_folder_with_the_name_of_bundled_data_is_not_taken_for_it(runs, tmp_path):
+    folder = shutil.copytree(runs / "pictures" / "pipeline", tmp_path / "p")
+    facts = json.loads((folder / "training.json").read_text())
+    del facts["options"]["dataset_name"]
+    facts["options"]["train_data_dir"] = "digits"
+    (folder / "training.json").write_text(json.dumps(facts))
+    assert BUNDLED["digits"] not in card_text(folder) and "trained on digits." in card_text(folder)
+
+
+def test_a_picture_that_no_run_has_recorded_is_not_shown(runs, tmp_path):
+    folder = shutil.copytree(runs / "pictures" / "pipeline", tmp_path / "p")
+    facts = json.loads((folder / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps({**facts, "samples_step": None}))  # samples.png is the user's
+    assert "No samples were recorded." in card_text(folder)
+
+
+@pytest.mark.parametrize("place", [".", "../photos", "here/..", "../photos/"])
+def test_data_in_a_relative_folder_has_the_name_of_the_folder(place, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    assert data_facts(TrainConfig(train_data_dir=place), None, 3, (1, 8, 8))["name"] == "photos"
 
 
 def test_paths_are_shortened():

@@ -19,7 +19,7 @@ from ddpm_hf import DDPMPipeline
 from ddpm_hf.hub import publish as hub_module
 from ddpm_hf.hub.card import Parts, card_text
 from ddpm_hf.hub.contents import pipeline_files
-from ddpm_hf.hub.publish import Publisher, Target, load_pipeline
+from ddpm_hf.hub.publish import Publisher, Target, load_pipeline, write_space
 
 TRAIN = ROOT / "training" / "train.py"
 OPTIONS = [f"--{name}={value}" for name, value in CARD_RUN.items() if not isinstance(value, list)]
@@ -431,6 +431,22 @@ def test_a_licence_for_a_card_that_is_kept_is_refused(tmp_path, capsys):
     (tmp_path / "README.md").write_text("# Mine")
     assert load_program("publish").main([str(tmp_path), *TO_DIGITS, "--hub_license=mit"]) == 2
     assert f"{tmp_path / 'README.md'} was edited and is kept" in capsys.readouterr().err
+
+
+def test_a_page_of_a_pull_request_is_refused(tmp_path, capsys):
+    """It would show what the main branch has, which may be nothing."""
+    make("images").save_pretrained(tmp_path)
+    for wrong, says in ((["--space=x", "--create_pr"], "got both"), (["--space=my page"], "my page")):
+        assert load_program("publish").main([str(tmp_path), *TO_DIGITS, *wrong]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_page_shows_the_branch_that_was_published(tmp_path):
+    for revision in (None, "dev"):
+        write_space(tmp_path / str(revision), "alice/digits", "digits", revision)
+        code = (tmp_path / str(revision) / "app.py").read_text()
+        compile(code, "app.py", "exec")
+        assert f"revision={revision!r}" in code
 
 
 def test_a_damaged_folder_is_not_published(tmp_path, capsys):

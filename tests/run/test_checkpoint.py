@@ -105,6 +105,55 @@ def test_a_kill_between_the_names_of_a_step_saved_again_costs_no_checkpoint(tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
 
 
+def test_checkpoints_that_lie_elsewhere(tmp_path):
+    """A link takes part in the rotation; what it points to is not touched, and saving its step again goes on."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        path = write(folder, step)
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    write(folder, 2)
+    write(folder, 3, limit=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000003"]
+    assert not (folder / "step-000002").is_symlink() and (tmp_path / "step-000001" / "state").exists()
+    (folder / "step-000004.writing").symlink_to(tmp_path / "step-000001")
+    write(folder, 4)
+    assert (tmp_path / "step-000001" / "state").exists() and not (folder / "step-000004").is_symlink()
+
+
+def test_a_folder_that_lies_elsewhere_is_replaced_too(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "final").symlink_to(tmp_path / "elsewhere")
+    for text in ("one", "two", "three"):
+        (tmp_path / "aside").mkdir()
+        (tmp_path / "aside" / "file").write_text(text)
+        checkpoint.replace_folder(tmp_path / "aside", tmp_path / "final")
+        assert (tmp_path / "final" / "file").read_text() == text
+    assert (tmp_path / "elsewhere").is_dir() and sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "final"]
+
+
+def test_a_kill_between_the_names_of_a_folder_loses_nothing_of_the_earlier_one(tmp_path, monkeypatch):
+    for name in ("final", "aside"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    rename = checkpoint.os.replace
+
+    def first_only(source, target):
+        rename(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, "replace", first_only)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.replace_folder(tmp_path / "aside", tmp_path / "final")
+    monkeypatch.undo()
+    assert not (tmp_path / "final").exists()
+    checkpoint.restore_folder(tmp_path / "final")
+    assert (tmp_path / "final" / "file").read_text() == "final"
+    checkpoint.restore_folder(tmp_path / "final")
+    checkpoint.replace_folder(tmp_path / "aside", tmp_path / "final")
+    assert (tmp_path / "final" / "file").read_text() == "aside"
+
+
 def test_replace_folder(tmp_path):
     for text in ("one", "two"):
         aside = tmp_path / "aside"
