@@ -93,7 +93,10 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
 
     def is_given(self, name: str) -> bool:
         """Return True if someone asked for something with the option of this name."""
-        return self._is_given(self.__dataclass_fields__[name])
+        field, value = self.__dataclass_fields__[name], getattr(self, name)
+        if value is None or value == declared(field).off:
+            return False
+        return name in self._given or value != default_of(field)
 
     def _normalize(self) -> None:
         """Bring the forms that YAML, older runs and single values have into the form of each option's type."""
@@ -227,13 +230,6 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
         self._given = self._given | names
         self.check_scope()
 
-    def _is_given(self, f: dataclasses.Field) -> bool:
-        """Return True if someone asked for something with this option."""
-        value = getattr(self, f.name)
-        if value is None or value == declared(f).off:
-            return False
-        return f.name in self._given or value != default_of(f)
-
     def check_scope(self, kind: str | None = None, model: Any = None) -> None:
         """Check that every option that was given applies.
 
@@ -247,7 +243,7 @@ class TrainConfig(  # dataclasses collect the fields from the last base to the f
         has = _plain(dict(model.config)) if model is not None and hasattr(model, "config") else {}
         for f in dataclasses.fields(self):
             applies, value = declared(f).scope, getattr(self, f.name)
-            if applies is None or not self._is_given(f):
+            if applies is None or not self.is_given(f.name):
                 continue
             if applies.new_model and f.name in has and has[f.name] == _plain(self.model_options()).get(f.name):
                 continue
