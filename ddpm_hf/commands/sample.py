@@ -26,8 +26,8 @@ def make_parser() -> SuggestingParser:
     what.add_argument("--num_samples", type=int, required=True, help="Number of samples; with --condition, of each "
                       "condition.")  # fmt: skip
     what.add_argument("--output_dir", type=Path, required=True, help="New folder, or that of a run that was stopped.")
-    what.add_argument("--format", help=f"Images: {', '.join(IMAGE_FORMATS)} (default: png; npy for images in units of "
-                      f"their own). Sequences: {', '.join(SEQUENCE_FORMATS)} (default: npy). png and webp write one "
+    what.add_argument("--format", help=f"Images: {', '.join(IMAGE_FORMATS)} (default: png; npy for scientific "
+                      f"images). Sequences: {', '.join(SEQUENCE_FORMATS)} (default: npy). png and webp write one "
                       "file per sample.")  # fmt: skip
     what.add_argument("--seed", type=int, default=0, help="Seed of all samples. Default: %(default)s.")
     what = parser.add_argument_group("classes and guidance")
@@ -37,7 +37,7 @@ def make_parser() -> SuggestingParser:
     what.add_argument("--guidance_scale", type=float, default=1.0, help="Scale of guidance; 1 is none. Default: "
                       "%(default)s.")  # fmt: skip
     what.add_argument("--guidance_rescale", type=float, default=0.0, help="From 0 to 1: how far "
-                      "the deviation of guided predictions is brought back to that of unguided ones. Default: "
+                      "guided predictions get the standard deviation of unguided ones. Default: "
                       "%(default)s.")  # fmt: skip
     what.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 1.0],
                       help="Lowest and highest noise level with guidance. Default: 0 1.")  # fmt: skip

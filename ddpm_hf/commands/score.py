@@ -48,7 +48,7 @@ def make_parser() -> SuggestingParser:
     what.add_argument("--smoothing", type=float, default=0.0, help="Deviation of the Gaussian that smooths the maps, "
                       "in pixels or points; 0: they are not smoothed. Default: %(default)s.")  # fmt: skip
     what.add_argument("--complete", action="store_true", help="Complete items with missing values (NaN) before "
-                      "they are scored: sequences, and images in units of their own. Default: a missing value is an "
+                      "they are scored: sequences and scientific images. Default: a missing value is an "
                       "error.")  # fmt: skip
     what.add_argument("--scheduler", help="ddpm, ddim, fast, or a scheduler class of diffusers; the method denoising "
                       "needs one of the first two. Default: the pipeline's.")  # fmt: skip

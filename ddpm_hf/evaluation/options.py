@@ -153,7 +153,7 @@ class EvaluateConfig:
         "Arrays have their channels last, as in training. Default: as in the pipeline's run, if --data is its data.",
     )
     image_range: list[float] | None = _option(
-        None, "Lowest and highest value of images in units of their own; values outside are clipped. Default: as in "
+        None, "Lowest and highest value of scientific images; values outside are clipped. Default: as in "
         "the pipeline's run."
     )  # fmt: skip
     sequence_columns: list[str] | None = _option(

@@ -28,14 +28,15 @@ class DataOptions:
     train_data_dir: str | None = option(
         None, "Folder of images, searched with its subfolders, in any format that Pillow reads except EPS; or of "
         "tables of images: a dataset saved to disk, .parquet, .arrow, or webdataset .tar files. TIFF files with values "
-        "of any range and any number of bands, and .npy files with an image each, are images in units of their own."
+        "of any range or any number of bands, and .npy files with an image each, are scientific images: their samples "
+        "are in the units of the data."
     )  # fmt: skip
     train_data_file: str | None = option(
         None, "File of sequences or images. Array .npy or .npz: sequences (N, channels, length), or (N, length) for "
-        "one channel; images (N, channels, height, width), or (N, height, width) where an option of images is given. "
-        "Table .csv: each row is a sequence; or, with stride, each row is a point in time and each column a channel. "
-        "Table .parquet: as .csv, or columns of lists, each of which is a channel. Recordings .wav, .flac, .edf or "
-        "WFDB's .hea, or a folder of them; with stride, of any lengths."
+        "one channel; images (N, channels, height, width), or (N, height, width) if an option of images is given. "
+        "Table .csv: each row is a sequence; with stride, each row is a point in time and each column a channel. "
+        "Table .parquet: as .csv, or each column is a channel whose cells are lists. Recordings .wav, .flac, .edf or "
+        "WFDB's .hea, or a folder of them; with stride, they may have any lengths."
     )  # fmt: skip
     channels_last: bool = option(
         False, "Arrays have their channels last: images (N, height, width, channels), also those of .npy files in a "
@@ -46,30 +47,30 @@ class DataOptions:
         none="the only column of images, or the one with a usual name (image, jpg, ...)", applies=scope.IMAGE_TABLES,
     )  # fmt: skip
     sequence_columns: list[str] | None = option(
-        None, "Columns of the sequences in a table. Needed to read sequences with dataset_name.",
+        None, "Columns of the sequences in a table. To read sequences, dataset_name needs them.",
         none="all columns", applies=scope.SEQUENCE_TABLES,
     )  # fmt: skip
     class_labels: str | None = option(
-        None, "The classes of the items: 'folder' for a folder of images (the names of its subfolders); 'label' for "
-        "the digits; the column of a table (ClassLabel, whole numbers or texts); the name of an array in a .npz file; "
-        "a file (.npy, .csv, .txt) with a class for each sequence of an array; for a dataset from Python, the entry of "
-        "items that are dicts (any name for items (x, y)).",
+        None, "Where the classes of the items are. Folder of images: 'folder', for the names of its subfolders. "
+        "Digits: 'label'. Table: a column (ClassLabel, whole numbers or texts). Array: another array of the .npz file, or "
+        "a file (.npy, .csv, .txt) with a class for each sequence. Dataset from Python: an entry of the items if they "
+        "are dicts, any name if they are pairs (x, y).",
         Rule(bool, "a name or a file"), scope.CLASSES, none="no classes",
     )  # fmt: skip
     condition_column: str | None = option(
-        None, "The condition paired with each item, an image or a sequence of the item's size, or of that divided by "
-        "a whole number: a column of images in a table; a column of a table of sequences, or several that commas "
-        "separate; the name of an array in a .npz file; a .npy file beside an array; for a dataset from Python, the "
-        "entry of items that are dicts (any name for items (x, condition), or (x, y, condition) with class_labels).",
+        None, "Where the condition of each item is: an image or a sequence of the item's size, or of that size divided "
+        "by a whole number. Table of images: a column. Table of sequences: a column, or several that commas separate. "
+        "Array: another array of the .npz file, or a .npy file. Dataset from Python: an entry of the items if they are "
+        "dicts, any name if they are (x, condition), or (x, y, condition) with class_labels.",
         Rule(bool, "a name or a file"), scope.PAIRS, none="no conditions",
     )  # fmt: skip
     condition_dir: str | None = option(
-        None, "Folder of the conditions of the images in train_data_dir: each under the same path, but for its ending. "
-        "They have the size of the images, or that divided by a whole number, and may be .npy or TIFF files.",
+        None, "Folder of the conditions of the images in train_data_dir, each under the same path up to its ending. "
+        "They have the size of the images, or that size divided by a whole number, and may be .npy or TIFF files.",
         Rule(bool, "a folder"), scope.PAIR_FOLDERS, none="no conditions",
     )  # fmt: skip
     holdout: int = option(
-        0, "Number of items that are kept out of training, drawn by the seed, for the held-out loss. If items are "
+        0, "Number of items that are kept out of training, drawn by the seed, to evaluate the model on. If items are "
         "windows, whole sequences are kept out, or stretches of a single sequence; a window's length before and after "
         "each stretch is left out of training too.", whole_number(0)
     )  # fmt: skip
@@ -89,25 +90,26 @@ class ImageOptions:
         none="64; 8 for digits; for an array, the size of its images",
     )  # fmt: skip
     image_channels: int | None = option(
-        None, "1 (grey), 3 (RGB) or 4 (RGBA). With 1 and 3, transparent images are laid on white. Images in units of "
-        "their own keep their channels, of any number.",
+        None, "1 (grey), 3 (RGB) or 4 (RGBA). With 1 and 3, transparent images are laid on white. Scientific images "
+        "keep their channels, of any number.",
         whole_number(1), scope.IMAGES, 
-        none="3; 1 for digits; for images in units of their own, the channels of the data",
+        none="3; 1 for digits; for scientific images, the channels of the data",
     )  # fmt: skip
     image_norm: str | None = option(
-        None, "Scaling of images in units of their own; samples have the same units. 'bits' scales the full range of "
-        "the integer type to [-1, 1], 'minmax' the range of each channel, and 'meanstd' scales each channel to mean 0 "
-        "and standard deviation 1.", one_of(*IMAGE_NORMS), scope.OWN_UNITS,
-        none="pictures of 8 bits, or for arrays and scientific files, bits for whole numbers and minmax for floats",
+        None, "Read images as scientific images, whose samples are in the units of the data, and scale them for the "
+        "model: 'bits' scales the full range of the integer type to [-1, 1], 'minmax' the range of each channel, and "
+        "'meanstd' scales each channel to mean 0 and standard deviation 1.", one_of(*IMAGE_NORMS), scope.OWN_UNITS,
+        none="pictures of 8 bits; for arrays and scientific files, bits for whole numbers and minmax for floats",
     )  # fmt: skip
     image_range: list[float] | None = option(
-        None, "Two numbers, the lowest and the highest value of images in units of their own, which are scaled to "
-        "[-1, 1], as 0 4095 for 12 bits. Values outside are clipped, and a warning says how many.",
+        None, "Lowest and highest value of scientific images, which are scaled to [-1, 1]; 0 4095 for 12 bits. Values "
+        "outside are clipped, and a warning says how many.",
         Rule(lambda ends: len(ends) == 2 and ends[0] < ends[1], "two finite numbers, the lower first"),
         scope.OWN_UNITS, none="image_norm",
     )  # fmt: skip
     center_crop: bool = option(
-        True, "Crop from the centre; false: at a random place. Images in the shape of resolution are not cropped.",
+        True, "Crop images from the centre (true) or at a random place (false). Images in the shape of resolution are "
+        "not cropped.",
         applies=scope.IMAGES,
     )  # fmt: skip
     random_flip: bool = option(False, "Mirror half of the images left to right.", applies=scope.IMAGES, off=False)
@@ -124,8 +126,9 @@ class SequenceOptions:
     _argument_group_name = "Sequences"
 
     recording: bool = option(
-        False, "An array (channels, points) is one recording, instead of sequences (N, length) of one channel; stride "
-        "cuts its windows. An array (points,) is one anyway.", applies=scope.SEQUENCE_ARRAYS, off=False,
+        False, "Read an array (channels, points) as one recording, instead of as sequences (N, length) of one channel; "
+        "stride cuts its windows. An array (points,) is always one recording.",
+        applies=scope.SEQUENCE_ARRAYS, off=False,
     )  # fmt: skip
     csv_decimal: str | None = option(
         None, "Decimal mark of a .csv file.", either(".", ","), scope.CSV,
@@ -134,7 +137,7 @@ class SequenceOptions:
     on_missing: str = option(
         "stop", "What to do with missing values (NaN, empty cells): 'stop' ends the run and names the first, 'drop' "
         "leaves out the sequences or windows that have one, 'interpolate' fills them in from the line between the "
-        "neighbours in time, 'mask' trains on what is known, with condition known (which does so by itself).",
+        "neighbours in time, 'mask' trains on the known values; condition known implies it.",
         either("stop", "drop", "interpolate", "mask"), scope.MISSING, off="stop",
     )  # fmt: skip
 

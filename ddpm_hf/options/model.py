@@ -52,13 +52,13 @@ class ModelOptions:
         [32], "Size of an attention head: one number, or one per stage.", applies=scope.NEW_MODEL
     )
     full_attn: list[str] | None = option(
-        None, "Full instead of linear attention: true or false, once or per stage.",
+        None, "Full (true) or linear (false) attention: one value, or one per stage.",
         none="in the last stage for images, in none for sequences", applies=scope.NEW_MODEL,
     )  # fmt: skip
     mid_full_attn: bool = option(
-        True, "Full attention in the middle of the network, between the last stage down and the first one up. Linear "
-        "attention there (false) lets the cost of a step grow linearly with the length of sequences and the pixels of "
-        "images.", applies=scope.NEW_MODEL,
+        True, "Full (true) or linear (false) attention in the middle of the network, between the last stage down and "
+        "the first one up. With linear attention, the cost of a step grows linearly with the length of sequences and "
+        "the pixels of images.", applies=scope.NEW_MODEL,
     )  # fmt: skip
     num_mem_kv: int | None = option(
         None, "Number of memory key-value pairs in each attention.",
@@ -86,7 +86,9 @@ class DiffusionOptions:
     _argument_group_name = "Diffusion"
 
     ddpm_num_steps: int = option(1000, "Number of training timesteps T.", whole_number(1))
-    ddpm_beta_schedule: str = option("sigmoid", "'sigmoid', 'cosine' or 'linear'.", one_of(*BETA_SCHEDULES))
+    ddpm_beta_schedule: str = option(
+        "sigmoid", "Noise schedule: 'sigmoid', 'cosine' or 'linear'.", one_of(*BETA_SCHEDULES)
+    )
     prediction_type: str = option(
         "v_prediction",
         "Prediction target of the model: 'epsilon', 'sample' (x0) or 'v_prediction'.",
@@ -97,16 +99,17 @@ class DiffusionOptions:
         ),
     )
     loss_weighting: str | None = option(
-        None, "Weight of a sample's loss: 'uniform' is 1 at every timestep; 'snr' follows the prediction target, as in "
-        "denoising-diffusion-pytorch, and min_snr_gamma (for epsilon without it, the weight is 1 too).",
+        None, "Weight of a sample's loss: 'uniform' is 1 at every timestep; 'snr' depends on the signal-to-noise "
+        "ratio, the prediction target and min_snr_gamma, as in denoising-diffusion-pytorch (for epsilon without "
+        "min_snr_gamma, it is 1).",
         one_of(*LOSS_WEIGHTINGS), none="snr with min_snr_gamma, else uniform",
     )  # fmt: skip
     min_snr_gamma: float = option(
         0.0, "Min-SNR loss weighting with this gamma; 5 is usual, and 0 turns it off.", AT_LEAST_0
     )
     vlb_weight: float = option(
-        0.001, "Weight of the variational bound, in bits per dimension, in the loss of a learned variance. Its "
-        "gradient goes to the variance alone.", ABOVE_0, scope.LEARNED_VARIANCE,
+        0.001, "Weight of the variational bound, in bits per dimension, in the loss with a learned variance. The "
+        "bound trains the variance alone.", ABOVE_0, scope.LEARNED_VARIANCE,
     )  # fmt: skip
     noise_offset: float = option(0.0, "Strength of offset noise; 0.1 is usual, and 0 turns it off.", AT_LEAST_0)
     timestep_sampling: str = option(
@@ -126,18 +129,18 @@ class DiffusionOptions:
     )
     class_dropout_prob: float = option(
         0.1, "Probability with which an item is trained without its class, so that samples can be guided towards a "
-        "class (guidance_scale). 0: every item with its class.", FROM_0_TO_1, scope.WITH_CLASSES, off=0,
+        "class (guidance_scale). With 0, every item has its class.", FROM_0_TO_1, scope.WITH_CLASSES, off=0,
     )  # fmt: skip
     condition: str | None = option(
-        None, "'known': train a model that completes items of which a part is known (pipe.inpaint). It is given the "
-        "known values and where they are, and the loss is on the rest. Sequences may then have missing values (NaN). "
-        "Nothing is known of a tenth of the items, so that the model samples as usual too.",
+        None, "'known' trains a model to complete partly known items (pipe.inpaint). It is given the known values and "
+        "where they are, and the loss is on the rest. Sequences may then have missing values (NaN). Nothing is known "
+        "of a tenth of the items, so that the model samples as usual too.",
         one_of("known"), none="the model is given no part of the item",
     )  # fmt: skip
     mask_strategy: str = option(
-        "mixed", "Which part is known. 'random': single positions, a share of them that is drawn for each item; "
-        "'blocks': all but a gap in a sequence or a rectangle in an image, an eighth to three quarters of the item "
-        "long; 'forecast' (sequences): all but an end of that length; 'mixed': one of these for each item.",
+        "mixed", "Which part of an item is known. 'random': a random share of its positions; 'blocks': all but a gap "
+        "in a sequence or a rectangle in an image, whose sides are an eighth to three quarters of the item's; "
+        "'forecast' (sequences): all but an end of that length; 'mixed': one of these for each item.",
         one_of(*MASK_STRATEGIES), scope.KNOWN,
     )  # fmt: skip
     immiscible: bool = option(
@@ -145,12 +148,12 @@ class DiffusionOptions:
         applies=scope.SEVERAL, off=False,
     )  # fmt: skip
     rescale_betas_zero_snr: bool = option(
-        False, "Rescale the schedule so that it ends in pure noise; not with epsilon. The loss_weighting 'snr' then "
-        "counts the SNR as at least 1."
+        False, "Rescale the noise schedule so that it ends in pure noise; cannot be used with prediction_type epsilon. "
+        "loss_weighting 'snr' then counts the SNR as at least 1."
     )  # fmt: skip
     snr_shift: NumberOrAuto = option(
-        0.0, "A number, added to the log-SNR of the noise schedule at every timestep. Negative values add noise, "
-        "which large images and long sequences need more of (Hoogeboom et al.). 'auto' takes it from the size: "
+        0.0, "Number that is added to the log of the signal-to-noise ratio (SNR) at every timestep. Negative values "
+        "add noise, for large images and long sequences (Hoogeboom et al.). 'auto' computes it from the size: "
         "2 log(64 / size) for images, with the root of height times width as their size, and log(256 / length) for "
         "sequences, but at most 0.",
     )  # fmt: skip

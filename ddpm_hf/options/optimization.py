@@ -19,7 +19,7 @@ class OptimizationOptions:
     train_batch_size: int = option(16, "Number of samples per process and forward pass.", whole_number(1))
     gradient_accumulation_steps: int = option(1, "Number of forward passes per optimizer step.", whole_number(1))
     optimizer: str = option(
-        "adamw", "'adamw'; or 'muon', for the weights of linear layers and convolutions, with AdamW for the others.",
+        "adamw", "'adamw', or 'muon' for the weights of linear layers and convolutions, with AdamW for the others.",
         one_of(*OPTIMIZERS),
     )  # fmt: skip
     learning_rate: float = option(4e-4, "Peak learning rate of AdamW.", ABOVE_0)
@@ -38,8 +38,9 @@ class OptimizationOptions:
         1, "Number of cosines after the warm-up, each of which begins at the peak.", whole_number(1), scope.RESTARTS
     )
     lr_power: float = option(
-        1.0, "Power of the remaining share of the steps, which the learning rate follows.", ABOVE_0, scope.POLYNOMIAL
-    )
+        1.0, "Power p: the learning rate follows the remaining share of the steps to the power p.",
+        ABOVE_0, scope.POLYNOMIAL,
+    )  # fmt: skip
     lr_warmup_steps: int = option(
         100, "Number n of warm-up steps: in step k of them the learning rate is multiplied by k / (n + 1).",
         whole_number(0), scope.WARM_UP, off=0,
@@ -48,7 +49,7 @@ class OptimizationOptions:
     adam_beta2: float = option(0.99, "AdamW's beta2.", BELOW_1)
     adam_weight_decay: float = option(0.0, "AdamW's weight decay.", AT_LEAST_0)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", ABOVE_0)
-    max_grad_norm: float = option(1.0, "The gradient's norm is clipped to this.", ABOVE_0)
+    max_grad_norm: float = option(1.0, "Largest norm of the gradient, to which it is clipped.", ABOVE_0)
     mixed_precision: str | None = option(
         None, "Precision of the computation: 'no' (float32; on a card TF32), 'bf16' or 'fp16'.",
         either("no", "bf16", "fp16"),

@@ -53,13 +53,13 @@ class EvaluationOptions:
     _argument_group_name = "Evaluation"
 
     eval_steps: int = option(
-        0, "Number of steps between evaluations, and the last step then always has one; 0: none.", whole_number(0),
-        changeable=True,
+        0, "Number of steps between evaluations; 0: none. If it is not 0, the last step always has one.",
+        whole_number(0), changeable=True,
     )  # fmt: skip
     eval_metrics: list[str] | None = option(
-        None, "Images: fid, kid, memorization, held_out_loss, held_out_weighted_loss; sequences: frechet, "
-        "spectral_frechet, sliced_wasserstein, autocorrelation_error, memorization, held_out_loss, "
-        "held_out_weighted_loss; both, if named: precision, recall, density, coverage, bits_per_dim.",
+        None, "Metrics to compute. Images: fid, kid. Sequences: frechet, spectral_frechet, sliced_wasserstein, "
+        "autocorrelation_error. Both: memorization, held_out_loss, held_out_weighted_loss, and if they are named "
+        "precision, recall, density, coverage, bits_per_dim.",
         none="all but the last five; those of held-out items only with holdout", applies=scope.EVALUATION,
         changeable=True,
     )  # fmt: skip
@@ -90,7 +90,7 @@ class EvaluationOptions:
         scope.TORCHSCRIPT, changeable=True,
     )  # fmt: skip
     eval_num_neighbours: int | None = option(
-        None, "Number k of the neighbour that a ball reaches to, for precision, recall, density and coverage.",
+        None, "Number k of neighbours, for precision, recall, density and coverage: balls reach to the k-th nearest.",
         whole_number(1), scope.FIDELITY, none="3 for precision and recall, 5 for density and coverage",
         changeable=True,
     )  # fmt: skip
@@ -99,8 +99,8 @@ class EvaluationOptions:
         none="ddpm_hf/ in the Hugging Face cache", applies=scope.FEATURES, changeable=True,
     )  # fmt: skip
     metric_for_best: str | None = option(
-        None, "The pipeline with the lowest value of this metric is kept in best/; for precision, recall, density and "
-        "coverage, that with the highest.",
+        None, "Metric by which best/ keeps the best pipeline: the one with the lowest value, or the highest of "
+        "precision, recall, density and coverage.",
         none="the first of eval_metrics", applies=scope.EVALUATION, changeable=True,
     )  # fmt: skip
 

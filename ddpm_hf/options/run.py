@@ -23,10 +23,10 @@ class RunOptions:
         "takes the newest undamaged one.", either("latest", "latest-valid"), changeable=True
     )  # fmt: skip
     continue_from: str | None = option(
-        None, "Folder of a run to continue in another output_dir: weights, their average, optimizer, step count and "
-        "place in the data are taken from one of its checkpoints, and options that are not given from its config.yaml. "
-        "All options but those of the model may differ. The learning rate's schedule covers the remaining steps; "
-        "max_train_steps is the total.", none="a new run",
+        None, "Folder of a run to continue in another output_dir. Its checkpoint gives weights, their average, "
+        "optimizer, step count and place in the data; its config.yaml gives the options that you do not give. All "
+        "options but those of the model may differ. max_train_steps is the total, and the schedule of the learning "
+        "rate covers the remaining steps.", none="a new run",
     )  # fmt: skip
     continue_checkpoint: str = option(
         "newest", "Checkpoint to continue from: 'newest', 'best' (the one of the best evaluation), or the folder of a "
@@ -55,6 +55,6 @@ class RunOptions:
         either(*COMPILERS), changeable=True,
     )  # fmt: skip
     deterministic: bool = option(
-        False, "Use only deterministic algorithms, so that on a card too a resumed run is bit for bit the run that was "
-        "not stopped. It costs time."
+        False, "Use only deterministic algorithms, so that also on a card a resumed run is bit for bit the run that "
+        "was not stopped. This costs time."
     )  # fmt: skip
