@@ -52,9 +52,9 @@ class DataOptions:
     )  # fmt: skip
     class_labels: str | None = option(
         None, "Where the classes of the items are. Folder of images: 'folder', for the names of its subfolders. "
-        "Digits: 'label'. Table: a column (ClassLabel, whole numbers or texts). Array: another array of the .npz file, or "
-        "a file (.npy, .csv, .txt) with a class for each sequence. Dataset from Python: an entry of the items if they "
-        "are dicts, any name if they are pairs (x, y).",
+        "Digits: 'label'. Table: a column (ClassLabel, whole numbers or texts). Array: another array of the .npz file, "
+        "or a file (.npy, .csv, .txt) with a class for each sequence. Dataset from Python: an entry of the items if "
+        "they are dicts, any name if they are pairs (x, y).",
         Rule(bool, "a name or a file"), scope.CLASSES, none="no classes",
     )  # fmt: skip
     condition_column: str | None = option(
