@@ -284,18 +284,33 @@ def test_the_table_on_cpu_in_processes_of_their_own(tmp_path):
 
 @pytest.mark.skipif(not (shutil.which("bash") and shutil.which("timeout")), reason="the script needs both")
 def test_the_script_goes_on_after_a_failure(tmp_path):
-    """With a stand-in for Python: the tests fail, the other parts run, and the exit status says so."""
+    """With a stand-in for Python: the tests fail, the other parts run, and the exit status and the summary say so."""
+    report = tmp_path / "report.txt"  # the end of pytest's
+    report.write_text(
+        "= slowest 1 durations =\n9.01s call a.py::b\n= short test summary info =\nFAILED a.py::b - it is\n"
+        "! Interrupted: the time of DDPM_HF_TEST_SECONDS is over !\n=== 1 failed, 13 passed in 142.13s (0:02:22) ===\n"
+    )
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *test_cuda.py*) exit 3 ;; esac\n')
+    python.write_text(f"""#!/bin/sh
+echo "ran $*"
+case "$*" in
+  *test_cuda.py*) cat {report}; exit 3 ;;
+  *train.py*) printf 'a bar at 1%%\\ra bar at 2%%\\n' ;;
+esac
+""")
     python.chmod(0o755)
     script = ROOT / "training" / "benchmarks" / "on_card.sh"
     environment = {**os.environ, "PYTHON": str(python)}
     done = subprocess.run(["bash", script, tmp_path / "results"], env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     summary = (tmp_path / "results" / "summary.txt").read_text()
-    assert [line.split(",")[0] for line in summary.splitlines()[1:-1]] == [
-        "tests: failed with status 3", "digits: passed", "benchmark: passed",
+    lines = [re.sub(r", \d+ s$", "", line) for line in summary.splitlines()]
+    assert lines[lines.index("tests: failed with status 3") : -1] == [
+        "tests: failed with status 3", "tests: FAILED a.py::b - it is",
+        "tests: Interrupted: the time of DDPM_HF_TEST_SECONDS is over",
+        "tests: 1 failed, 13 passed in 142.13s (0:02:22)", "digits: passed", "benchmark: passed",
     ]  # fmt: skip
+    assert "a bar at 2%" in done.stdout and "a bar at 1%" not in done.stdout
     assert "--device cuda --only card --quick" in (tmp_path / "results" / "benchmark.log").read_text()
     (minutes,) = re.findall(r"--minutes ([\d.]+) ", (tmp_path / "results" / "benchmark.log").read_text())
     assert 7 < float(minutes) < 7.5  # what the other parts have left

@@ -31,7 +31,7 @@ part() {
     *) word="failed with status $status" ;;
   esac
   [ "$status" = 0 ] || failed=1
-  tail -n 60 "$results/$name.log"
+  tail -n 60 "$results/$name.log" | sed 's/.*\r//'  # of a bar, its last state
   summary+=("$name: $word, $((SECONDS - start)) s")
 }
 
@@ -43,6 +43,9 @@ PYTHON
 
 # its own limit lets pytest report its failures so far
 part tests 160 env DDPM_HF_TEST_SECONDS=140 "$python" -m pytest tests/test_cuda.py -vv -n 0 --durations=10
+while read -r line; do
+  summary+=("tests: $line")
+done < <(grep -E '^(FAILED|ERROR) |^!.* is over|^=.* in [0-9.]+s' "$results/tests.log" | tr -d '!=' | cut -c 1-200)
 part digits 75 "$python" training/train.py --config training/configs/digits.yaml --output_dir "$results/digits"
 # the benchmark has the rest of the time, and names what does not fit
 limit=$((470 - SECONDS))
