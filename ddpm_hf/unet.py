@@ -52,7 +52,7 @@ def _conv(ndim: int, channels_in: int, channels: int, kernel: int, padding: int 
 
 
 # Compiled with torch 2.11, `_NormalizeCPU` passes no gradients on; with 2.14 it does.
-COMPILES_FUNCTIONS = torch.__version__ >= "2.14"
+COMPILES_FUNCTIONS = torch.__version__ >= (2, 14)
 
 
 class RMSNorm(nn.Module):

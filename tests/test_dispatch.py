@@ -81,7 +81,7 @@ def test_few_operations(kind, call, step, dtype, card_kernels):
     56 norms and products of attention, 39 SiLU, 39 linear layers, and 47 sums, of which 28 are skips. The backward pass
     of torch 2.11 has up to 67 more, and that of 2.6 up to 81: on `meta` it copies gradients of convolutions.
     """
-    step += 0 if torch.__version__ >= "2.14" else 67 if torch.__version__ >= "2.11" else 81
+    step += 0 if torch.__version__ >= (2, 14) else 67 if torch.__version__ >= (2, 11) else 81
     model, x, t = on_meta(kind, dtype)
     with torch.no_grad(), CountOperations() as counter:
         model(x, t)

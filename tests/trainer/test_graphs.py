@@ -230,6 +230,7 @@ FIRST_USE = "Synchronization debug mode is a prototype feature and does not yet 
 READ = "called a synchronizing CUDA operation (Triggered internally at Copy.cpp:1.)"
 
 
+@pytest.mark.filterwarnings("always")  # also where pytest is told to ignore warnings
 @pytest.mark.parametrize("reads", [False, True])
 def test_the_first_watch_of_a_process_finds_reads_alone(reads, monkeypatch):
     """torch 2.11 and 2.14 warn in these words: of the mode itself, once a process, and of each read."""
