@@ -86,7 +86,8 @@ def save_sequence_plot(
     for column, kind in enumerate(columns):
         axes[0, column].set_title(kind)
         for row, title in enumerate((titles or ())[:rows]):
-            axes[row, column].set_title(f"{kind}: {title}", fontsize="small")
+            # a title has the name of a class, in which $ is no formula
+            axes[row, column].set_title(f"{kind}: {title}", fontsize="small", parse_math=False)
     figure.savefig(path, dpi=100)
 
 
@@ -151,7 +152,7 @@ def save_steps_plot(records: list[dict], title: str, path: Path) -> None:
         axis.set_visible(False)
     if over_steps and len(scales) > 1:
         axes[0].legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # it has the name of a folder
     figure.savefig(path, dpi=100)
 
 

@@ -438,12 +438,16 @@ class OutStage(_Stage):
 # Options: the rules of their values.
 
 
-def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_optional_count(value) -> bool:
     return value is None or _is_count(value)
+
+
+def _is_zero_or_count(value) -> bool:
+    return _is_count(value, 0)
 
 
 def _is_number(value) -> bool:
@@ -468,12 +472,10 @@ _RULES = (
     ("theta", lambda v: v > 0, "be greater than 0"),
     ("dropout", _is_number, "be a number"),
     ("dropout", lambda v: 0.0 <= v < 1.0, "lie in [0, 1)"),
-    ("fourier_dim", _is_number, "be a number"),
-    ("fourier_dim", lambda v: v >= 2 and v % 2 == 0, "be even and at least 2"),
-    ("num_mem_kv", _is_number, "be a number"),
-    ("num_mem_kv", lambda v: v >= 0, "be at least 0"),
+    ("fourier_dim", lambda v: _is_count(v) and v % 2 == 0, "be an even whole number of at least 2"),
+    ("num_mem_kv", _is_zero_or_count, "be a whole number of at least 0"),
     ("mid_full_attn", lambda v: isinstance(v, bool), "be true or false"),
-    ("condition_channels", lambda v: isinstance(v, int) and v >= 0, "be a whole number of at least 0"),
+    ("condition_channels", _is_zero_or_count, "be a whole number of at least 0"),
 )
 
 

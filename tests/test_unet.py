@@ -286,6 +286,8 @@ def test_device_map_auto(tmp_path):
         ({"sample_size": 0}, r"at least 1, got \(0, 0\)"), ({"sample_size": (8, -1)}, r"at least 1, got \(8, -1\)"),
         ({"sample_size": (8,)}, "sample_size"),
         ({"dropout": "a"}, "dropout must be a number"),
+        ({"fourier_dim": 16.0, "time_embedding": "learned_fourier"}, "fourier_dim must be an even whole number"),
+        ({"num_mem_kv": 2.0}, "num_mem_kv must be a whole number"), ({"condition_channels": True}, "got True"),
         ({"fourier_dim": 3}, "fourier_dim"), ({"in_channels": 0}, "in_channels"), ({"theta": 0}, "theta"),
         ({"condition_channels": -1}, "condition_channels must be a whole number of at least 0, got -1"),
         ({"num_class_embeds": 0}, "num_class_embeds must be a whole number of at least 1, got 0"),

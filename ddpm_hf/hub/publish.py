@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -93,7 +93,7 @@ def check_token(target: Target) -> Target:
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(f"publishing needs a token that may write; this one of {user['name']} may only read")
     repo_id = target.repo_id if "/" in target.repo_id else f"{user['name']}/{target.repo_id}"
-    return Target(**{**vars(target), "repo_id": repo_id})
+    return replace(target, repo_id=repo_id)
 
 
 def open_repo(target: Target) -> Target:
@@ -198,9 +198,7 @@ def _same_file(entry: RepoFile, file: Path | bytes) -> bool:
     data = file if isinstance(file, bytes) else file.read_bytes()
     if entry.lfs is not None:
         return entry.lfs.sha256 == hashlib.sha256(data).hexdigest()
-    return (
-        entry.blob_id == hashlib.sha1(b"blob %d\0" % size + data).hexdigest()
-    )  # the name that Git gives to this content
+    return entry.blob_id == hashlib.sha1(b"blob %d\0" % size + data).hexdigest()  # the name that Git gives to it
 
 
 def _training_state(run: Path) -> dict[str, Path | bytes]:
@@ -452,7 +450,7 @@ class Publisher:
         """Upload a snapshot and note it in published.json; report a failure."""
         target, noted = self.target, self._noted()
         if noted and noted["pull_request"]:  # a run has one pull request
-            target = Target(**{**vars(target), "revision": noted["pull_request"], "create_pr": False})
+            target = replace(target, revision=noted["pull_request"], create_pr=False)
         try:
             done = publish_with_patience(
                 place / "pipeline",
