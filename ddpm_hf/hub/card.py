@@ -366,14 +366,16 @@ def _summary(parts: Parts) -> str:
 
 def _samples(parts: Parts) -> dict | None:
     """Return the caption of samples.png, or None if there is no such picture, or no record of how it was made."""
-    step, steps = parts.training.get("samples_step"), parts.training.get("options", {}).get("ddpm_num_inference_steps")
+    step, facts = parts.training.get("samples_step"), parts.training
     if not (parts.folder / "samples.png").exists() or step is None:
         return None
     what = "Samples" if parts.is_image else "Generated sequences (left) beside real ones (right)"
     if parts.condition():
         what = "Side by side: the condition, the sample, the true item"
+    # a resumed run may have another number of sampling steps than the one that drew an earlier picture
+    steps = f", {facts['options']['ddpm_num_inference_steps']} sampling steps" if step == facts["steps"] else ""
     scale = ", guidance scale 1" if parts.classes() else ""
-    return {"caption": f"{what}, {steps} sampling steps{scale}, not selected; after {step:,} training steps."}
+    return {"caption": f"{what}{steps}{scale}, not selected; after {step:,} training steps."}
 
 
 def _model_rows(parts: Parts) -> list[tuple]:

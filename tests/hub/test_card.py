@@ -283,6 +283,14 @@ def test_a_picture_that_no_run_has_recorded_is_not_shown(runs, tmp_path):
     assert "No samples were recorded." in card_text(folder)
 
 
+def test_a_picture_of_an_earlier_step_may_have_other_sampling_steps(runs, tmp_path):
+    """The run may have been resumed with another number meanwhile, which the record does not tell."""
+    folder = shutil.copytree(runs / "pictures" / "pipeline", tmp_path / "p")
+    facts = json.loads((folder / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps({**facts, "samples_step": 2}))
+    assert "![Samples, not selected; after 2 training steps.](samples.png)" in card_text(folder)
+
+
 @pytest.mark.parametrize("place", [".", "../photos", "here/..", "../photos/"])
 def test_data_in_a_relative_folder_has_the_name_of_the_folder(place, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
