@@ -33,6 +33,14 @@ def test_the_pictures(name, shape, tmp_path):
     np.testing.assert_array_equal(back, real[3])
 
 
+def test_an_answer_to_other_options_is_not_taken(tmp_path):
+    """Names of files do not have all options: another seed of an ablation had the first one's distances."""
+    options = SimpleNamespace(only=["ablation"], data=["digits"], setting=["as it is"], output_dir=str(tmp_path))
+    first, second = (recipe.jobs_of(SimpleNamespace(seed=seed, **vars(options)))[0] for seed in (0, 1))
+    common.finish(first.file, {**first.options, "distance": 1.0})
+    assert first.done() and not second.done()
+
+
 def test_the_views_are_patches_and_averages():
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
     small, patches = common.views(image)

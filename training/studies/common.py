@@ -115,7 +115,11 @@ class Job:
     file: Path
 
     def done(self) -> bool:
-        return self.file.exists()
+        """Return True if the file has the answer to these options: it may be left of a run with others."""
+        if not self.file.exists():
+            return False
+        asked, answer = json.loads(json.dumps(self.options)), self.result()
+        return all(name in answer and answer[name] == value for name, value in asked.items())
 
     def result(self) -> dict:
         return json.loads(self.file.read_text())

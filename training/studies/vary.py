@@ -41,7 +41,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pipe = DDPMPipeline.from_pretrained(options.pipeline)
     pipe.set_progress_bar_config(disable=True)
-    data = [Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in load_digits().images[:32]]
+    data = [Image.fromarray((image * 255 / 16).round().astype(np.uint8)) for image in load_digits().images[:32]]
     columns = []
     for strength in STRENGTHS:
         generators = [torch.Generator().manual_seed(seed) for seed in range(ROWS)]
