@@ -76,7 +76,7 @@ def training_draws(
     if len(numbers) != len(x0):
         raise ValueError(f"there must be one number per sample: {len(x0)} samples, {len(numbers)} numbers")
     numbers = torch.as_tensor(numbers, dtype=torch.int64, device=x0.device)
-    steps, size, channels = scheduler.config.num_train_timesteps, x0[0].numel(), x0.shape[1]
+    steps, size, channels = scheduler.config.num_train_timesteps, math.prod(x0.shape[1:]), x0.shape[1]
     # words for the noise, then for the offsets of the channels; the last one is the timestep's
     words = random_words(key, numbers, (size + channels + 1) // 2 + 1)
     normal = normal_numbers(words, torch.promote_types(x0.dtype, torch.float32))

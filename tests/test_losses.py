@@ -238,6 +238,7 @@ def test_draws_follow_from_the_numbers():
     s = GaussianScheduler(10)
     x0 = torch.zeros(2000, 1, 2)
     t, noise = training_draws(s, x0, range(2000), 0.1, key=5)
+    assert training_draws(s, x0[:0], [], 0.1)[1].shape == x0[:0].shape
     t_part, noise_part = training_draws(s, x0[:3], torch.tensor([7, 8, 9]), 0.1, key=5)
     assert torch.equal(t[7:10], t_part) and torch.equal(noise[7:10], noise_part)
     other, other_noise = training_draws(s, x0, range(2000), 0.1, key=6)

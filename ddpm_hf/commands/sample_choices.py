@@ -146,7 +146,7 @@ def choose_labels(pipeline, asked: list[str] | None, count: int) -> list | None:
 
 def has_own_units(pipeline) -> bool:
     """Return True for images in units of the data instead of levels from 0 to 1."""
-    return not isinstance(pipeline, DDPMPipeline1D) and pipeline.config.get("data_scale") is not None
+    return not isinstance(pipeline, DDPMPipeline1D) and pipeline._has_units()
 
 
 def choose_format(pipeline, form: str | None) -> str:

@@ -196,7 +196,8 @@ class SampleFiles:
                 if numbers.start == 0:
                     writer.writerow([f"x{i}" for i in range(samples.shape[-1])] + label)
                 ends = [[each] for each in self._labels(numbers)] if label else [[]] * len(numbers)
-                writer.writerows([f"{x:.9g}" for x in row[0]] + end for row, end in zip(samples, ends))
+                digits = 9 if samples.dtype == np.float32 else 17
+                writer.writerows([f"{x:.{digits}g}" for x in row[0]] + end for row, end in zip(samples, ends))
 
     def _parquet(self, path: Path) -> None:
         import pyarrow as pa
@@ -207,7 +208,7 @@ class SampleFiles:
         first = np.load(self._part(0), mmap_mode="r")
         images = first.ndim == 4
         names = ["image"] if images else [f"channel_{c}" for c in range(first.shape[1])]
-        kinds = {name: ImageFeature() if images else Sequence(Value("float32")) for name in names}
+        kinds = {name: ImageFeature() if images else Sequence(Value(str(first.dtype))) for name in names}
         if self.labels is not None:
             kinds["label"] = Value("string" if any(isinstance(each, str) for each in self.labels) else "int64")
         schema = Features(kinds).arrow_schema
@@ -216,7 +217,7 @@ class SampleFiles:
                 if images:
                     columns = {"image": [{"bytes": picture_bytes(x, "png"), "path": None} for x in samples]}
                 else:
-                    columns = {name: list(samples[:, c].astype(np.float32)) for c, name in enumerate(names)}
+                    columns = {name: list(samples[:, c]) for c, name in enumerate(names)}
                 if self.labels is not None:
                     columns["label"] = self._labels(numbers)
                 writer.write_table(pa.Table.from_pydict(columns, schema=schema), row_group_size=ROW_GROUP)

@@ -87,7 +87,7 @@ def check_options(given: argparse.Namespace, pipeline) -> None:
             f"--save_reference needs --reference and a --pipeline in a folder; got {given.reference} and "
             f"{given.pipeline}"
         )
-    if given.complete and not isinstance(pipeline, DDPMPipeline1D) and pipeline.config.get("data_scale") is None:
+    if given.complete and not isinstance(pipeline, DDPMPipeline1D) and not pipeline._has_units():
         raise ValueError(
             "--complete applies to sequences, and to images in units of their own; pictures have no missing values: "
             "leave it out"

@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from ddpm_hf.pipeline.guidance import as_list, for_each_sample, make_guidance
+from ddpm_hf.pipeline.guidance import for_each_sample, make_guidance
 from ddpm_hf.pipeline.loop import SamplingPipeline
 from ddpm_hf.pipeline.pairs import encode_condition
 from ddpm_hf.pipeline.rules import INPAINT_RULES, ClassLabels, Generators, check_call, check_rules
@@ -118,6 +118,7 @@ class CompletingPipeline(SamplingPipeline):
     """
 
     # This function is longer than 60 lines because it documents every option of a completion.
+    @torch.no_grad()
     def inpaint(
         self,
         known: Any,
@@ -176,7 +177,7 @@ class CompletingPipeline(SamplingPipeline):
         check_rules(INPAINT_RULES, num_samples=num_samples, jump_length=jump_length, jump_n_sample=jump_n_sample)
         data, unknown = self._read_known(known, mask)
         items, output_type = len(data), output_type or self._output_types[0]
-        labels = for_each_sample(as_list(class_labels), items, num_samples)
+        labels = for_each_sample(class_labels, items, num_samples)
         generator = for_each_sample(generator, items, num_samples)
         check_call(self, items * num_samples, generator, output_type)
         guidance = make_guidance(
@@ -194,12 +195,8 @@ class CompletingPipeline(SamplingPipeline):
         if output_type == "latent":
             x = torch.where(unknown.to(x.device), x, self._encode(data, "known"))
             return self._output(x, None, return_dict)
-        samples = self._decode(x, "pt")
-        dtype = torch.promote_types(samples.dtype, data.dtype)
-        unknown, data = unknown.to(samples.device), data.to(samples.device, dtype)
-        return self._output(
-            self._in_form(torch.where(unknown, samples.to(dtype), data), output_type), None, return_dict
-        )
+        samples = torch.where(unknown, self._decode(x, "pt").cpu(), data)
+        return self._output(self._in_form(samples, output_type), None, return_dict)
 
     def _check_completion(self) -> None:
         if self.config.get("condition") != "known" and not is_own_scheduler(self.scheduler):

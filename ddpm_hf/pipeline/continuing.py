@@ -117,8 +117,8 @@ class ContinuingPipeline(CompletingPipeline):
             ValueError: a value is outside its range, or the model was not trained to complete and the scheduler is not
                 a `GaussianScheduler`. It is raised at once, not with the first block.
         """
-        class_labels = as_list(class_labels)
-        if isinstance(class_labels, (list, tuple)) and batch_size == 1:
+        class_labels, generator = as_list(class_labels), as_list(generator)
+        if isinstance(class_labels, list) and batch_size == 1:
             batch_size = len(class_labels)
         check_call(self, batch_size, generator, output_type)
         draw = self._drawing(
@@ -129,6 +129,7 @@ class ContinuingPipeline(CompletingPipeline):
         return (self._decode(x, output_type) for x in self._blocks(draw, None, length, overlap))
 
     # This function is longer than 60 lines because it documents every option of a continuation.
+    @torch.no_grad()
     def extend(
         self,
         known: Any,
@@ -188,7 +189,7 @@ class ContinuingPipeline(CompletingPipeline):
         generator = for_each_sample(generator, items, num_samples)
         draw = self._drawing(
             items * num_samples, num_inference_steps, generator, eta, jump_length, jump_n_sample,
-            for_each_sample(as_list(class_labels), items, num_samples), guidance_scale, guidance_rescale,
+            for_each_sample(class_labels, items, num_samples), guidance_scale, guidance_rescale,
             guidance_interval, guide, num_samples,
         )  # fmt: skip
         check_call(self, items * num_samples, generator, output_type)
@@ -206,7 +207,6 @@ class ContinuingPipeline(CompletingPipeline):
         drawn = torch.cat([self._decode(x, "pt").cpu() for x in parts], dim=-1)
         dtype = torch.promote_types(drawn.dtype, data.dtype)
         whole = torch.cat((data.repeat_interleave(num_samples, dim=0).to(dtype), drawn.to(dtype)), dim=-1)
-        whole = whole.to(self._execution_device) if output_type == "pt" else whole
         return self._output(self._in_form(whole, output_type), None, return_dict)
 
     def _overlap(self, length, overlap, method="sequential") -> int:

@@ -11,7 +11,7 @@ import torch
 from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
 
-from ddpm_hf.pipeline.rules import GUIDANCE_RULES, ClassLabels, check_rules, is_whole
+from ddpm_hf.pipeline.rules import GUIDANCE_RULES, check_rules, is_whole
 from ddpm_hf.pipeline.schedulers import Trained, training_of
 from ddpm_hf.pipeline.steps import weights_move
 from ddpm_hf.pipeline.windows import Windows, over_windows
@@ -169,16 +169,17 @@ def _guide_model(pipeline, guide):
     return model
 
 
-def as_list(class_labels: ClassLabels):
-    """Return tuples, arrays and tensors of labels as lists, and one label for all as it is."""
-    if hasattr(class_labels, "tolist"):
-        return class_labels.tolist()
-    return list(class_labels) if isinstance(class_labels, tuple) else class_labels
+def as_list(values):
+    """Return tuples, arrays and tensors of labels or generators as lists, and one for all as it is."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return list(values) if isinstance(values, tuple) else values
 
 
 def for_each_sample(values, items: int, samples: int):
-    """Repeat a list with one value for each item, for the samples of each. Other values stay as they are."""
-    if isinstance(values, (list, tuple)) and len(values) == items:
+    """Repeat one value for each item, for the samples of each. Other values are as `as_list` returns them."""
+    values = as_list(values)
+    if isinstance(values, list) and len(values) == items:
         return [value for value in values for _ in range(samples)]
     return values
 
@@ -207,12 +208,13 @@ def make_guidance(
                 "a stock UNet2DModel with classes knows no prediction without a class: class_labels must be a class "
                 f"for each sample, and guidance_scale 1; got {class_labels!r} and {scale!r}"
             )
-    elif guide is None or scale == 1:
+    elif guide is None:
         return None
-    if guide is None or scale == 1:
+    if guide is None:
         return Guidance(numbers, classes, scale, rescale, interval, device)
-    predict = pipeline._model_to_call(device, guide)
-    return Guidance(numbers, classes, scale, rescale, interval, device, predict, number_of_classes(guide) is not None)
+    # at scale 1 too, since a callback may change the scale
+    predict, has_classes = pipeline._model_to_call(device, guide), number_of_classes(guide) is not None
+    return Guidance(numbers, classes, scale, rescale, interval, device, predict, has_classes)
 
 
 def number_of_classes(unet) -> int | None:

@@ -210,13 +210,16 @@ class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
         if output_type == "latent":
             return x
         if self._has_units():
-            return self._in_form(to_units(self, x).to(x.device), output_type)
+            return self._in_form(to_units(self, x), output_type)
         return self._in_form((x.float() / 2 + 0.5).clamp(0, 1), output_type)
 
     def _in_form(self, images: Tensor, output_type: str):
-        """Convert (B, C, H, W), in [0, 1] or in the units of the data, to the form of `output_type`."""
+        """Convert (B, C, H, W), in [0, 1] or in the units of the data, to the form of `output_type`.
+
+        Tensors are given back on the device of the pipeline.
+        """
         if output_type == "pt":
-            return images
+            return images.to(self._execution_device)
         if output_type == "pil" and self._has_units():
             images = (from_units(self, images) / 2 + 0.5).clamp(0, 1)
         array = images.movedim(1, -1).cpu().numpy()

@@ -94,8 +94,9 @@ class InterpolatingPipeline(EncodingPipeline):
         x1, x2 = self._encode(x1, "x1"), self._encode(x2, "x2")
         if x1.shape != x2.shape:
             raise ValueError(f"x1 and x2 must have the same shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
+        generator = as_list(generator)
         check_call(self, len(x1), generator, output_type)
-        labels = for_each_sample(as_list(class_labels), len(x1), len(weights))
+        labels = for_each_sample(class_labels, len(x1), len(weights))
         guidance = make_guidance(
             self, len(x1) * len(weights), labels, guidance_scale, guidance_rescale, guidance_interval, guide
         )

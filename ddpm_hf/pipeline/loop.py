@@ -16,7 +16,7 @@ from ddpm_hf.pipeline.graphs import GraphedModel
 from ddpm_hf.pipeline.guidance import Guidance, as_list, make_guidance
 from ddpm_hf.pipeline.pairs import encode_condition, number_of_conditions
 from ddpm_hf.pipeline.pieces import check_max_batch_size, in_pieces
-from ddpm_hf.pipeline.rules import check_call, check_steps
+from ddpm_hf.pipeline.rules import check_call, check_steps, check_timesteps
 from ddpm_hf.pipeline.saving import SavedWithCode
 from ddpm_hf.pipeline.schedulers import (
     check_scheduler,
@@ -166,6 +166,7 @@ class SamplingPipeline(SavedWithCode):
                 raise ValueError(f"give num_inference_steps or timesteps, not both; got {num_inference_steps} and them")
             if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
                 raise ValueError(f"{type(scheduler).__name__} takes no explicit timesteps; give num_inference_steps")
+            check_timesteps(as_list(timesteps), scheduler.config.num_train_timesteps)
             scheduler.set_timesteps(timesteps=timesteps, device="cpu")
             return
         total = scheduler.config.num_train_timesteps
@@ -250,6 +251,7 @@ class SamplingPipeline(SavedWithCode):
         self._check_finite(self.unet, x, sums, timesteps)
         return x
 
+    @torch.no_grad()
     def _generate(
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, return_dict,
         callback_on_step_end, callback_inputs, return_all_timesteps, timesteps, class_labels, condition, *guidance,
@@ -257,8 +259,8 @@ class SamplingPipeline(SavedWithCode):
     ):  # fmt: skip
         """Sample, as the calls of the subclasses say; `guidance` is its scale, rescaling, interval and guide."""
         windows = self._windows(size, method, overlap)
-        class_labels = as_list(class_labels)
-        if isinstance(class_labels, (list, tuple)) and batch_size == 1:
+        class_labels, generator = as_list(class_labels), as_list(generator)
+        if isinstance(class_labels, list) and batch_size == 1:
             batch_size = len(class_labels)
         if condition is not None and batch_size == 1:
             batch_size = number_of_conditions(condition)

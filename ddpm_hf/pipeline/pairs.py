@@ -58,7 +58,9 @@ def condition_settings(unet, condition: str | None, size, shift, scale) -> dict:
 
 
 def as_torch_takes_it(value: np.ndarray) -> np.ndarray:
-    """Return an array in the byte order of this machine and without negative strides."""
+    """Return an array in the byte order of this machine, without negative strides and wide unsigned numbers."""
+    if value.dtype.kind == "u" and value.itemsize > 1:  # which torch cannot compute with
+        return value.astype(np.float64)
     return np.ascontiguousarray(value, value.dtype.newbyteorder("="))
 
 

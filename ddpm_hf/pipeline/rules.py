@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -167,3 +168,10 @@ def check_steps(steps, total: int | None = None) -> None:
     if not is_whole(steps) or steps < 1 or (total is not None and steps > total):
         allowed = "of at least 1" if total is None else f"from 1 to {total}"
         raise ValueError(f"num_inference_steps must be a whole number {allowed}; got {steps!r}")
+
+
+def check_timesteps(timesteps, total: int) -> None:
+    """Check the explicit timesteps of a call, of which stock schedulers take any; `total` is the number in training."""
+    given = timesteps if isinstance(timesteps, list) and all(map(is_number, timesteps)) else []
+    if not given or any(a <= b for a, b in pairwise(given)) or given[0] >= total or given[-1] < 0:
+        raise ValueError(f"timesteps must be descending numbers from {total - 1} to 0; got {timesteps!r}")

@@ -208,7 +208,10 @@ class SavedWithCode(DiffusionPipeline):
         this file knows no model.
         """
         parts = {name: part for name, part in pipeline.components.items() if name in ("unet", "scheduler")}
+        scheduler = kwargs.get("scheduler")
+        if kwargs.get("unet") is None:  # the model stays, so another scheduler is checked as one that is set later
+            kwargs.pop("scheduler", None)
         made = super().from_pipe(pipeline, **{**parts, **kwargs})
-        if kwargs.get("scheduler") is not None:
-            made.scheduler = kwargs["scheduler"]  # again: the settings still belong to the other pipeline's scheduler
+        if scheduler is not None:
+            made.scheduler = scheduler  # again: the settings still belong to the other pipeline's scheduler
         return made

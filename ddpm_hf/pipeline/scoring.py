@@ -273,8 +273,9 @@ class ScoringPipeline(ReconstructingPipeline, CompletingPipeline):
         if not np.isfinite(scores).all():
             bad = numbers_of(torch.from_numpy(~np.isfinite(scores))[:, None])
             raise FloatingPointError(f"the score of {bad} is NaN or infinity. {why_not_finite(self.unet, x0.dtype)}")
+        smooth = smoothed(maps, smoothing)  # in float64, which autocast leaves as it is
         return ScoreOutput(
-            scores=scores, maps=self._array(smoothed(maps.float(), smoothing)),
+            scores=scores, maps=self._array(smooth.float()),
             percentiles=self._percentiles(scores, options), options=options,
         )  # fmt: skip
 

@@ -147,8 +147,7 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, ScoringPipeline)
         """Convert (B, C, length) from the model's units to the data's; float64 where float32 has too few digits."""
         if output_type == "latent":
             return x
-        out = to_units(self, x)
-        return out.to(x.device) if output_type == "pt" else out.numpy()
+        return self._in_form(to_units(self, x), output_type)
 
     def _tensor(self, sequences, name: str) -> Tensor:
         """Convert arrays or tensors (B, C, length) to a tensor on the CPU, in the units of the data.
@@ -160,8 +159,8 @@ class DDPMPipeline1D(InterpolatingPipeline, ContinuingPipeline, ScoringPipeline)
         return x if x.is_floating_point() else x.double()
 
     def _in_form(self, sequences: Tensor, output_type: str):
-        """Convert (B, C, length) to the form of `output_type`."""
-        return sequences if output_type == "pt" else sequences.cpu().numpy()
+        """Convert (B, C, length) to the form of `output_type`, tensors on the device of the pipeline."""
+        return sequences.to(self._execution_device) if output_type == "pt" else sequences.cpu().numpy()
 
     def _output(self, samples, trajectory, return_dict: bool):
         if not return_dict:

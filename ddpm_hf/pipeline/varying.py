@@ -6,7 +6,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ddpm_hf.pipeline.guidance import as_list, for_each_sample, make_guidance
+from ddpm_hf.pipeline.guidance import for_each_sample, make_guidance
 from ddpm_hf.pipeline.loop import SamplingPipeline
 from ddpm_hf.pipeline.pairs import encode_condition
 from ddpm_hf.pipeline.rules import check_call, check_rules, is_number, is_whole
@@ -104,7 +104,7 @@ class VaryingPipeline(SamplingPipeline):
         generator = for_each_sample(generator, len(data), num_samples)
         check_call(self, n, generator, output_type, None, callback_on_step_end, callback_inputs)
         callback_inputs = [callback_inputs] if isinstance(callback_inputs, str) else callback_inputs
-        guidance = make_guidance(self, n, for_each_sample(as_list(class_labels), len(data), num_samples), *guidance)
+        guidance = make_guidance(self, n, for_each_sample(class_labels, len(data), num_samples), *guidance)
         condition = encode_condition(self, condition, len(data), num_samples, x0.shape[2:])
         options = step_options(self.scheduler, generator, eta)
         if strength == 0:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D, GaussianScheduler, UNet1D, UNet2D
 from ddpm_hf.commands import sampling
+from ddpm_hf.commands.sample_files import SampleFiles
 from ddpm_hf.data.sequence_files import read_sequences
 from ddpm_hf.evaluation.sampling import sample_generators
 from ddpm_hf.hub.publish import load_pipeline
@@ -75,6 +76,16 @@ def test_images_go_on_where_they_stopped(pipelines, tmp_path, capsys):
     assert content(tmp_path / "a") == whole and (tmp_path / "a" / "000000.png").stat().st_mtime_ns == kept
     assert run(pipelines, "images", tmp_path / "a", "--seed=1") == 2
     assert "seed: 0 there, 1 now" in capsys.readouterr().err and content(tmp_path / "a") == whole
+
+
+@pytest.mark.parametrize("form", ["npy", "csv", "parquet"])
+def test_files_hold_sequences_that_float32_cannot(form, tmp_path):
+    """Values of about 1e9 with a deviation of 1, which the pipeline gives as float64."""
+    samples = 1e9 + np.random.default_rng(0).standard_normal((3, 1, 4))
+    files = SampleFiles(tmp_path, form, 3, 2)
+    for block in (0, 1):
+        files.write(block, samples[2 * block : 2 * block + 2])
+    np.testing.assert_array_equal(np.reshape(read_sequences(str(files.join()))[:], samples.shape), samples)
 
 
 def test_formats_of_images_hold_the_same_samples(pipelines, tmp_path):

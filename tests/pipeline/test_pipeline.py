@@ -200,6 +200,8 @@ def test_from_pipe():
     copy = DDPMPipeline.from_pipe(pipe)
     assert copy.unet is pipe.unet and copy.scheduler is pipe.scheduler and copy.config.num_inference_steps == 3
     assert DDPMPipeline.from_pipe(pipe, num_inference_steps=2).config.num_inference_steps == 2
+    with pytest.raises(ValueError, match="trained with 'v_prediction'"):
+        DDPMPipeline.from_pipe(pipe, scheduler=diffusers.DDIMScheduler())
     stock = diffusers.DDIMPipeline.from_pipe(pipe, unet=pipe.unet)
     assert DDPMPipeline.from_pipe(stock).unet is pipe.unet
     one_d = sequences(data_shift=[10.0, -3.0], data_scale=[2.0, 0.5])
@@ -260,6 +262,29 @@ def test_latents_and_seeds():
     assert torch.equal(a, b) and torch.equal(x_T, kept)
     c, d = (pipe(2, generator=torch.Generator().manual_seed(s), output_type="pt").images for s in (0, 1))
     assert not torch.equal(c, d)
+
+
+def test_generators_in_a_tuple_and_inputs_with_gradients():
+    pipe = images(1, steps=2)
+    x = torch.rand(2, 1, 8, 8, requires_grad=True)
+    for draw in (
+        lambda generator: pipe(2, generator=generator, latents=x, return_all_timesteps=True, output_type="np")[1],
+        lambda generator: pipe.inpaint(x, torch.eye(8), generator=generator, output_type="np", jump_n_sample=1)[0],
+        lambda generator: pipe.interpolate(x, x.flip(0), generator=generator, output_type="np")[0],
+    ):
+        assert np.array_equal(draw(tuple(seeds(1, 2))), draw(seeds(1, 2)))
+    pipe = sequences()
+    assert pipe.extend(torch.zeros(1, 2, 9, requires_grad=True), 12, jump_n_sample=1)[0].shape == (1, 2, 12)
+    np.testing.assert_array_equal(*(next(pipe.stream(9, 2, 2, kind(seeds(1, 2)))) for kind in (list, tuple)))
+
+
+@pytest.mark.parametrize("timesteps", [[10, 900], [1900, 5], [], [5, 5], [5, -1], "5"])
+def test_timesteps_of_stock_schedulers(timesteps):
+    """Some of them take any timesteps, and give samples of no meaning for these."""
+    pipe = images()
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="descending numbers from 999 to 0"):
+        pipe(timesteps=timesteps)
 
 
 def test_trajectory():

@@ -86,6 +86,24 @@ def test_scale_one_does_not_call_the_guide():
     assert 0 < guide.calls < 8
 
 
+@pytest.mark.parametrize("with_classes", [False, True])
+def test_a_callback_may_begin_the_guidance(with_classes):
+    """At scale 1 the guide is not called, but a later scale is still that of the guide."""
+    pipe, guide, options = gaussian(), Gaussian(*GUIDE), {}
+    if with_classes:
+        pipe, guide, options = mixture(), Gaussian(*GUIDE, sample_size=2), {"class_labels": [0, 1, 2]}
+
+    def change(pipe, i, t, tensors):
+        pipe._guidance_scale = 2.0
+
+    begun, guided = (
+        seeded(pipe, guide=guide, guidance_scale=scale, callback_on_step_end=change, **options)
+        for scale in (1.0, 1.0 + 1e-6)
+    )
+    torch.testing.assert_close(begun, guided, rtol=1e-3, atol=1e-4)
+    assert (begun - seeded(pipe, **options)).abs().max() > 0.01
+
+
 def test_rescaling_and_predicted_variance():
     """The deviation is put back to that of the model, and the predicted variance is the model's."""
     pipe, guide = gaussian(learned_variance=True), Gaussian(*GUIDE)

@@ -262,6 +262,8 @@ def test_smoothing():
     x = np.random.default_rng(0).random((1, 8, 8, 1), dtype=np.float32)
     plain, smooth = (pipe.score(x, smoothing=sigma, generator=seeds(0)) for sigma in (0.0, 2.0))
     assert plain.scores == smooth.scores and smooth.maps.std() < plain.maps.std()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pipe.score(x, smoothing=2.0, generator=seeds(0)).maps.dtype == np.float32
 
 
 def test_percentiles_are_saved(tmp_path):
@@ -368,6 +370,14 @@ def test_scores_that_are_not_finite():
     pipe.unet.forward = lambda x, t: BaseOutput(sample=x * math.nan)
     with pytest.raises(FloatingPointError, match="score of items 0, 1 is NaN or infinity. The weights of the model"):
         pipe.score(np.zeros((2, 1, 1)))
+
+
+def test_arrays_of_wide_unsigned_numbers():
+    pipe, levels = images(1), np.indices((8, 8)).sum(0).reshape(1, 8, 8, 1) % 2
+    wide, plain = (pipe.score(levels.astype(kind), generator=seeds(0)) for kind in (np.uint16, np.float32))
+    np.testing.assert_array_equal(wide.maps, plain.maps)
+    with pytest.raises(ValueError, match="must lie in"):
+        pipe.score(levels.astype(np.uint16) * 65535)
 
 
 def test_arrays_of_any_byte_order_and_strides():
