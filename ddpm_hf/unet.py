@@ -392,7 +392,7 @@ class DownStage(_Stage):
         self.resize = resize
 
     def forward(self, x: Tensor, temb: Tensor) -> tuple:
-        """-> the resized features, and the two skips."""
+        """Return the resized features of x, (B, C, H, W), and the two skips, which have the size of x."""
         skip1 = self._run(self.block1, x, temb)
         skip2 = self._run(self.attention, self._run(self.block2, skip1, temb))
         return self.resize(skip2), skip1, skip2
@@ -418,7 +418,7 @@ class UpStage(_Stage):
         self.resize = resize
 
     def forward(self, x: Tensor, skip1: Tensor, skip2: Tensor, temb: Tensor) -> Tensor:
-        """skip1 and skip2 as the mirrored `DownStage` gave them: the later one is joined first."""
+        """Return the resized features of x and of the skips of the mirrored `DownStage`, the later of which comes first."""
         x = self._run(self.block1, x, temb, skip2)
         x = self._run(self.block2, x, temb, skip1)
         return self.resize(self._run(self.attention, x))
@@ -496,7 +496,7 @@ def _check_options(ndim: int, options) -> None:
 
 
 def _per_stage(name: str, value, stages: int, kind: type) -> tuple:
-    """One value for every stage, or one each."""
+    """Return a value for each stage: the one that is given for all, or those that are given one each."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * stages
     if len(values) != stages:
         raise ValueError(f"{name} must be one value or one per stage ({stages}, as dim_mults has), got {value!r}")
@@ -787,19 +787,19 @@ _OPTIONS_DOC = """
 
     Args:
         sample_size: {size}; what pipelines sample by default. None: given at each call.
-        in_channels: channels of x_t.
-        out_channels: channels predicted; None: `in_channels`, twice that with `learned_variance`.
+        in_channels: number of channels of x_t.
+        out_channels: number of channels predicted; None: `in_channels`, twice that with `learned_variance`.
         dim: width that the multipliers multiply; the time embedding has 4 * dim.
         init_dim: width after the first convolution; None: dim.
         dim_mults: width of each stage over dim; its length is the number of stages (one fewer downsamplings).
         self_condition: take the previous x0 estimate as input too (Chen et al., arXiv:2208.04202).
         learned_variance: predict an interpolation between the variances too (Nichol & Dhariwal, arXiv:2102.09672).
         norm: "rms", or "group" with `norm_groups` groups, in the residual blocks.
-        dropout: in the first half of each residual block, in [0, 1).
-        attn_heads, attn_dim_head: of each attention, one value or one per stage.
-        mid_attn_heads, mid_attn_dim_head: of the attention in the middle; None: the last stage's.
+        dropout: the probability of dropout in the first half of each residual block, in [0, 1).
+        attn_heads, attn_dim_head: heads of each attention, and width of a head; one value or one per stage.
+        mid_attn_heads, mid_attn_dim_head: the same for the attention in the middle; None: the last stage's.
         full_attn: full attention instead of linear, one bool or one per stage; None: {full}.
-        num_mem_kv: learned key-values in every attention.
+        num_mem_kv: number of learned key-values in every attention.
         time_embedding: "sinusoidal" (with `theta`), "learned_fourier" or "random_fourier" (`fourier_dim` features).
         num_class_embeds: number of classes, for models that are told the class of each sample; one further learned
             embedding stands for "no class" (Ho & Salimans, arXiv:2207.12598). None: a model without classes.
