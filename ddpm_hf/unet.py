@@ -418,7 +418,7 @@ class UpStage(_Stage):
         self.resize = resize
 
     def forward(self, x: Tensor, skip1: Tensor, skip2: Tensor, temb: Tensor) -> Tensor:
-        """Return the resized features of x and of the skips of the mirrored `DownStage`, the later of which comes first."""
+        """Return the resized features of x and the skips of the mirrored `DownStage`, whose later skip comes first."""
         x = self._run(self.block1, x, temb, skip2)
         x = self._run(self.block2, x, temb, skip1)
         return self.resize(self._run(self.attention, x))
