@@ -9,6 +9,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 SHOWN_CHANNELS = (1, 3, 4)  # numbers of channels that are one picture: grey, RGB, RGBA
+MOST_AXES = 36  # rows of axes in a plot of sequences, at most
 
 
 def picture_of(levels: np.ndarray) -> Image.Image:
@@ -53,41 +54,66 @@ def save_image_grid(images: list[Image.Image], path: Path, columns: int | None =
     grid.save(path)
 
 
+def channel_parts(channels: int) -> list[slice]:
+    """Return the channels of each axis of a plot: one, because units may differ, or all if there are very many."""
+    return [slice(c, c + 1) for c in range(channels)] if channels <= MOST_AXES else [slice(channels)]
+
+
+def channel_name(names: Sequence[str] | None, channel: int) -> str:
+    """Return the name of a channel, or "channel 0" and so on if it has none (`names` is None or too short)."""
+    return names[channel] if names is not None and channel < len(names) else f"channel {channel}"
+
+
 def save_sequence_plot(
     generated: np.ndarray, real: np.ndarray, path: Path, rows: int = 6, titles: Sequence[str] | None = None,
-    conditions: np.ndarray | None = None,
+    conditions: np.ndarray | None = None, names: Sequence[str] | None = None,
 ) -> None:  # fmt: skip
-    """Save a plot with generated sequences in the left column and real ones in the right, on one scale, as PNG.
+    """Save a plot with generated sequences in the left column and real ones in the right, as PNG.
+
+    Each channel has axes of its own, with one scale for all sequences, if there are at most `MOST_AXES` channels.
 
     Args:
-        generated, real: `(N, C, length)`; all channels of a sequence are drawn into one panel. NaN is not drawn.
+        generated, real: `(N, C, length)`. NaN is not drawn.
         path: the file to write.
-        rows: number of sequences of each kind, at most.
-        titles: a title for each row; None: only the columns have titles.
+        rows: number of sequences of each kind, at most; there are fewer where `MOST_AXES` would be exceeded.
+        titles: a title for each sequence; None: only the columns have titles.
         conditions: `(N, C', length')`, what each generated sequence was given, for a column of their own before the
             others and on a scale of their own; None: there is no such column.
+        names: the names of the channels; None: they are numbered.
     """
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
-    rows = min(rows, len(generated), len(real))
-    figure = Figure(figsize=(11, 1.35 * rows + 0.6), layout="constrained")
     columns = {} if conditions is None else {"condition": conditions}
     columns |= {"generated": generated, "real": real}
-    axes = figure.subplots(rows, len(columns), sharex=True, sharey=conditions is None, squeeze=False)
-    for row in range(rows):
-        for column, sequences in enumerate(columns.values()):
-            first = axes[0, min(column, 1)]
-            if conditions is not None and axes[row, column] is not first:
-                axes[row, column].sharey(first)
-            places = np.arange(sequences.shape[-1]) * (real.shape[-1] / sequences.shape[-1])
-            for channel in sequences[row]:
-                axes[row, column].plot(places, channel, linewidth=0.9)
-            axes[row, column].grid(alpha=0.25)
+    parts = channel_parts(max(sequences.shape[1] for sequences in columns.values()))
+    depth = len(parts)
+    rows = min(rows, len(generated), len(real), max(1, MOST_AXES // depth))
+    figure = Figure(figsize=(11, (1.35 if depth == 1 else 0.95 * depth) * rows + 0.6), layout="constrained")
+    one_scale = conditions is None and depth == 1
+    axes = figure.subplots(rows * depth, len(columns), sharex=True, sharey=one_scale, squeeze=False)
+    for column, (kind, sequences) in enumerate(columns.items()):
+        places = np.arange(sequences.shape[-1]) * (real.shape[-1] / sequences.shape[-1])
+        own = len(channel_parts(sequences.shape[1]))  # a condition may have another number of channels
+        for part, channels in enumerate(parts):
+            first = axes[part, 0 if kind == "condition" else len(columns) - 2]
+            for row, axis in enumerate(axes[part::depth, column]):
+                if not one_scale and axis is not first:
+                    axis.sharey(first)
+                axis.set_visible(depth == 1 or part < own)
+                if own < depth and part == own - 1 and row == rows - 1:
+                    axis.tick_params(labelbottom=True)
+                for channel in sequences[row, channels]:
+                    axis.plot(places, channel, linewidth=0.9, color=f"C{part % 10}" if depth > 1 else None)
+                axis.grid(alpha=0.25)
+                if depth > 1 and own > 1 and kind != "real":
+                    name = channel_name(names if kind == "generated" else None, part)
+                    axis.set_ylabel(name, fontsize="x-small", parse_math=False)
     for column, kind in enumerate(columns):
         axes[0, column].set_title(kind)
         for row, title in enumerate((titles or ())[:rows]):
             # a title has the name of a class, in which $ is no formula
-            axes[row, column].set_title(f"{kind}: {title}", fontsize="small", parse_math=False)
+            axes[row * depth, column].set_title(f"{kind}: {title}", fontsize="small", parse_math=False)
+    figure.align_ylabels()
     figure.savefig(path, dpi=100)
 
 
@@ -187,7 +213,7 @@ def save_bound_plot(terms: Sequence, values: Mapping[str, float], path: Path) ->
     figure.savefig(path, dpi=100)
 
 
-def save_fan_plot(items: Sequence, path: Path) -> None:
+def save_fan_plot(items: Sequence, path: Path, names: Sequence[str] | None = None) -> None:
     """Save a plot of completed sequences as PNG: truth, known part, median, 50% and 90% bands of the completions.
 
     A panel shows one channel of one sequence; of many channels the first three are drawn.
@@ -196,6 +222,7 @@ def save_fan_plot(items: Sequence, path: Path) -> None:
         items: records with `truth` (C, length), `hidden` (length,), True where it was hidden, and `completions`
             (M, C, length); missing values are NaN.
         path: the file to write.
+        names: the names of the channels; None: they are numbered.
     """
     from matplotlib.figure import Figure
 
@@ -222,7 +249,7 @@ def save_fan_plot(items: Sequence, path: Path) -> None:
         axis.grid(alpha=0.25)
     if channels > 1:
         for channel, axis in enumerate(axes[0]):
-            axis.set_title(f"channel {channel}")
+            axis.set_title(channel_name(names, channel), parse_math=False)
     for axis in axes.ravel()[len(panels) :]:
         axis.set_visible(False)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9)
@@ -268,7 +295,9 @@ def _as_rgb(image: np.ndarray) -> np.ndarray:
     return np.moveaxis(colours, 0, -1).clip(0, 1)
 
 
-def save_heat_map(item: np.ndarray, heat: np.ndarray, limits: tuple[float, float], path: Path) -> None:
+def save_heat_map(
+    item: np.ndarray, heat: np.ndarray, limits: tuple[float, float], path: Path, names: Sequence[str] | None = None
+) -> None:
     """Save a picture of an item with the map of its score as PNG.
 
     An image lies in grey under the mean of its channels' maps. Each channel of a sequence is drawn over its map as
@@ -279,6 +308,7 @@ def save_heat_map(item: np.ndarray, heat: np.ndarray, limits: tuple[float, float
         heat: the map, of the same shape.
         limits: the values that have the weakest and the strongest colour.
         path: the file to write.
+        names: the names of a sequence's channels; None: they are numbered.
     """
     from matplotlib.figure import Figure
 
@@ -304,6 +334,8 @@ def save_heat_map(item: np.ndarray, heat: np.ndarray, limits: tuple[float, float
         for channel in range(count):
             series, below = axes[2 * channel : 2 * channel + 2]
             series.plot(item[channel], linewidth=0.9, color="black")
+            if count > 1:
+                series.set_ylabel(channel_name(names, channel), fontsize="small", parse_math=False)
             strip = (-0.5, length - 0.5, *series.get_ylim())
             shown = series.imshow(heat[channel][None], cmap="Reds", vmin=low, vmax=high, aspect="auto", extent=strip)
             below.fill_between(range(length), low, heat[channel], color="tab:red", linewidth=0.5)

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from ddpm_hf import GaussianScheduler
 from ddpm_hf.commands.sample_choices import check_jumps, use_scheduler_class
+from ddpm_hf.data.loading import underlying
 from ddpm_hf.evaluation.classes import has_classes
 from ddpm_hf.evaluation.completion import Completion, CompletionSettings, describe, make_records
 from ddpm_hf.evaluation.evaluator import Evaluator
@@ -150,8 +151,10 @@ def complete(config: EvaluateConfig, data: RealData, pipeline, own, accelerator)
     if accelerator.is_main_process:
         save_records(records, earlier, folder / "completion.json")
         picture = folder / f"completion-{config.task}.png"
-        draw = save_completed_images if len(data.shape) == 3 else save_fan_plot
-        draw(shown, picture)
+        if len(data.shape) == 3:
+            save_completed_images(shown, picture)
+        else:
+            save_fan_plot(shown, picture, getattr(underlying(data.dataset), "channel_names", None))
         print(f"picture: {picture}")
     accelerator.end_training()
     return records

@@ -37,7 +37,7 @@ from ddpm_hf.commands.sample_files import SampleFiles
 from ddpm_hf.data.scaling import Scaling
 from ddpm_hf.evaluation.sampling import sample_generators
 from ddpm_hf.hub.publish import load_pipeline
-from ddpm_hf.plots import picture_of, save_image_grid
+from ddpm_hf.plots import MOST_AXES, channel_name, channel_parts, picture_of, save_image_grid
 from ddpm_hf.run.record import without_folders
 from ddpm_hf.version import __version__
 
@@ -260,14 +260,23 @@ def draw_sequences(samples: list[np.ndarray], files: SampleFiles, path: Path) ->
     """Plot the first sequences, with the class and the condition of each as its title."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
-    samples = samples[:SHOWN_SEQUENCES]
-    figure = Figure(figsize=(9, 1.2 * len(samples) + 0.5), layout="constrained")
-    for number, (axes, sequence) in enumerate(zip(figure.subplots(len(samples), 1, squeeze=False)[:, 0], samples)):
-        axes.plot(sequence.T, linewidth=0.9)
+    parts = channel_parts(len(samples[0]))
+    depth = len(parts)
+    samples = samples[: min(SHOWN_SEQUENCES, max(1, MOST_AXES // depth))]
+    figure = Figure(figsize=(9, (1.2 if depth == 1 else depth) * len(samples) + 0.5), layout="constrained")
+    panels = figure.subplots(len(samples) * depth, 1, squeeze=False)[:, 0]
+    for number, sequence in enumerate(samples):
+        axes = panels[number * depth]  # of the first channel
+        for part, channels in enumerate(parts):
+            below = panels[number * depth + part]
+            below.plot(sequence[channels].T, linewidth=0.9, color=f"C{part % 10}" if depth > 1 else None)
+            if depth > 1:
+                below.set_ylabel(channel_name(None, part), fontsize="x-small")
         named = [] if files.labels is None else [str(files.labels[number])]
         named += [] if files.conditions is None else [files.conditions.sample_names()[number]]
         if named:
             axes.set_title(", ".join(named), fontsize="small")
+    figure.align_ylabels()
     figure.savefig(path, dpi=100)
 
 

@@ -414,6 +414,7 @@ class Run:
         low, high = np.nanmedian(parts.joined("lowest")), np.nanquantile(parts.joined("highest"), STRONGEST)
         limits = float(low), float(high if high > low else low + 1)
         data = underlying(self.items.dataset)
+        names = getattr(data, "channel_names", None)
         mine = parts.blocks[self.accelerator.process_index :: self.accelerator.num_processes]
         for block in tqdm(mine, desc="drawing maps", unit="block", disable=not self.accelerator.is_main_process):
             numbers = parts.numbers(block)
@@ -426,7 +427,7 @@ class Run:
                 for number, item in zip(batch.numbers, items):
                     path, heat = self.pictures / self.picture_name(number), maps[number - numbers.start]
                     if not path.exists():
-                        write_aside(path, lambda aside, x=item, h=heat: save_heat_map(x, h, limits, aside))
+                        write_aside(path, lambda aside, x=item, h=heat: save_heat_map(x, h, limits, aside, names))
         self.accelerator.wait_for_everyone()
 
     def picture_name(self, number: int) -> str:

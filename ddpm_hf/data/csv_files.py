@@ -56,6 +56,7 @@ def read_csv(
     decimal: str | None = None,
     notes: list[str] | None = None,
     by_column: bool = False,
+    names: list[str] | None = None,
 ) -> np.ndarray:
     """Return the numbers of a table, (rows, columns), float64, or float32 for a large file.
 
@@ -71,6 +72,7 @@ def read_csv(
         decimal: "." or ","; None: it is found.
         notes: lines about what was left out or found are appended to it.
         by_column: the array lies in memory column by column.
+        names: the names of the columns that were read are appended to it, if the table has names.
 
     Raises:
         ValueError: the file cannot be read, has no rows, or has a cell that is no finite number; the message names it.
@@ -97,7 +99,12 @@ def read_csv(
         raise ValueError(f"{path} has no rows")
     if table is not None:
         _check_cells(path, form, numbers, table, left, missing)
-    return numbers if columns else _without_row_numbers(path, form, numbers, left, notes)
+    if not columns:
+        numbers = _without_row_numbers(path, form, numbers, left, notes)
+    if names is not None and form.header:
+        kept = [name for name in chosen or _names(path, form) if name not in left]
+        names += kept[max(0, len(kept) - numbers.shape[1]) :]  # without a first column that counts the rows
+    return numbers
 
 
 def _without_row_numbers(path: str, form: Form, numbers: np.ndarray, left: list[str], notes: list[str]) -> np.ndarray:

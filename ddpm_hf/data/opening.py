@@ -273,9 +273,11 @@ def _open_sequence_file(config: TrainConfig) -> SequenceDataset:
     if config.csv_decimal is not None and not path.lower().endswith(".csv"):
         raise ValueError(f"csv_decimal applies to .csv files; got {config.csv_decimal!r} with {path}: leave it out")
     gaps, notes = config.condition == "known" or config.on_missing != "stop", []
+    names: list[str] = []
     array = read_sequences(
-        path, config.sequence_columns, config.stride is not None, _left_out(config), gaps, config.csv_decimal, notes
-    )
+        path, config.sequence_columns, config.stride is not None, _left_out(config), gaps, config.csv_decimal, notes,
+        names,
+    )  # fmt: skip
     is_recording = config.recording or len(array.shape) == 1
     if not is_table:
         array = _arranged(config, array, path)
@@ -289,6 +291,7 @@ def _open_sequence_file(config: TrainConfig) -> SequenceDataset:
         _check_not_recording(config, array, path, is_table)
         labels = read_labels(path, config.class_labels, array.shape[0])
     data = _cut(config, array, path, labels)
+    data.channel_names = names if len(names) == data.array.shape[1] else None
     data.notes[:0] = notes
     if config.condition_column is not None:
         where = f"{config.condition_column!r} of {path}"
@@ -366,9 +369,11 @@ def _arranged(config: TrainConfig, array: Any, name: str) -> Any:
 def _open_sequence_table(config: TrainConfig) -> SequenceDataset:
     table, name = open_table(config)
     left_out = _left_out(config)
-    array = tables.table_sequences(table, config.sequence_columns, config.stride is not None, name, left_out)
+    names: list[str] = []
+    array = tables.table_sequences(table, config.sequence_columns, config.stride is not None, name, left_out, names)
     _check_not_recording(config, array, name)
     data = _cut(config, array, name, _table_labels(config, table, name))
+    data.channel_names = names or None
     if config.condition_column is not None:
         condition = tables.table_condition(table, config.condition_column, config.stride is not None, name)
         where = f"the column {config.condition_column!r} of {name}"

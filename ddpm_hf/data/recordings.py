@@ -254,7 +254,9 @@ class RecordingDataset(SequenceDataset):
             kind = "recordings" if len(recordings) > 1 else "recording"
             self.notes.append(f"{len(recordings):,} {kind} of {name}, {self.rate:g} samples a second")
         other = next((r for r in recordings if r.signals != recordings[0].signals), None)
-        if other is not None:
+        if other is None:
+            self.channel_names = recordings[0].signals or None
+        else:
             self.notes.append(
                 f"warning: recordings have different channels, {', '.join(recordings[0].signals)} in "
                 f"{recordings[0].name} and {', '.join(other.signals)} in {other.name}: they are taken for the same "

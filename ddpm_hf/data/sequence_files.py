@@ -23,6 +23,7 @@ def read_sequences(
     missing: bool = False,
     decimal: str | None = None,
     notes: list[str] | None = None,
+    names: list[str] | None = None,
 ) -> Any:
     """Read the array of a file, (N, length) or (N, C, length).
 
@@ -35,6 +36,7 @@ def read_sequences(
         missing: cells of a .csv file may be missing (empty, or one of `csv_files.MISSING`); they become NaN.
         decimal: "." or ",", the decimal mark of a .csv file; None: it is found.
         notes: lines about columns that were left out and a decimal comma that was found are appended to it.
+        names: the names of the columns of a table whose columns are channels are appended to it.
 
     Raises:
         ValueError: the file cannot be read, has another ending, or lacks what was asked for.
@@ -48,9 +50,10 @@ def read_sequences(
     if columns and suffix in (".npy", ".npz"):
         raise ValueError(f"sequence_columns are columns of a table; {path} holds an array")
     if suffix == ".csv":
-        return arrange(read_csv(path, columns, leave_out, missing, decimal, notes, as_recording), as_recording)
+        names = names if as_recording else None
+        return arrange(read_csv(path, columns, leave_out, missing, decimal, notes, as_recording, names), as_recording)
     if suffix == ".parquet":
-        return table_sequences(open_parquet(path), columns, as_recording, path, leave_out)
+        return table_sequences(open_parquet(path), columns, as_recording, path, leave_out, names)
     try:
         if suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)

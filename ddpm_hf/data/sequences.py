@@ -58,6 +58,7 @@ class SequenceDataset(Dataset):
             JSON.
         notes: lines to print about the data before training.
         gaps: number of missing values, of those that the windows reach.
+        channel_names: the names of the channels, such as those of a table's columns, or None.
         condition: the condition of each sequence, a dataset with the same windows, or None.
         rows, ranges: the sequences, and the (first, last + 1) windows of each, that the items come from. In a part that
             `hold_out` makes these are not all.
@@ -67,6 +68,7 @@ class SequenceDataset(Dataset):
             infinity (the message names the rows), a channel without a value, or sequences shorter than a window.
     """
 
+    channel_names: Sequence[str] | None = None
     condition: "SequenceDataset | None" = None
 
     def __init__(

@@ -265,11 +265,13 @@ class ListColumns:
 
 
 def table_sequences(
-    table: Any, columns: Sequence[str] | None, as_recording: bool, name: str, leave_out: Mapping[str, str] | None = None
-) -> Any:
+    table: Any, columns: Sequence[str] | None, as_recording: bool, name: str,
+    leave_out: Mapping[str, str] | None = None, names: list[str] | None = None,
+) -> Any:  # fmt: skip
     """Return the sequences of a `datasets.Dataset`, an array (N, length), or an array or `ListColumns` (N, C, length).
 
-    Columns of lists are channels; columns of numbers are read as those of a CSV file (see `arrange`).
+    Columns of lists are channels; columns of numbers are read as those of a CSV file (see `arrange`). The names of
+    columns that are channels are appended to `names`.
 
     Raises:
         ValueError: there is no such column, there are no rows, or the columns hold something else.
@@ -288,7 +290,10 @@ def table_sequences(
         lists = (pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list)
         return any(check(kind) for check in lists) and is_number(kind.value_type)
 
-    if all(map(is_list, types.values())):
+    are_lists = all(map(is_list, types.values()))
+    if names is not None and (are_lists or as_recording):
+        names += columns
+    if are_lists:
         return ListColumns(table, columns, name)
     if all(map(is_number, types.values())):
         arrow = table.with_format("arrow")[:]

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_hf.data.loading import item_labels, load_item
+from ddpm_hf.data.loading import item_labels, load_item, underlying
 from ddpm_hf.data.scaling import has_own_units
 from ddpm_hf.evaluation.evaluator import Evaluator
 from ddpm_hf.evaluation.pairs import Pairs, chosen_pairs
@@ -199,7 +199,8 @@ class Looks:
             real, conditions = self._pairs.items(numbers), self._pairs.conditions(numbers).numpy()
         in_units = self.run.pipeline(self.run.accelerator.unwrap_model(self.run.model))
         rows = PLOTTED if rows_of_classes else 6
-        save_sequence_plot(np.stack(shown), in_units._decode(real, "np"), path, rows, titles, conditions)
+        names = getattr(underlying(feed.dataset), "channel_names", None)
+        save_sequence_plot(np.stack(shown), in_units._decode(real, "np"), path, rows, titles, conditions, names)
         np.save(path.with_suffix(".npy"), np.stack(samples))
 
     def _beside_pairs(self, samples: list) -> list:

@@ -52,12 +52,23 @@ def test_plots_of_sequences_have_the_classes_as_titles(tmp_path, monkeypatch):
     monkeypatch.setattr(looking, "save_sequence_plot", lambda *arguments: seen.append(arguments))
     options = {"dataset_name": None, "train_data_file": str(tmp_path / "waves.npz"), "class_labels": "kind"}
     result = train(config(tmp_path / "run", train_batch_size=2, **options, **{**SHORT, "num_samples": 7}))
-    ((generated, real, _, _, titles, _),) = seen
+    ((generated, real, _, _, titles, _, names),) = seen
+    assert names is None
     assert titles == ["0", "1", "2"] and generated.shape == real.shape == (3, 1, 16)
     assert real[0].max() < 0.2 and np.isnan(real[1]).all() and real[2].min() > 1.9
     assert np.load(tmp_path / "run" / "samples" / "step-000003.npy").shape == (6, 1, 16)
     pipe = DDPMPipeline1D.from_pretrained(result.pipeline_dir)
     assert pipe(class_labels=["2", None]).sequences.shape == (2, 1, 16)
+
+
+def test_plots_of_sequences_have_the_columns_of_the_table_as_names(tmp_path, monkeypatch):
+    rows = "".join(f"{20 + i % 5},{1000 + i % 7}\n" for i in range(60))
+    (tmp_path / "weather.csv").write_text("temperature,pressure\n" + rows)
+    seen = []
+    monkeypatch.setattr(looking, "save_sequence_plot", lambda *arguments: seen.append(arguments[-1]))
+    options = {"dataset_name": None, "train_data_file": str(tmp_path / "weather.csv"), "stride": 2}
+    train(config(tmp_path / "run", sequence_length=16, **options, **{**SHORT, "max_train_steps": 1}))
+    assert seen == [["temperature", "pressure"]]
 
 
 def test_labels_matter_unless_all_are_dropped(tmp_path):
