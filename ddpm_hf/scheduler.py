@@ -19,6 +19,7 @@ import contextlib
 import inspect
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -379,6 +380,19 @@ def _checked_timesteps(timesteps, total: int) -> list[int]:
     return chain
 
 
+def _one_timestep(timestep) -> int:
+    """Return the timestep of a sampling step as an integer.
+
+    Raises:
+        ValueError: it is no whole number, or a tensor of another number of values than one.
+    """
+    is_tensor = isinstance(timestep, Tensor)
+    if is_tensor and timestep.numel() == 1 or isinstance(timestep, (int, numbers.Integral)) or _is_whole(timestep):
+        return int(timestep)
+    got = f"a tensor of the shape {tuple(timestep.shape)}" if is_tensor else repr(timestep)
+    raise ValueError(f"a sampling step has one timestep for all samples, a whole number; got {got}")
+
+
 # ---------------------------------------------------------------------------------------------
 # Configurations. Stock schedulers can be made from ours, ours from a stock scheduler's, and ours again from what has
 # passed through a stock scheduler.
@@ -481,10 +495,17 @@ def _stock_class_that_wrote(config: dict, own: type) -> type | None:
     # Looking at every class of diffusers imports all of it: do so only for options that are not all ours.
     written_by_hand = not isinstance(config, FrozenDict) and set(names) <= own._get_init_keys(own)
     others = [] if written_by_hand else dir(diffusers)
-    for kind in map(_stock_class, [*STOCK_SAMPLERS, *sorted(STOCK_SOLVERS), *others]):
-        options = _defaults(kind) if kind else {}
-        if options and names[: len(options)] == list(options):
-            return kind
+
+    def begin(kind: type | None) -> int:
+        """Return the number of options of a class if the configuration begins with all of them, else 0."""
+        options = list(_defaults(kind)) if kind else []
+        return len(options) if names[: len(options)] == options else 0
+
+    # some classes have the first options of others: it is the one with the most
+    found = next(filter(begin, map(_stock_class, [*STOCK_SAMPLERS, *sorted(STOCK_SOLVERS)])), None)
+    found = found or max(map(_stock_class, others), key=begin, default=None)
+    if begin(found):
+        return found
     if isinstance(config, FrozenDict):
         raise ValueError(f"the configuration is of no known scheduler; it has the options {', '.join(names)}")
     return None
@@ -528,10 +549,13 @@ def _check_stock_steps(kind: type, config: dict, keywords: dict, own: type) -> N
     """
     sampler = STOCK_SAMPLERS.get(kind.__name__)
     if sampler is None and (kind.__name__ not in STOCK_SOLVERS or "sampler" not in keywords):
-        rest = "nor can its schedule be taken over"
+        lacks = f"the options are those of {kind.__name__}, and {own.__name__} has neither its steps nor its schedule"
         if kind.__name__ in STOCK_SOLVERS:
-            rest = "with sampler='ddim' or 'ddpm' beside it, its schedule and target are taken"
-        raise ValueError(f"the options are those of {kind.__name__}, whose steps {own.__name__} does not have: {rest}")
+            lacks = (
+                f"the options are those of {kind.__name__}, whose steps {own.__name__} does not have: give "
+                "sampler='ddim' or 'ddpm' to take its schedule and target alone"
+            )
+        raise ValueError(lacks)
     ends = config.get("set_alpha_to_one", True)
     if sampler and ends is not True:
         raise ValueError(
@@ -802,8 +826,36 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
                 self._loaded_tables[name, device, dtype] = table
         return table
 
+    def _checked(self, t: int | Tensor, like: Tensor | None = None) -> int | Tensor:
+        """Return timesteps, checked as far as that needs no read from their device: the values of tensors are not.
+
+        Args:
+            t: an integer, or a 0-d or one-dimensional tensor of integers.
+            like: the batch that the timesteps are for; one sample goes with any number of timesteps.
+
+        Raises:
+            ValueError: they are something else.
+        """
+        if isinstance(t, Tensor):
+            samples = 1 if like is None or like.ndim == 0 else like.shape[0]
+            fits = t.ndim == 0 or (t.ndim == 1 and (t.shape[0] == samples or 1 in (samples, t.shape[0])))
+            if fits and t.dtype in (torch.int64, torch.int32):
+                return t
+            got = f"a tensor of the shape {tuple(t.shape)} and {t.dtype} for {samples} sample(s)"
+        else:
+            if not isinstance(t, int) and isinstance(t, numbers.Integral):
+                t = int(t)  # NumPy's
+            if isinstance(t, int) and 0 <= t < self.num_train_timesteps:
+                return t
+            got = repr(t)
+        raise ValueError(
+            f"a timestep must be an integer from 0 to {self.num_train_timesteps - 1}, or a tensor of such integers "
+            f"(int64 or int32), 0-d or with one for each sample; got {got}"
+        )
+
     def _at(self, name: str, t: int | Tensor, like: Tensor) -> Tensor:
         """Return table `name` at `t` (an integer, 0-d or (B,)) on `like`'s device, broadcasting against `like`."""
+        t = self._checked(t, like)
         table = self._table(name, like.device, like.dtype)
         if isinstance(t, int):
             return table[t].reshape((1,) * like.ndim)
@@ -812,6 +864,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
 
     def _rates(self, t: int | Tensor, like: Tensor) -> tuple:
         """Return sqrt(abar_t) and sqrt(1 - abar_t): numbers for an integer t, else tensors as `_at` gives them."""
+        t = self._checked(t, like)
         if isinstance(t, int):
             return self._host_rates[t]
         return self._at("sqrt_abar", t, like), self._at("sqrt_one_minus_abar", t, like)
@@ -837,7 +890,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
     #
     # Shapes in this section: x_t, x0, epsilon (`noise`) and v are `(B, C, *spatial)`; t is an integer, or a 0-d or (B,)
     # tensor of integers in [0, T), on any device. Results have the dtype of the first tensor. Tensors of data on
-    # different devices raise a ValueError.
+    # different devices raise a ValueError, and so do timesteps that are wrong as far as no device is read for it.
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
         """Return x_t for x0 and epsilon (DDPM, equation 4).
@@ -846,6 +899,10 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
             original_samples: x0, `(B, C, *spatial)`.
             noise: epsilon, shaped as x0.
             timesteps: t in [0, T); an integer, or a 0-d or (B,) tensor of integers.
+
+        Raises:
+            ValueError: the tensors are on different devices, t is an integer outside its range or no integer, or its
+                shape is another. The values of a tensor are not checked, which would be a read from its device.
         """
         x0, epsilon = self._pair(original_samples, noise)
         signal, spread = self._rates(timesteps, x0)
@@ -915,6 +972,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
 
     def snr(self, t: int | Tensor) -> Tensor:
         """Return the signal-to-noise ratio abar / (1 - abar) at t, float64, shaped as t, on t's device."""
+        t = self._checked(t)
         if isinstance(t, int):
             return self._tables["snr"][t]
         return self._table("snr", t.device, torch.float64)[t.reshape(-1)].reshape(t.shape)
@@ -1076,12 +1134,12 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         """Return the timestep that a step from `timestep` leads to, in the form of `timestep`; -1 after the last.
 
         Raises:
-            ValueError: `timestep` is not one of the chosen timesteps.
+            ValueError: `timestep` is not one of the chosen timesteps, or not a single one.
         """
-        try:
-            previous = self._previous[int(timestep)]
-        except KeyError:
-            raise ValueError(f"timestep {int(timestep)} is not one of the chosen timesteps") from None
+        t = _one_timestep(timestep)
+        if t not in self._previous:
+            raise ValueError(f"timestep {t} is not one of the chosen timesteps")
+        previous = self._previous[t]
         return torch.full_like(timestep, previous) if isinstance(timestep, Tensor) else previous
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
@@ -1128,10 +1186,10 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
             return_dict: return a record; otherwise the tuple (x_s, estimate of x0).
 
         Raises:
-            ValueError: a timestep that was not chosen, an eta outside its range, or a model output of another shape or
-                on another device.
+            ValueError: a timestep that was not chosen or several of them, an eta outside its range, or a model output
+                of another shape or on another device.
         """
-        t = int(timestep)
+        t = _one_timestep(timestep)
         s = self.previous_timestep(t)
         if eta is not None and not _is_eta(eta):
             raise ValueError(ETA_RULE.format(eta=eta))

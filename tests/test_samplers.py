@@ -90,6 +90,9 @@ def test_a_scheduler_that_does_not_fit_the_model():
     pipe = known_model()
     with pytest.raises(ValueError, match="prediction_type is 'epsilon', the model was trained with 'v_prediction'"):
         pipe.scheduler = diffusers.DDIMScheduler()
+    for wrong in (None, "ddim", diffusers.DDIMScheduler):
+        with pytest.raises(ValueError, match="must be a scheduler, such as those of diffusers; got"):
+            pipe.scheduler = wrong
     with pytest.raises(ValueError, match="another process"):
         pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config, use_flow_sigmas=True)
     with pytest.warns(UserWarning, match=r"betas are not those of the model: alphas_cumprod differs by up to 0\.\d+"):

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from cards import tolerance
@@ -122,6 +123,44 @@ def test_add_noise_takes_ints_and_half_precision():
     assert half.dtype == torch.bfloat16
     # computed in float32: one rounding of the result, and of each input
     torch.testing.assert_close(half.float(), s.add_noise(x0, eps, torch.tensor([999, 5, 0])), rtol=2**-7, atol=2**-7)
+
+
+WRONG = [-1, 50, 2.0, "3", None, torch.tensor([1, 2, 3]), torch.tensor([[1, 2]]), torch.tensor([1.0, 2.0]),
+         torch.tensor([True, False])]  # fmt: skip
+
+
+@pytest.mark.parametrize("t", WRONG, ids=str)
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity", "posterior", "x0_from_v", "bound_term", "snr"])
+def test_wrong_timesteps_are_refused(method, t):
+    """Of tensors the shape and type are checked, not the values, which may lie on a card."""
+    s, x = scheduler_of(target="v_prediction", num_train_timesteps=50), torch.zeros(2, 1, 4)
+    calls = {"x0_from_v": (x, t, x), "bound_term": (x, x, x, t), "snr": (t,)}
+    if method == "snr" and isinstance(t, torch.Tensor) and t.shape == (3,):
+        assert s.snr(t).shape == (3,)
+        return
+    with pytest.raises(ValueError, match="must be an integer from 0 to 49, or a tensor of such integers"):
+        getattr(s, method)(*calls.get(method, (x, x, t)))
+
+
+def test_the_forms_of_timesteps_are_one():
+    """NumPy's integers, tensors of 0 or 1 axes, and one sample at several timesteps."""
+    s, x = scheduler_of(num_train_timesteps=50), torch.randn(2, 3, 4)
+    forms = (np.int64(7), torch.tensor(7), torch.tensor([7]), torch.tensor([7, 7], dtype=torch.int32))
+    for t in forms:
+        torch.testing.assert_close(s.add_noise(x, x, t), s.add_noise(x, x, 7))
+    assert s.add_noise(x[:1], x[:1], torch.arange(5)).shape == (5, 3, 4)
+    s.set_timesteps(50)
+    for t in forms[:3]:
+        assert torch.equal(s.step(x, t, x, generator=torch.Generator().manual_seed(0)).prev_sample,
+                           s.step(x, 7, x, generator=torch.Generator().manual_seed(0)).prev_sample)  # fmt: skip
+
+
+@pytest.mark.parametrize("t", [torch.tensor([7, 7]), torch.tensor([]), "7", 7.5, None], ids=str)
+def test_a_step_has_one_timestep(t):
+    s, x = scheduler_of(num_train_timesteps=50), torch.zeros(2, 1, 4)
+    for call in (lambda: s.step(x, t, x), lambda: s.previous_timestep(t)):
+        with pytest.raises(ValueError, match="a sampling step has one timestep for all samples, a whole number; got"):
+            call()
 
 
 @pytest.mark.parametrize("schedule", BETA_SCHEDULES)

@@ -217,6 +217,17 @@ def test_every_stock_configuration_is_kept_or_refused_by_name(name):
     assert taken.config.clip_sample == stock.config.get("clip_sample", False) and not taken.config.thresholding
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("FlowMatchEulerDiscreteScheduler", "and GaussianScheduler has neither its steps nor its schedule"),
+     ("DPMSolverMultistepScheduler", "whose steps GaussianScheduler does not have: give sampler='ddim' or 'ddpm'")],
+)  # fmt: skip
+def test_a_configuration_in_memory_is_known_by_all_its_options(name, message):
+    """The options of some classes are the first ones of others."""
+    with pytest.raises(ValueError, match=f"the options are those of {name}, {message}"):
+        GaussianScheduler.from_config(getattr(diffusers, name)().config)
+
+
 def test_a_keyword_beside_a_stock_configuration_changes_only_itself():
     """Stock "sigmoid" is a sigmoid of betas: with another end it is still that, and with zero SNR it is rescaled."""
     stock = diffusers.DDPMScheduler(beta_schedule="sigmoid", prediction_type="v_prediction", clip_sample_range=3.0)

@@ -6,7 +6,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from diffusers import DDPMParallelScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import DDPMParallelScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, SchedulerMixin
 from torch import Tensor
 
 from ddpm_hf.pipeline.rules import Generators
@@ -117,6 +117,8 @@ def check_scheduler(scheduler, unet, trained: Trained | None) -> Trained:
         What the model was trained with.
     """
     kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if not isinstance(scheduler, SchedulerMixin) and (isinstance(scheduler, type) or not hasattr(scheduler, "step")):
+        raise ValueError(f"a pipeline's scheduler must be a scheduler, such as those of diffusers; got {scheduler!r}")
     if fault := _scheduler_fault(scheduler):
         raise ValueError(f"{kind} cannot be the scheduler of this pipeline: {fault}. {SEE_SAMPLERS}")
     prediction, abar = own = training_of(scheduler)
