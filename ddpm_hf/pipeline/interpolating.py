@@ -117,17 +117,13 @@ class InterpolatingPipeline(EncodingPipeline):
                 for x in (given1, given2)
             ]  # fmt: skip
             mixed = torch.stack([slerp(*ends, w) for w in weights], dim=1).flatten(0, 1)
-            options = step_options(self.scheduler, None, 0)
-            return self._run(
-                mixed, self.scheduler.timesteps, options, guidance, output_type, return_dict, None, (), False, condition
-            )
-        self._set_timesteps(num_inference_steps, None)
-        chain = self.scheduler.timesteps[begin_at(self.scheduler, strength, self.is_spaced_by_log_snr()) :]
-        noise = randn_tensor(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
-        t = chain[:1].expand(len(x1))
-        noised1, noised2 = (self.scheduler.add_noise(x, noise, t) for x in (x1, x2))
-        mixed = torch.stack([torch.lerp(noised1, noised2, w) for w in weights], dim=1).flatten(0, 1)
-        options = step_options(self.scheduler, for_each_sample(generator, len(x1), len(weights)), eta)
-        x = self._denoise(mixed, chain, options, guidance=guidance, condition=condition)
-        self.maybe_free_model_hooks()
-        return self._output(self._decode(x, output_type), None, return_dict)
+            chain, options = self.scheduler.timesteps, step_options(self.scheduler, None, 0)
+        else:
+            self._set_timesteps(num_inference_steps, None)
+            chain = self.scheduler.timesteps[begin_at(self.scheduler, strength, self.is_spaced_by_log_snr()) :]
+            noise = randn_tensor(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
+            t = chain[:1].expand(len(x1))
+            noised1, noised2 = (self.scheduler.add_noise(x, noise, t) for x in (x1, x2))
+            mixed = torch.stack([torch.lerp(noised1, noised2, w) for w in weights], dim=1).flatten(0, 1)
+            options = step_options(self.scheduler, for_each_sample(generator, len(x1), len(weights)), eta)
+        return self._run(mixed, chain, options, guidance, output_type, return_dict, None, (), False, condition)

@@ -107,6 +107,7 @@ class VaryingPipeline(SamplingPipeline):
         guidance = make_guidance(self, n, for_each_sample(class_labels, len(data), num_samples), *guidance)
         condition = encode_condition(self, condition, len(data), num_samples, x0.shape[2:])
         options = step_options(self.scheduler, generator, eta)
+        self._set_timesteps(num_inference_steps, timesteps)
         if strength == 0:
             samples = (x0 if output_type == "latent" else data).repeat_interleave(num_samples, dim=0)
             samples = samples if output_type == "latent" else self._in_form(samples, output_type)
@@ -114,7 +115,6 @@ class VaryingPipeline(SamplingPipeline):
             if return_all_timesteps:
                 kept = [[image] for image in samples] if isinstance(samples, list) else samples[:, None]
             return self._output(samples, kept, return_dict)
-        self._set_timesteps(num_inference_steps, timesteps)
         chain = self.scheduler.timesteps
         if strength < 1:
             chain = chain[begin_at(self.scheduler, strength, self.is_spaced_by_log_snr()) :]

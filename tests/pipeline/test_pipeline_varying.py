@@ -125,6 +125,7 @@ def test_generators_classes_and_trajectories_are_those_of_the_samples():
         ({"image": torch.rand(2, 1, 8, 8)}, "3 channels"),
         ({"image": torch.tensor([0.0, math.nan]).reshape(2, 1, 1, 1).expand(2, 3, 8, 8)}, "infinity is in item 1$"),
         ({"generator": seeds(1, 2, 3)}, "one per sample"),
+        ({"strength": 0, "num_inference_steps": 0}, "num_inference_steps must be a whole number"),
     ],
 )  # fmt: skip
 def test_bad_calls(options, message):
