@@ -135,7 +135,8 @@ def publish(folder: Path, target: Target, message: str, run: Path | None = None)
 
     Returns:
         A dictionary with repo_id, commit (its SHA), url, `pull_request` ("refs/pr/N", or None), and `left_out`, the
-        names of files in the folder that do not belong to a pipeline; after a commit also `uploaded`, its size.
+        names of files in the folder that do not belong to a pipeline; after a commit also `uploaded`, its size, and
+        `card_kept`, True if someone has edited the card.
 
     Raises:
         ValueError: if the folder does not hold a saved pipeline, or is damaged.
@@ -149,7 +150,9 @@ def publish(folder: Path, target: Target, message: str, run: Path | None = None)
     if run is not None:
         files |= _training_state(run)
     files["README.md"] = card.encode()
-    if is_own_card(card) and card_to_keep(target.repo_id, target.revision):
+    card_kept = not is_own_card(card)
+    if not card_kept and card_to_keep(target.repo_id, target.revision):
+        card_kept = True
         del files["README.md"]
     if target.create_pr and (earlier := _open_pull_request(api, target.repo_id, message, files)):
         return {**earlier, "left_out": left_out}
@@ -165,7 +168,8 @@ def publish(folder: Path, target: Target, message: str, run: Path | None = None)
         target.repo_id, operations, commit_message=message, revision=target.revision, create_pr=target.create_pr
     )
     return {"repo_id": target.repo_id, "commit": done.oid, "url": done.pr_url or done.commit_url,
-            "pull_request": done.pr_revision, "left_out": left_out, "uploaded": uploaded}  # fmt: skip
+            "pull_request": done.pr_revision, "left_out": left_out, "uploaded": uploaded,
+            "card_kept": card_kept}  # fmt: skip
 
 
 def _open_pull_request(api: HfApi, repo_id: str, message: str, files: dict[str, Path | bytes]) -> dict | None:
@@ -221,16 +225,23 @@ def _training_state(run: Path) -> dict[str, Path | bytes]:
     return files
 
 
-def publish_with_patience(*arguments, say: Callable[[str], None] = print, **options) -> dict:
+def publish_with_patience(
+    folder: Path, target: Target, *arguments, say: Callable[[str], None] = print, **options
+) -> dict:
     """Call `publish`, and try again after RETRY_AFTER seconds if the connection or the server failed."""
     for wait in (*RETRY_AFTER, None):
         try:
-            done = publish(*arguments, **options)
+            done = publish(folder, target, *arguments, **options)
             if uploaded := done.pop("uploaded", None):
                 say(f"uploaded: {uploaded}")
             if others := done.pop("left_out"):
                 more = f" and {len(others) - 10} more" if len(others) > 10 else ""
                 say(f"not uploaded, because they are no part of a pipeline: {', '.join(map(repr, others[:10]))}{more}")
+            if done.pop("card_kept", False) and target.licence:
+                say(
+                    f"note: the licence {target.licence!r} is not in the card, which someone has edited and which is "
+                    "kept: write it there"
+                )
             return done
         except Exception as error:
             if wait is None or not _may_pass(error):

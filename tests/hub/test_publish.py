@@ -433,6 +433,15 @@ def test_a_licence_for_a_card_that_is_kept_is_refused(tmp_path, capsys):
     assert f"{tmp_path / 'README.md'} was edited and is kept" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("kept", "licence", "said"), [(True, "mit", 1), (True, None, 0), (False, "mit", 0)])
+def test_a_licence_that_an_edited_card_does_not_take_is_said(kept, licence, said, monkeypatch, tmp_path):
+    """A run goes on, while publish.py refuses it."""
+    done, lines = {"left_out": [], "card_kept": kept, "url": "x"}, []
+    monkeypatch.setattr(hub_module, "publish", lambda *_, **__: dict(done))
+    found = hub_module.publish_with_patience(tmp_path, Target("a/b", licence=licence), "Step 1", say=lines.append)
+    assert found == {"url": "x"} and len([line for line in lines if "licence 'mit' is not in the card" in line]) == said
+
+
 def test_a_page_of_a_pull_request_is_refused(tmp_path, capsys):
     """It would show what the main branch has, which may be nothing."""
     make("images").save_pretrained(tmp_path)
