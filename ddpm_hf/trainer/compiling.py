@@ -126,8 +126,13 @@ class Runner:
             return self._try(tensors, choices)
         return self.graphs(tensors, **choices)
 
+    def paused(self) -> None:
+        """Take note that something else than steps took time: times before and after it are not compared."""
+        self._times.clear()
+
     def set_aside(self) -> None:
         """Make room on the card for sampling and evaluations, which may also move what the graphs have addresses of."""
+        self.paused()
         if self.graphs is not None:
             self.graphs.release(if_crowded=True)
             self.graphs.look_again()

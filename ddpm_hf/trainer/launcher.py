@@ -5,6 +5,7 @@ from pathlib import Path
 
 import psutil
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 
 from ddpm_hf.data.checking import usable_cores
@@ -105,6 +106,8 @@ def start(**options) -> Accelerator:
     Raises:
         ValueError: as `check_started`, or if accelerate's configuration asks for a package that is not installed.
     """
+    if is_initialized() and options.get("mixed_precision") not in (None, AcceleratorState().mixed_precision):
+        AcceleratorState._reset_state()  # an earlier run of this process had another precision
     try:
         accelerator = Accelerator(**options)
     except ImportError as error:

@@ -22,8 +22,11 @@ from ddpm_hf.run.checkpoint import LOOKS
 from ddpm_hf.run.record import spare
 from ddpm_hf.trainer.progress import Run, TrainingError
 from ddpm_hf.trainer.saving import Saver
-from ddpm_hf.trainer.trackers import log_picture
+from ddpm_hf.trainer.trackers import log_picture, log_values
 
+# Steps in a row whose gradients in fp16 may overflow. The loss scaler skips them and halves its factor, 2^16 at first:
+# after so many, it is the model that has no finite gradients.
+OVERFLOWS = 40
 PLOTTED = 12  # rows of a plot of sequences with classes, at most
 
 
@@ -32,6 +35,7 @@ class LossWatch:
 
     def __init__(self, run: Run):
         self.run = run
+        self._overflows = 0  # steps without a finite gradient in a row
         self._unseen: list[Tensor] = []  # of steps whose values are still on the device
 
     def add(self, values: Tensor) -> None:
@@ -42,7 +46,7 @@ class LossWatch:
         """Bring the values to the host, as means over the processes.
 
         Raises:
-            TrainingError: one of them is not finite.
+            TrainingError: one of them is not finite; with fp16, the norms of more than `OVERFLOWS` steps in a row.
         """
         if not self._unseen:
             return
@@ -50,10 +54,10 @@ class LossWatch:
         values = acc.reduce(torch.stack(self._unseen), "mean").tolist()
         first_step = progress.step - len(values) + 1
         self._unseen = []
+        allowed = OVERFLOWS if acc.mixed_precision == "fp16" else 0
         for offset, (loss, grad_norm) in enumerate(values):
-            # gradients in fp16 overflow now and then: the loss scaler skips those steps
-            finite = math.isfinite(loss) and (math.isfinite(grad_norm) or acc.mixed_precision == "fp16")
-            if not finite:
+            self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
+            if not math.isfinite(loss) or self._overflows > allowed:
                 raise TrainingError(
                     f"step {first_step + offset}: the loss is {loss} and the gradient's norm {grad_norm}; stopped. "
                     f"The last good checkpoint is {self.run.folder.newest_checkpoint()}. A lower learning_rate, longer "
@@ -62,22 +66,30 @@ class LossWatch:
         progress.interval += values
 
     def log(self, learning_rate: float, bar: tqdm) -> None:
-        """Write the means since the last line to metrics.jsonl and to the trackers, which alone get times too."""
+        """Write the means since the last line to metrics.jsonl and to the trackers, which alone get times too.
+
+        The mean norm leaves out the steps that the loss scaler of fp16 skipped, whose gradients were not finite.
+        """
         acc, progress, items = self.run.accelerator, self.run.progress, self.run.feed.items
-        loss, grad_norm = np.mean(progress.interval, axis=0).tolist()
+        values = np.array(progress.interval)
+        finite = np.isfinite(values)
+        loss, grad_norm = (np.where(finite, values, 0).sum(axis=0) / finite.sum(axis=0).clip(1)).tolist()
         record = {"step": progress.step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate}
+        if not finite[:, 1].any():
+            del record["grad_norm"]
         if items is not None:
             record["epoch"] = progress.place * self.run.global_batch / items
-        if progress.skipped:
-            record["skipped_images"] = progress.skipped
+        if skipped := self.run.skipped():
+            record["skipped_images"] = skipped
         progress.interval = []
         bar.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.2e}")
         if acc.is_main_process:
-            self.run.folder.metrics.append(record)
+            with self.run.writing():
+                self.run.folder.metrics.append(record)
         rate = bar.format_dict["rate"]
         timing = {"samples_per_second": rate * self.run.global_batch} if rate else {}
         values = {name: value for name, value in {**record, **timing}.items() if name != "step"}
-        acc.log(values, step=progress.step)
+        log_values(acc, values, progress.step)
 
 
 def picture_classes(count: int, classes: int) -> list[int]:
@@ -239,12 +251,13 @@ class Looks:
         record["eval/num_samples"] = c.eval_num_samples
         if acc.is_main_process:
             tqdm.write(f"step {progress.step}:\n{self.evaluator.describe(values)}")
-            self.run.folder.metrics.append({"step": progress.step, **record})
-        acc.log(record, step=progress.step)
+            with self.run.writing():
+                self.run.folder.metrics.append({"step": progress.step, **record})
+        log_values(acc, record, progress.step)
         metric, best = c.metric_for_best or self.evaluator.metrics[0], progress.best
         sign = -1 if metric in HIGHER_IS_BETTER else 1
         # any value is better than one that is not a number
         worse = best is None or best["metric"] != metric or math.isnan(best["value"])
         if worse or sign * values[metric] < sign * best["value"]:
-            progress.best = {"metric": metric, "value": values[metric], "step": progress.step}
             self.saver.save_pipeline("best")
+            progress.best = {"metric": metric, "value": values[metric], "step": progress.step}

@@ -4,14 +4,14 @@ Progress is counted in optimizer steps. Noise, timesteps and data order follow f
 batch), so a resumed run goes on as if it had not been stopped.
 """
 
+import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -155,6 +155,9 @@ class Trainer:
             finally:
                 if self.lock is not None:
                     self.lock.release()
+                if self.given_model:  # its owner may use it, or train it in another precision
+                    model = extract_model_from_parallel(self.model, keep_fp32_wrapper=False)
+                    vars(model).pop("_is_accelerate_prepared", None)
 
     def _run(self) -> TrainResult:
         self._start()
@@ -164,8 +167,7 @@ class Trainer:
         self._announce()
         self.batches = Batches(self.parts)
         if self.begins_elsewhere:  # from here on the run does not need its origin
-            with self.parts.writing(OSError, RuntimeError, SafetensorError):
-                self.saver.save_checkpoint()
+            self.saver.save_checkpoint()
         with self._bar() as bar, self.stop:
             if self.progress.pending:
                 self._finish_step(save=True, resumed=True)
@@ -241,9 +243,7 @@ class Trainer:
     def _open_folder(self) -> None:
         """Check the run folder, load its newest checkpoint, and only then write there: an error leaves it as it was."""
         acc = self.accelerator
-        with acc.main_process_first():
-            self.folder.open(self.config, self.feed.kind, self.given_model)
-        self._take_lock()
+        self._take_folder()
         # again, because another run may have ended here meanwhile
         holds_run = self.folder.holds_run(self.config, self.feed.kind, self.given_model)
         acc.wait_for_everyone()
@@ -258,23 +258,27 @@ class Trainer:
         # the weights, the average, one value of the optimizer for each, and pipeline/
         self.folder.check_space((3 + self.config.use_ema) * weights)
         if acc.is_main_process:
-            with self.parts.writing(OSError):
+            with self.parts.writing():
                 checkpoint.write_text(self.folder.options, self.config.to_yaml())
                 write_scans(self.feed.units, self.folder.path)
                 if self.begins_elsewhere:
                     self.origin.lineage.write(self.folder.path)
                 self.folder.metrics.rewind(self.progress.step, evaluated="evaluation" not in self.progress.pending)
 
-    def _take_lock(self) -> None:
-        """Lock the run folder in the main process.
+    def _take_folder(self) -> None:
+        """Check and lock the run folder in the main process.
 
         Raises:
-            ValueError: on every process, if another run has the lock.
+            ValueError: on every process, if the folder holds something else, or another run has the lock.
         """
         refusal: list[str | None] = [None]
         if self.accelerator.is_main_process:
-            self.lock = RunLock(self.folder.path)
-            refusal = [self.lock.take()]
+            try:
+                self.folder.open(self.config, self.feed.kind, self.given_model)
+                self.lock = RunLock(self.folder.path)
+                refusal = [self.lock.take()]
+            except ValueError as error:
+                refusal = [str(error)]
         broadcast_object_list(refusal)
         if refusal[0] is not None:
             raise ValueError(refusal[0])
@@ -286,10 +290,11 @@ class Trainer:
         """Save and publish what a complete run lacks, and say that nothing is left to do."""
         acc, step = self.accelerator, self.progress.step
         changed = self.folder.changed_options(self.config, self.feed.kind, self.given_model)
-        if self.folder.pipeline_step() != step:
+        lacking = self.folder.pipeline_step() != step
+        acc.wait_for_everyone()  # all have looked before the main process writes
+        if lacking:
             self.record.start(self.progress.seconds)
-            with self.parts.writing(OSError, RuntimeError, SafetensorError):
-                self.saver.save_pipeline()
+            self.saver.save_pipeline()
         if self.publisher is not None and self.publisher.published_step() != step:
             self.publisher.submit(step)
             self.publisher.finish()
@@ -354,8 +359,7 @@ class Trainer:
         if save or self.progress.pending:
             self.batches.check_files()
         if log:
-            with self.parts.writing(OSError):
-                self.losses.log(self.learning_rate, bar)
+            self.losses.log(self.learning_rate, bar)
         self._finish_step(save, stopping)
 
     def _finish_step(self, save: bool, stopping: bool = False, resumed: bool = False) -> None:
@@ -375,9 +379,9 @@ class Trainer:
             # and a run that is killed between the two saves the pipeline later. A step that has a checkpoint gets the
             # pipeline first: until both are saved, that checkpoint says that something is pending.
             saves = [self.saver.save_checkpoint, self.saver.save_pipeline]
-            with self.parts.writing(OSError, RuntimeError, SafetensorError):
-                for save_one in reversed(saves) if resumed else saves:
-                    save_one()
+            for save_one in reversed(saves) if resumed else saves:
+                save_one()
+            self.runner.paused()
             if self.publisher is not None and (self.config.hub_every_save or self._is_complete()):
                 self.publisher.submit(self.progress.step)
         if stopping and not self._is_complete():
@@ -390,15 +394,25 @@ class Trainer:
             )
 
     def _look(self) -> bool:
-        """Make what is pending, in order; return True if a stop was asked for before all of it was made."""
+        """Make what is pending, in order; return True if a stop was asked for before all of it was made.
+
+        Where that fails, memory for samples is short, say, the steps are saved first, so that the next start begins
+        with what is pending. (On several processes the others may not have failed, and cannot save alone.)
+        """
         if self.progress.pending:
             self.runner.set_aside()
         try:
             while self.progress.pending:
                 self.stop.check()
-                with self.parts.writing(OSError), device.deterministic_where_possible():
+                with device.deterministic_where_possible():
                     self.looks.make(self.progress.pending[0])
                 del self.progress.pending[0]
         except StopAsked:
             return True
+        except Exception:
+            if self.accelerator.num_processes == 1:
+                with contextlib.suppress(TrainingError):
+                    self.saver.save_checkpoint()
+                    tqdm.write(f"step {self.progress.step} is saved without its {self.progress.pending[0]}, which fail")
+            raise
         return False

@@ -4,7 +4,9 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from ddpm_hf.config import TrainConfig
@@ -27,7 +29,8 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         order_from: the step at which the order of the data began.
-        skipped: images left out so far because they cannot be read.
+        skipped: images left out so far because they cannot be read: by this process, and on the main process also by
+            all of them before the checkpoint that the run resumed from.
         interval: (loss, gradient norm) of each step since the last line of metrics.jsonl.
         evaluation: the records of the newest evaluation.
         best: metric, value and step of the best evaluation so far.
@@ -98,16 +101,23 @@ class Run:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    def skipped(self) -> int:
+        """Return the number of images that all processes have left out so far. All of them must call it."""
+        acc, own = self.accelerator, self.progress.skipped
+        if acc.num_processes == 1:
+            return own
+        return acc.reduce(torch.tensor(own, device=acc.device), "sum").item()
+
     @contextlib.contextmanager
-    def writing(self, *errors: type[Exception]) -> Iterator[None]:
-        """Turn `errors` of writing into the run folder (a full disk, a folder that became read-only) into its end.
+    def writing(self) -> Iterator[None]:
+        """Turn errors of writing into the run folder (a full disk, a folder that became read-only) into its end.
 
         Raises:
-            TrainingError: one of `errors` was raised within; the message names the newest checkpoint.
+            TrainingError: there was such an error within; the message names the newest checkpoint.
         """
         try:
             yield
-        except errors as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
             raise TrainingError(
                 f"step {self.progress.step}: cannot save in {self.folder}{self.folder.free_space()}: {error}. The "
                 f"newest whole checkpoint is {self.folder.newest_checkpoint()}; the same command goes on from there"

@@ -31,9 +31,13 @@ class Saver:
     # -- pipelines -----------------------------------------------------------------------------
 
     def save_pipeline(self, name: str = "pipeline") -> None:
-        """Save the averaged weights as a pipeline with its card in the run folder, in the place of an earlier one."""
+        """Save the averaged weights as a pipeline with its card in the run folder, in the place of an earlier one.
+
+        Raises:
+            TrainingError: as `Run.writing`; so does `save_checkpoint`.
+        """
         acc, folder = self.run.accelerator, self.run.folder.path
-        with self.run.average.weights() as model:
+        with self.run.writing(), self.run.average.weights() as model:
             if acc.is_main_process:
                 aside = folder / f"{name}{checkpoint.ASIDE}"
                 checkpoint.restore_folder(folder / name)  # first, for what someone has put there
@@ -42,7 +46,7 @@ class Saver:
                 self._describe(aside)
                 self._keep_others(folder / name, aside)
                 checkpoint.replace_folder(aside, folder / name)
-        acc.wait_for_everyone()
+            acc.wait_for_everyone()
 
     def _keep_others(self, old: Path, new: Path) -> None:
         """Take along what the user has put into the pipeline's folder; where that fails, keep the old folder."""
@@ -74,27 +78,28 @@ class Saver:
     def save_checkpoint(self) -> None:
         """Save weights, average, optimizer, random states and progress, aside first; then delete old checkpoints."""
         run, acc, step = self.run, self.run.accelerator, self.run.progress.step
-        if acc.is_main_process:
-            checkpoint.begin(run.folder.checkpoints, step)
-        acc.wait_for_everyone()
         aside = run.folder.checkpoints / f"step-{step:06d}{checkpoint.ASIDE}"
-        acc.save_state(aside)
-        average = run.average.state()
-        if acc.is_main_process:
-            if average:
-                save_file(average, aside / "ema.safetensors")
-            (aside / "progress.json").write_text(json.dumps(self._progress()))
-            (aside / "clock.json").write_text(json.dumps({"seconds": self.record.seconds()}))
-        acc.wait_for_everyone()
-        if acc.is_main_process:
-            checkpoint.finish(aside, run.config.checkpoints_total_limit or None)
-        acc.wait_for_everyone()
+        with run.writing():
+            if acc.is_main_process:
+                checkpoint.begin(run.folder.checkpoints, step)
+            acc.wait_for_everyone()
+            acc.save_state(aside)
+            average, skipped = run.average.state(), run.skipped()
+            if acc.is_main_process:
+                if average:
+                    save_file(average, aside / "ema.safetensors")
+                (aside / "progress.json").write_text(json.dumps(self._progress(skipped)))
+                (aside / "clock.json").write_text(json.dumps({"seconds": self.record.seconds()}))
+            acc.wait_for_everyone()
+            if acc.is_main_process:
+                checkpoint.finish(aside, run.config.checkpoints_total_limit or None)
+            acc.wait_for_everyone()
 
-    def _progress(self) -> dict:
+    def _progress(self, skipped: int) -> dict:
         """Return the contents of progress.json."""
         progress, feed = self.run.progress, self.run.feed
         kept = {
-            "step": progress.step, "skipped_images": progress.skipped, "interval": progress.interval,
+            "step": progress.step, "skipped_images": skipped, "interval": progress.interval,
             "evaluation": progress.evaluation, "best": progress.best, "data": feed.fingerprint(),
             "feed": feed.state(progress.place), "files": feed.files.marks, "global_batch": self.run.global_batch,
             "draws": DRAWS,
@@ -134,7 +139,8 @@ class Saver:
                 f"(another number of processes). To go on with another batch: {run.folder.continuation()}"
             )
         progress = run.progress
-        progress.step, progress.skipped, progress.interval = kept["step"], kept["skipped_images"], kept["interval"]
+        progress.step, progress.interval = kept["step"], kept["interval"]
+        progress.skipped = kept["skipped_images"] if run.accelerator.is_main_process else 0
         progress.evaluation, progress.best, progress.pending = kept["evaluation"], kept["best"], kept["pending"]
         progress.stream, progress.seconds = kept["feed"], kept["seconds"]
         return True

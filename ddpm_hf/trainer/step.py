@@ -95,6 +95,7 @@ class TrainingStep:
         acc = self.accelerator
         loss = torch.zeros((), device=acc.device)
         rates = contextlib.nullcontext() if numbers.rates is None else rates_from(self.optimizer, numbers.rates)
+        acc.step = 0  # a step that failed, in a capture or a compiler, may have counted some of its parts
         with rates:
             for part, first in zip(parts, numbers.first, strict=True):
                 with acc.accumulate(self.model):

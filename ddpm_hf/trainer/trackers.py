@@ -1,11 +1,14 @@
-"""accelerate's trackers: a check of their packages, their start, and the sample images that two of them show."""
+"""accelerate's trackers: a check of their packages, their start, and what they are given: values and sample images."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from accelerate.tracking import get_available_trackers
 from PIL import Image
+from tqdm.auto import tqdm
 
 PACKAGES = {"comet_ml": "comet-ml"}  # of another name than the tracker
 
@@ -24,7 +27,8 @@ def check_installed(names: list[str]) -> None:
 
 
 def start_trackers(accelerator, names: list[str], folder: Path, step: int) -> None:
-    """Start the trackers. In TensorBoard and W&B a run that resumes after `step` replaces what was logged after it.
+    """Start the trackers. A run that resumes after `step` replaces what TensorBoard logged after it, and goes on in the
+    same run of W&B.
 
     Raises:
         ValueError: if a tracker cannot be started.
@@ -43,6 +47,22 @@ def start_trackers(accelerator, names: list[str], folder: Path, step: int) -> No
         raise ValueError(f"report_to {' '.join(names)} cannot be started: {error}{hint}") from error
 
 
+def log_values(accelerator, values: dict, step: int) -> None:
+    """Give the trackers the values of a step."""
+    for tracker in accelerator.trackers:
+        with _spared(tracker, step):
+            tracker.log(values, step=step)
+
+
+@contextlib.contextmanager
+def _spared(tracker, step: int) -> Iterator[None]:
+    """Let training go on without a point that a tracker cannot take, for instance because its server is down."""
+    try:
+        yield
+    except Exception as error:  # a tracker's own kinds
+        tqdm.write(f"warning: step {step}: {tracker.name} has not logged this step: {type(error).__name__}: {error}")
+
+
 def log_picture(accelerator, name: str, file: Path, step: int) -> None:
     """Show an image file, pixel for pixel, in TensorBoard and W&B.
 
@@ -56,7 +76,8 @@ def log_picture(accelerator, name: str, file: Path, step: int) -> None:
         shown.alpha_composite(picture.convert("RGBA"))
     shown = shown.convert("RGB")
     for tracker in showing:
-        if tracker.name == "tensorboard":
-            tracker.log_images({name: np.asarray(shown)[None]}, step=step, dataformats="NHWC")
-        else:
-            tracker.log_images({name: [shown]}, step=step)
+        with _spared(tracker, step):
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.asarray(shown)[None]}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({name: [shown]}, step=step)

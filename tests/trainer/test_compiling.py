@@ -123,8 +123,10 @@ class Card(Tape):
         return replay
 
 
-def run(busy, steps, idle=0.0, broken=False, monkeypatch=None, twice=False):
-    """Run 60 steps of a run that has `steps` left -> (losses, losses of eager steps, lines, models compiled)."""
+def run(busy, steps, idle=0.0, broken=False, monkeypatch=None, twice=False, pause=None):
+    """Run 60 steps of a run that has `steps` left -> (losses, losses of eager steps, lines, models compiled).
+
+    With `pause`, samples or a save take 10 s after that step."""
     compiled, lines = [], []
 
     def stand_in(model, **options):
@@ -144,6 +146,9 @@ def run(busy, steps, idle=0.0, broken=False, monkeypatch=None, twice=False):
         made.append(runner([Batch(x, [])], numbers, conditioned, steps - k))
         expected.append(plain([Batch(x, [])], numbers, conditioned))
         card.now += card.idle
+        if k == pause:
+            card.now += 10.0
+            runner.paused()
     return torch.stack(made), torch.stack(expected), lines, compiled, step, runner.graphs
 
 
@@ -178,6 +183,11 @@ def test_a_run_that_waits_for_its_data_is_not(monkeypatch):
     assert lines == [
         "captured steps are not compiled by inductor: a step takes 120.0 ms, of which the card computes 60.0 ms"
     ]
+
+
+def test_a_save_among_the_first_replays_is_not_taken_for_waiting(monkeypatch):
+    *_, lines, compiled, step, _ = run(0.06, 10**9, pause=15, monkeypatch=monkeypatch)
+    assert compiled == [step.model] and lines[0].startswith("compiling the model by inductor")
 
 
 def test_a_compiler_that_fails_costs_no_step(monkeypatch):

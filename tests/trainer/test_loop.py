@@ -13,18 +13,20 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker
 from accelerate.utils import LoggerType
 from diffusers import UNet2DModel
 from helpers import SMALL, config, metrics, state, train_until, weights
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpm_hf import DDPMPipeline, DDPMPipeline1D, TrainConfig, train
+from ddpm_hf import DDPMPipeline, DDPMPipeline1D, TrainConfig, UNet2D, train
 from ddpm_hf.data.sequences import SequenceDataset
 from ddpm_hf.evaluation.evaluator import Evaluator
 from ddpm_hf.run import checkpoint
+from ddpm_hf.trainer.looking import Looks
 from ddpm_hf.trainer.loop import Trainer, TrainingError
 
 
@@ -239,6 +241,17 @@ def test_another_tracker_by_name(tmp_path, monkeypatch):
     assert logged == [(r["step"], r["loss"]) for r in metrics(tmp_path)]
 
 
+def test_a_tracker_that_fails_costs_its_points_alone(tmp_path, monkeypatch, capsys):
+    def down(*_, **__):
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", down)
+    monkeypatch.setattr(TensorBoardTracker, "log_images", down)
+    assert train(config(tmp_path, max_train_steps=2, report_to=["tensorboard"])).steps == 2
+    line = "warning: step 2: tensorboard has not logged this step: ConnectionError: no answer"
+    assert capsys.readouterr().out.count(line) == 2
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
     warmup = {"lr_scheduler": "cosine", "lr_warmup_steps": 99, "max_train_steps": 50}
     assert train(config(tmp_path / "run", dry_run=True, **warmup)) is None
@@ -447,6 +460,60 @@ def test_a_metric_that_is_not_a_number_is_not_the_best_for_ever(tmp_path, monkey
     train(config(tmp_path / "run", max_train_steps=3, eval_cache_dir=str(tmp_path / "cache"), **evaluation))
     (newest,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert json.loads((newest / "progress.json").read_text())["best"] == {"metric": "fid", "value": 2.0, "step": 2}
+
+
+LOOKS = {"max_train_steps": 4, "eval_steps": 2, "eval_metrics": ["held_out_loss"], "holdout": 9}
+
+
+def test_a_best_pipeline_that_cannot_be_saved(tmp_path, monkeypatch):
+    """The errors of a full disk are those of every save: safetensors has its own."""
+
+    def full(self, *_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DDPMPipeline, "save_pretrained", full)
+        with pytest.raises(TrainingError, match="step 2: cannot save in .*No space left"):
+            train(config(tmp_path, **LOOKS))
+    train(config(tmp_path, **{**LOOKS, "max_train_steps": 2}))  # it is saved when there is room
+    assert json.loads((tmp_path / "best" / "evaluation.json").read_text())[0]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["save_samples", "evaluate"])
+def test_samples_or_an_evaluation_that_fail_cost_no_steps(name, tmp_path, monkeypatch, capsys):
+    """The steps before are saved, the next start begins with what failed, and the bits are those of a run without."""
+    train(config(tmp_path / "whole", **LOOKS, save_samples_steps=2))
+
+    def fail(self):
+        raise MemoryError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Looks, name, fail)
+        train(config(tmp_path / "parts", **LOOKS, save_samples_steps=2))
+    look = {"save_samples": "samples", "evaluate": "evaluation"}[name]
+    assert f"step 2 is saved without its {look}, which fail" in capsys.readouterr().out
+    assert train(config(tmp_path / "parts", **LOOKS, save_samples_steps=2)).steps == 4
+    assert state(tmp_path / "parts") == state(tmp_path / "whole")
+
+
+def test_two_runs_of_a_process_may_have_other_precisions(tmp_path):
+    """Also with one model from Python, which keeps no part of the first run."""
+    torch.manual_seed(0)
+    model = UNet2D(sample_size=8, in_channels=1, dim=8, dim_mults=[1, 2], attn_heads=2, attn_dim_head=4)
+    built = ("dim", "dim_mults", "attn_heads", "attn_dim_head")
+    options = {"dataset_name": "digits", **{name: value for name, value in SMALL.items() if name not in built}}
+    types = []
+    model.mid_stage.register_forward_hook(lambda *arguments: types.append(arguments[-1].dtype))
+    for number, precision in enumerate(("no", "bf16", "no")):
+        types.clear()
+        given = TrainConfig(
+            output_dir=str(tmp_path / f"{number}"), max_train_steps=1, mixed_precision=precision, **options
+        )
+        train(given, model=model)
+        assert AcceleratorState().mixed_precision == precision
+        model(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.long))
+        step, *later = types  # samples are computed in the type of the weights
+        assert step == (torch.bfloat16 if precision == "bf16" else torch.float32) and set(later) == {torch.float32}
 
 
 def test_samples_that_are_not_finite_end_no_run(tmp_path, monkeypatch, capsys):

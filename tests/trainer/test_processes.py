@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_program
 
+from ddpm_hf import TrainConfig
+
 TRAIN = ROOT / "training" / "train.py"
 OPTIONS = [
     "--dataset_name=digits", "--max_train_steps=50", "--dim=8", "--dim_mults", "1", "2", "--logging_steps=1",
@@ -38,3 +40,15 @@ def test_two_processes_are_one(tmp_path):
     np.testing.assert_allclose(parts, one, rtol=1e-5)
     grids = [(tmp_path / run / "samples" / "step-000050.png").read_bytes() for run in ("one", "two")]
     assert grids[0] == grids[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo over processes is tested on Linux")
+def test_every_process_hears_why_the_folder_is_refused(tmp_path):
+    """None of them waits for the others meanwhile, which would bury the message under that of a broken connection."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(TrainConfig(dataset_name="digits", seed=5).to_yaml())
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = run_program(*launcher, TRAIN, *OPTIONS, "--output_dir=run", cwd=tmp_path, ACCELERATE_USE_CPU="1")
+    assert done.returncode != 0 and done.stderr.count("run holds a run with other options") == 2
+    assert "Traceback" not in done.stderr.split("holds a run")[0] and "Connection closed" not in done.stderr

@@ -124,6 +124,27 @@ def test_captured_steps_are_bit_for_bit_those_that_run(options):
     assert made.backend.events.count("replay") == 20 - max(2 * kinds, 3)
 
 
+def test_a_capture_that_fails_leaves_no_part_of_its_batch_behind():
+    """It fails in its first part of two, whose count must not shift the updates of the steps that follow."""
+    lines, tape = [], Tape()
+
+    def failing(step):
+        loss = step._loss
+
+        def fail(*arguments):
+            if "capture" in tape.events and not lines:
+                raise RuntimeError("out of something")
+            return loss(*arguments)
+
+        step._loss = fail
+        return Runner(step, Plan(graphs=True), tape, say=lines.append)
+
+    eager, failed = (Training(form, gradient_accumulation_steps=2) for form in (never_captured, failing))
+    assert torch.equal(eager.run(range(8)), failed.run(range(8))) and len(lines) == 1
+    for x, y in zip(eager.step.state(), failed.step.state(), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_tensors_for_numbers_change_nothing_but_rounding():
     plain, tensors = Training(dropout=0.2, self_condition=True), Training(captured, dropout=0.2, self_condition=True)
     torch.testing.assert_close(plain.run(range(20)), tensors.run(range(20)), rtol=2e-5, atol=1e-6)
