@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMPipeline1D
 from ddpm_hf.convert import from_denoising_diffusion_pytorch, read_checkpoint
+from ddpm_hf.hub.card import card_text
 
 OPTIONS_2D = {"dim": 8, "dim_mults": (1, 2), "channels": 3, "self_condition": True, "full_attn": (True, False)}
 DIFFUSION_2D = {"image_size": 8, "timesteps": 20, "objective": "pred_noise", "min_snr_loss_weight": True,
@@ -225,6 +227,9 @@ def test_program(trained, tmp_path, monkeypatch, capsys):
     pipe = DDPMPipeline.from_pretrained(tmp_path / "mine")
     pipe.set_progress_bar_config(disable=True)
     assert pipe().images[0].size == (16, 8)
+    card = card_text(tmp_path / "mine")
+    assert f"converted from {Path(path).name}, a checkpoint of denoising-diffusion-pytorch." in card
+    assert str(tmp_path) not in card and "Data, options, command, hardware and time were not recorded." in card
     monkeypatch.chdir(tmp_path)
     main = load_program("convert").main
     assert main([str(path), "--output_dir", "mine"]) == 2 and "new or empty" in capsys.readouterr().err

@@ -6,6 +6,7 @@ The program prints what it inferred from the file. The options give what a file 
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -65,7 +66,9 @@ def _options(arguments: list) -> dict:
 def main(arguments: list) -> int:
     """Convert as the arguments say, and return the exit status."""
     options = _options(arguments)
-    from ddpm_hf.convert import build, read_checkpoint  # after the options, because it is slow to import
+    # after the options, because they are slow to import
+    from ddpm_hf.convert import build, read_checkpoint
+    from ddpm_hf.run.lineage import Lineage
 
     checkpoint, output = options.pop("checkpoint"), Path(options.pop("output_dir"))
     try:
@@ -78,6 +81,8 @@ def main(arguments: list) -> int:
         aside = output.with_name(output.name + ASIDE)
         shutil.rmtree(aside, ignore_errors=True)  # the remains of a conversion that was killed
         pipeline.save_pretrained(aside)
+        lineage = Lineage("converted", Path(checkpoint).name).public()  # for the card
+        (aside / "training.json").write_text(json.dumps({"lineage": lineage}, indent=1))
         if output.exists():
             output.rmdir()
         os.replace(aside, output)

@@ -275,6 +275,8 @@ def _lineage(lineage: dict | None) -> str | None:
     source = lineage["source"]
     if lineage["option"] == "continue_from":
         text = f"This run continues the run {source} from its step {lineage['step']:,} on."
+    elif lineage["option"] == "converted":
+        text = f"The weights were converted from {source}, a checkpoint of denoising-diffusion-pytorch."
     else:
         text = f"Training began with the weights of {source}."
     if lineage["base_model"] and lineage["base_model"] != source:
@@ -357,7 +359,7 @@ def _shape(parts: Parts) -> str:
 
 def _summary(parts: Parts) -> str:
     what = "images" if parts.is_image else "sequences"
-    trained = f", trained on {parts.data_name()}" if parts.training else ""
+    trained = f", trained on {parts.data_name()}" if "data" in parts.training else ""
     return (
         f"A denoising diffusion model of {what} (channels x size: {_shape(parts)}) with {parts.parameters:,} "
         f"parameters{trained}. Made with ddpm_hf, for diffusers."
@@ -420,9 +422,9 @@ def _cell(value) -> str:
 
 
 def _training_rows(parts: Parts) -> list[tuple]:
-    """Return the rows of the table of training, (name, value); none if nothing was recorded."""
+    """Return the rows of the table of training, (name, value); none if nothing was recorded of it."""
     facts = parts.training
-    if not facts:
+    if "data" not in facts:
         return []
     data, options = facts["data"], facts["options"]
     items = "streamed" if data["items"] is None else f"{data['items']:,} items"
@@ -478,4 +480,5 @@ def _metrics_note(parts: Parts) -> str:
 
 
 def _knows(parts: Parts) -> str:
-    return f"what is in its training data ({parts.data_name()})" if parts.training else "what is in its training data"
+    named = f" ({parts.data_name()})" if "data" in parts.training else ""
+    return f"what is in its training data{named}"

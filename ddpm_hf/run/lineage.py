@@ -18,7 +18,8 @@ class Lineage:
     """The origin of a run's weights.
 
     Attributes:
-        option: the option that named it, "continue_from" or "init_from".
+        option: the option that named it, "continue_from" or "init_from"; or "converted" for the pipeline that
+            convert.py makes of a checkpoint of denoising-diffusion-pytorch.
         source: its name, without the folders of the machine.
         step: the step of the source at which the run begins; 0 with init_from.
         order_from: the step at which the order of the data began.
