@@ -77,7 +77,7 @@ class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
             **({} if names is None else {"id2label": names}),
             **conditioned,
             **({} if score_quantiles is None else {"score_quantiles": score_quantiles}),
-            **({} if data_shift is None and data_scale is None else units),
+            **({} if units["data_scale"] is None else units),
             **({} if levels is None else {"data_levels": levels}),
         )
 
@@ -231,7 +231,7 @@ class DDPMPipeline(InterpolatingPipeline, ScoringPipeline):
 
     def _has_units(self) -> bool:
         """Return True if the images have units of their own."""
-        return self.config.get("data_scale") is not None or self.config.get("data_shift") is not None
+        return self.config.get("data_scale") is not None
 
     def _output(self, samples, trajectory, return_dict: bool):
         if not return_dict:

@@ -162,7 +162,7 @@ def encode_condition(
     channels, own, whole = pipeline.unet.config.condition_channels, size_of_conditions(pipeline, size, windows), size
     if condition is None:
         raise ValueError(f"condition must be given to this model, {channels} channels of the size {own}; got None")
-    has_units, is_pil = c.condition_scale is not None or c.condition_shift is not None, False
+    has_units, is_pil = c.condition_scale is not None, False
     if len(own) == 1:
         x = sequence_tensor(condition, "condition", channels)
     else:

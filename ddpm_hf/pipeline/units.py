@@ -8,7 +8,9 @@ from ddpm_hf.pipeline.rules import is_whole
 
 
 def checked_units(channels: int, shift, scale, name: str = "data") -> dict:
-    """Return shift and scale of the data as they are saved: a list with one number per channel, or None.
+    """Return shift and scale of the data as they are saved: lists with one number per channel, or None for both.
+
+    Beside a scale, the shift is 0 if it is None, and beside a shift, the scale is 1.
 
     Args:
         channels: the number of channels.
@@ -18,13 +20,17 @@ def checked_units(channels: int, shift, scale, name: str = "data") -> dict:
     Raises:
         ValueError: there is another number of them, or one is not finite or a negative scale.
     """
+    if shift is None and scale is None:
+        return {f"{name}_shift": None, f"{name}_scale": None}
+    shift = [0.0] * channels if shift is None else shift
+    scale = [1.0] * channels if scale is None else scale
     given = {f"{name}_shift": shift, f"{name}_scale": scale}
     for each, values in given.items():
-        if values is not None and (len(values) != channels or not np.isfinite(values).all()):
+        if len(values) != channels or not np.isfinite(values).all():
             raise ValueError(f"{each} must be one finite number per channel ({channels}), got {values}")
-    if scale is not None and not all(each >= 0 for each in scale):
+    if not all(each >= 0 for each in scale):
         raise ValueError(f"{name}_scale must be at least 0 (0: a channel that never changes), got {scale}")
-    return {each: None if values is None else [float(v) for v in values] for each, values in given.items()}
+    return {each: [float(value) for value in values] for each, values in given.items()}
 
 
 def checked_levels(channels: int, levels, scale) -> list[int] | None:

@@ -339,6 +339,14 @@ def test_units_that_float32_cannot_hold():
     assert pipe.interpolate(x[:1], x[1:]).sequences.shape == (1, 2, 16)
 
 
+def test_one_of_shift_and_scale_brings_the_other():
+    """Everything that reads a pipeline then knows its units by its scale."""
+    parts = UNet2D(sample_size=8, in_channels=1, **SMALL), GaussianScheduler()
+    assert DDPMPipeline(*parts, data_shift=[5]).config.data_scale == [1.0]
+    assert DDPMPipeline(*parts, data_scale=[2]).config.data_shift == [0.0]
+    assert "data_scale" not in DDPMPipeline(*parts).config and sequences().config.data_scale is None
+
+
 def test_interpolation_starts_from_the_mix_at_its_timestep():
     """One step of strength 1/4: the model is asked at the last timestep, at sqrt(abar) mix + sqrt(1 - abar) noise."""
     pipe = images(1)
