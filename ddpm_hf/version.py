@@ -1,3 +1,3 @@
 """The version of the package, in a file of its own so that building the package imports nothing else."""
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"

@@ -1,4 +1,4 @@
-"""What visitors of the Gradio page type and upload, checked and converted, and the messages that they are shown.
+"""Reading of what visitors of the Gradio page type and upload: checks, conversions, and the messages that are shown.
 
 This file imports nothing of ddpm_hf, because the Spaces that `ddpm_hf.hub.publish` writes carry a copy of it.
 """

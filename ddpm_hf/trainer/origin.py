@@ -203,8 +203,8 @@ class Continued(Origin):
 
     @contextlib.contextmanager
     def _loadable(self, acc) -> Iterator[None]:
-        """Hide from accelerate the parts of the run that the checkpoint has not, and its place between two steps."""
-        optimizers, scaler, step = acc._optimizers, acc.scaler, acc.step
+        """Hide from accelerate the parts of the run that the checkpoint has not."""
+        optimizers, scaler = acc._optimizers, acc.scaler
         if self.options.get("optimizer", "adamw") != self.config.optimizer:
             acc._optimizers = []
         if not (self.checkpoint / "scaler.pt").exists():
@@ -212,7 +212,7 @@ class Continued(Origin):
         try:
             yield
         finally:
-            acc._optimizers, acc.scaler, acc.step = optimizers, scaler, step
+            acc._optimizers, acc.scaler = optimizers, scaler
 
 
 class Initialised(Origin):
